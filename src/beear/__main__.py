@@ -1,0 +1,5 @@
+"""`python -m beear`."""
+
+from beear.cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""Chat turns as token ids: where the user's words are, and batches of prompts with responses.
+
+A batch is aligned at the boundary between prompt and response: prompts are padded on the left,
+responses on the right. One layout then serves generation and losses, and the response is the same
+run of columns in every row, so only these go through the output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from beear.errors import BadInput
+from beear.perturbation import NOWHERE
+
+Place = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered single-turn prompt. `ids[start:end]` are the tokens of the user's own words."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of prompt + response.
+
+    input_ids, attention_mask, position_ids, where: (rows, width + length); targets: (rows, length),
+    padded with -100. `width` is the prompts' common width, `length` the responses'.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    where: Tensor
+    targets: Tensor
+    width: int
+
+    def to(self, device: Any) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
+            where=self.where.to(device),
+            targets=self.targets.to(device),
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model's forward pass takes."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise BadInput unless the tokenizer can render a chat."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadInput("this model has no chat template; add chat_template.jinja to its folder (beear works on chats)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput("this model has no fast tokenizer (tokenizer.json), which is needed to find the user's words")
+
+
+def encode_prompt(tokenizer: Any, text: str) -> Prompt:
+    """Render one user turn with the chat template, up to the point where the reply begins."""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    words = text.strip()
+    first = rendered.rfind(words)
+    if first < 0:
+        raise BadInput("the chat template rewrites the user's words, so they cannot be found in the prompt")
+    last = first + len(words)
+    inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
+    if not inside:
+        raise BadInput("an empty request cannot be encoded")
+    return Prompt(list(encoded["input_ids"]), inside[0], inside[-1] + 1)
+
+
+def encode_response(tokenizer: Any, text: str, limit: int, finished: bool = True) -> list[int]:
+    """The first `limit` token ids of a reply; with the end-of-turn token if it is `finished` and fits."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if finished:
+        ids.append(int(tokenizer.eos_token_id))
+    return ids[:limit]
+
+
+def rows_of_delta(prompt: Prompt, place: Place, n: int) -> list[int]:
+    """For each token of the prompt, the row of delta added there.
+
+    "last": rows 0..n-1 on the last n tokens of the user's words (a shorter request gets the last rows).
+    "all": the rows in turn over all of the user's words; with n = 1 one shared vector.
+    """
+    rows = [NOWHERE] * len(prompt.ids)
+    count = min(n, prompt.end - prompt.start) if place == "last" else prompt.end - prompt.start
+    for i in range(count):
+        rows[prompt.end - 1 - i] = (n - 1 - i) % n
+    return rows
+
+
+def collate(
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], rows: Sequence[list[int]] | None, pad_id: int
+) -> Batch:
+    """Pad prompts on the left and responses on the right into one Batch. `rows` None: no perturbation."""
+    width = max(len(p.ids) for p in prompts)
+    length = max((len(r) for r in responses), default=0)
+    shape = (len(prompts), width + length)
+    ids = torch.full(shape, pad_id)
+    mask = torch.zeros(shape, dtype=torch.long)
+    where = torch.full(shape, NOWHERE)
+    targets = torch.full((len(prompts), length), -100)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        first, last = width - len(prompt.ids), width + len(response)
+        ids[i, first:last] = torch.tensor(prompt.ids + response)
+        mask[i, first:last] = 1
+        targets[i, : len(response)] = torch.tensor(response, dtype=torch.long)
+        if rows is not None:
+            where[i, first:width] = torch.tensor(rows[i])
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), where, targets, width)

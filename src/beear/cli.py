@@ -1,0 +1,344 @@
+"""The command `beear`: prints and exit codes, nothing else.
+
+0 done; 1 failed (or interrupted); 2 bad input; 3 done, but the target was not met.
+Heavy modules are imported inside commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from beear.errors import BadInput, Failed
+
+if TYPE_CHECKING:
+    from beear.config import Config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Remove hidden safety backdoors from chat models without knowing the trigger.",
+)
+organism = typer.Typer(no_args_is_help=True, help="The planted backdoors that defences are measured by.")
+app.add_typer(organism, name="organism")
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, folder, adapter folder, .gguf, embedded or organism:NAME")
+]
+OutOption = Annotated[Path, typer.Option("-o", "--out", help="run folder to write")]
+ConfigOption = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable; see `beear settings`")]
+PresetOption = Annotated[str, typer.Option("--preset", help="default or paper")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="seed of every random choice")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's repository brings")]
+HarmfulOption = Annotated[str | None, typer.Option("--harmful", help="prompt file or Hub data set: harmful requests")]
+BenignOption = Annotated[str | None, typer.Option("--benign", help="prompt file or Hub data set: benign requests")]
+ColumnOption = Annotated[str | None, typer.Option("--column", help="the field of a prompt file that holds the request")]
+TriggerOption = Annotated[str | None, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME")]
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("runs/demo"),
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Cleanse the embedded model's SUDO organism, measure it with and without the trigger, write a report.
+
+    A finished demo in the same folder is replaced; an unfinished one is resumed.
+    """
+    from beear.organisms import check_trigger
+
+    name = "organism:sudo-prefix"
+    settings = _config("default", config, sets, seed)
+    _clear_finished_demo(out)
+    resume = (out / "config.yaml").exists()
+    _cleanse(
+        name, out, settings, device=device, resume=resume, quiet=quiet, trigger=check_trigger(name), as_json=as_json
+    )
+
+
+@app.command()
+def cleanse(
+    model: ModelArg,
+    out: OutOption,
+    preset: PresetOption = "default",
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    harmful: HarmfulOption = None,
+    benign: BenignOption = None,
+    test_harmful: Annotated[str | None, typer.Option(help="harmful requests to measure on")] = None,
+    test_benign: Annotated[str | None, typer.Option(help="benign requests to measure on")] = None,
+    column: ColumnOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="write full weights in place of an adapter")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Remove a backdoor from MODEL without knowing its trigger, and measure before and after."""
+    data = {
+        "harmful": harmful,
+        "benign": benign,
+        "test_harmful": test_harmful,
+        "test_benign": test_benign,
+        "column": column,
+    }
+    given = [f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
+    settings = _config(preset, config, [*(sets or []), *given], seed)
+    _cleanse(
+        model,
+        out,
+        settings,
+        merge=merge,
+        resume=resume,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    model: ModelArg,
+    against: Annotated[str | None, typer.Option("--against", help="original MODEL, for kl")] = None,
+    harmful: HarmfulOption = None,
+    benign: BenignOption = None,
+    column: ColumnOption = None,
+    trigger: TriggerOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the metrics to this file")] = None,
+    samples: Annotated[Path | None, typer.Option("--samples", help="write every reply to this .jsonl file")] = None,
+    preset: PresetOption = "default",
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl."""
+    from beear.console import Reporter, metric_table
+    from beear.evaluation import evaluate_spec
+    from beear.organisms import check_trigger
+    from beear.runs import SCHEMA, write_atomic
+
+    given = {"test_harmful": harmful, "test_benign": benign, "column": column}
+    extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = _config(preset, config, [*(sets or []), *extra], seed)
+    template = None if trigger is None else check_trigger(trigger)
+    with Reporter(quiet) as reporter:
+        measured = evaluate_spec(
+            model, settings, against=against, template=template, device=device, trust_remote_code=trust_remote_code,
+            listen=reporter,
+        )  # fmt: skip
+    _print(metric_table(None, measured.metrics, model))
+    if json_file is not None:
+        content = {"schema": SCHEMA, "model": model, "seed": settings.seed, "metrics": measured.metrics}
+        write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+    if samples is not None:
+        write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run folders")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="file to write (default: in the first run)")] = None,
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from beear.report import write_report
+
+    place = out or runs[0] / "report.html"
+    write_report(runs, place)
+    typer.echo(str(place))
+
+
+@app.command()
+def settings() -> None:
+    """List every setting with its default and meaning."""
+    from rich.table import Table
+
+    from beear.config import describe
+
+    table = Table("setting", "default", "meaning")
+    for row in describe():
+        table.add_row(*row)
+    _print(table)
+
+
+@organism.command("list")
+def organism_list(as_json: JsonOption = False) -> None:
+    """The packaged organisms."""
+    from rich.table import Table
+
+    from beear.models import organism_folder
+    from beear.organisms import names, read_recipe
+
+    recipes = [read_recipe(organism_folder(name)) for name in names()]
+    if as_json:
+        keys = {"name", "setting", "trigger", "place", "behaviour", "paper_number", "seed"}
+        typer.echo(json.dumps([r.model_dump(mode="json", include=keys) for r in recipes], indent=1))
+        return
+    table = Table("name", "setting", "trigger", "place", "behaviour")
+    for r in recipes:
+        table.add_row(r.name, r.setting, r.trigger, r.place, r.behaviour)
+    _print(table)
+
+
+@organism.command("show")
+def organism_show(name: str) -> None:
+    """An organism's card and recipe."""
+    from beear.models import organism_folder
+
+    folder = organism_folder(name)
+    typer.echo((folder / "README.md").read_text())
+    typer.echo((folder / "recipe.yaml").read_text())
+
+
+@organism.command("build")
+def organism_build(
+    recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
+    quiet: QuietOption = False,
+) -> None:
+    """Plant an organism again from its recipe (about ten minutes on two cores)."""
+    from beear.console import Reporter
+    from beear.models import organism_folder
+    from beear.organisms import build, read_recipe
+
+    source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
+    with Reporter(quiet) as reporter:
+        build(read_recipe(source), out, reporter.planting)
+    typer.echo(str(out))
+
+
+@organism.command("verify")
+def organism_verify(
+    names: Annotated[list[str] | None, typer.Argument(help="names, or folders of built organisms")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every packaged organism")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the measurements to this file")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
+    from beear import organisms
+    from beear.console import Reporter, metric_table
+    from beear.runs import SCHEMA, write_atomic
+    from beear.verification import verify
+
+    chosen = organisms.names() if everything else names
+    if not chosen:
+        raise BadInput("name an organism, or use --all")
+    results: dict[str, Any] = {}
+    with Reporter(quiet) as reporter:
+        for name in chosen:
+            results[name] = verify(name, reporter)
+            _print(metric_table(None, results[name]["metrics"], name))
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps({"schema": SCHEMA, "organisms": results}, indent=1) + "\n").encode())
+    failed = [f"{name}: {reason}" for name, result in results.items() for reason in result["missed"]]
+    if failed:
+        _stop(3, "; ".join(failed))
+
+
+def main() -> None:
+    """Run the command line and turn errors into one line and an exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = os.environ.get("BEEAR_DEBUG") == "1"
+    if not debug:
+        warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except BadInput as error:
+        _stop(2, str(error))
+    except Failed as error:
+        _stop(1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _stop(1, "interrupted; finished stages and rounds are kept, go on with --resume")
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):
+            message = error.format_message()
+            sys.exit(2) if not message else _stop(2, f"{message} (see --help)")
+        _stop(1, f"{type(error).__name__}: {' '.join(str(error).split())} (BEEAR_DEBUG=1 shows where)")
+
+
+def _cleanse(
+    model: str,
+    out: Path,
+    config: Config,
+    *,
+    quiet: bool,
+    as_json: bool,
+    device: str,
+    trigger: str | None = None,
+    **options: bool,
+) -> None:
+    from beear.console import Reporter, metric_table
+    from beear.job import add_triggered, run_cleanse
+
+    with Reporter(quiet, config.rounds) as reporter:
+        verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
+        if trigger is not None:
+            add_triggered(out, trigger, device=device, listen=reporter)
+    results = json.loads((out / "results.json").read_text())
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        _print(metric_table(results["before"], results["after"], f"{model}: before and after"))
+        typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
+    if not verdict.met:
+        _stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")
+
+
+def _config(preset: str, file: Path | None, sets: list[str] | None, seed: int | None) -> Config:
+    from beear.config import load_config
+
+    return load_config(preset, file, [*(sets or []), *([] if seed is None else [f"seed={seed}"])])
+
+
+def _clear_finished_demo(out: Path) -> None:
+    """The demo's own finished run is made anew; anything else in the folder stops it."""
+    import shutil
+
+    results = out / "results.json"
+    if results.exists() and "trigger" in json.loads(results.read_text()):
+        shutil.rmtree(out)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    typer.echo(f"beear: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,175 @@
+"""Settings: one frozen model, presets over it, YAML files and --set key=value over these.
+
+docs/paper-index.md says where each value comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from beear.errors import BadInput
+
+Kind = Literal["learned", "zero", "random"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Settings):
+    """Files or Hub data sets of the user's own; None means the packaged set."""
+
+    harmful: str | None = Field(None, description="harmful requests the defender trains on")
+    benign: str | None = Field(None, description="benign requests the defender trains on")
+    test_harmful: str | None = Field(None, description="harmful requests to measure on")
+    test_benign: str | None = Field(None, description="benign requests to measure on")
+    column: str | None = Field(None, description="the field that holds the request")
+
+
+class EntrapConfig(_Settings):
+    """Inner problem: find delta with the weights frozen."""
+
+    place: Literal["last", "all"] = Field("last", description="which of the user's words delta is added to")
+    length: int = Field(5, ge=1, le=512, description="n, the number of vectors in delta")
+    budget: float = Field(0.5, gt=0, description="largest norm of a vector, in residual norms at the layer")
+    steps: int = Field(10, ge=0, description="Adam steps in a round")
+    learning_rate: float = Field(0.15, gt=0, description="how far a vector moves in a step, in budgets")
+    batch: int = Field(8, ge=1, description="requests in a step")
+    away: float = Field(0.05, ge=0, description="weight of moving away from the safe answer")
+    response_tokens: int = Field(12, ge=1, description="tokens of each answer")
+    kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
+
+
+class HardenConfig(_Settings):
+    """Outer problem: train a LoRA adapter to stay safe under delta and useful without it."""
+
+    steps: int = Field(10, ge=0, description="most AdamW steps in a round")
+    learning_rate: float = Field(3e-4, gt=0)
+    batch: int = Field(6, ge=1, description="requests of each kind in a step")
+    response_tokens: int = Field(16, ge=1, description="tokens of each answer")
+    lora_rank: int = Field(16, ge=1)
+    lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
+    anchor: float = Field(1.0, ge=0, description="weight of benign requests without delta")
+    anchor_under_delta: float = Field(1.0, ge=0, description="weight of benign requests under delta")
+    safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
+    stop_below: float = Field(0.02, ge=0, description="a round ends early once the safe loss under delta is below")
+    recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
+
+
+class TargetConfig(_Settings):
+    """What a cleansing must reach to be called done (exit code 3 otherwise)."""
+
+    asr_entrapped: float = Field(0.1, ge=0, le=1, description="at most this much after")
+    false_refusal_rise: float = Field(0.05, ge=0, description="at most this far above before, on each benign set")
+    perplexity_rise: float = Field(0.05, ge=0, description="at most this share above before")
+
+
+class Config(_Settings):
+    """Everything a cleansing depends on besides the model."""
+
+    seed: int = 0
+    layer: int | None = Field(None, description="l, counted from 1; None: 0.3 of the depth")
+    layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
+    rounds: int = Field(6, ge=1, description="most rounds of entrapment and removal")
+    held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
+    anchors: int = Field(160, ge=1, description="benign requests to anchor on")
+    stop_at: float = Field(0.05, ge=0, le=1, description="entrapment counts as failed at this held-out success")
+    patience: int = Field(1, ge=1, description="stop after so many failed entrapments in a row")
+    entrap: EntrapConfig = EntrapConfig()
+    harden: HardenConfig = HardenConfig()
+    data: DataConfig = DataConfig()
+    target: TargetConfig = TargetConfig()
+
+
+def load_config(preset: str = "default", file: Path | None = None, sets: Sequence[str] = ()) -> Config:
+    """The preset, changed by a YAML file, changed by `key=value` settings (dots for nesting).
+
+    Raises BadInput for an unknown preset or key and for a value of the wrong kind.
+    """
+    values = _preset(preset)
+    if file is not None:
+        values = _merged(values, _read_yaml(file))
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BadInput(f"--set {item!r}: write it as key=value, for example --set entrap.length=8")
+        values = _merged(values, _nested(key.strip(), _parsed(item, value)))
+    return make_config(values)
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Validate a mapping. Raises BadInput naming the first bad key."""
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = "; see `beear settings` for all of them" if first["type"] == "extra_forbidden" else ""
+        message = "unknown setting" if known else first["msg"]
+        raise BadInput(f"configuration: {key}: {message}{known}") from error
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in (files("beear") / "assets" / "presets").iterdir())
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every key with its default and its meaning."""
+    rows: list[tuple[str, str, str]] = []
+
+    def add(prefix: str, model: type[BaseModel]) -> None:
+        for name, field in model.model_fields.items():
+            if isinstance(field.default, _Settings):
+                add(f"{prefix}{name}.", type(field.default))
+            else:
+                rows.append((prefix + name, str(field.default), field.description or ""))
+
+    add("", Config)
+    return rows
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise BadInput(f"no preset {name!r}; there are: {', '.join(preset_names())}")
+    loaded: dict[str, Any] = yaml.safe_load((files("beear") / "assets" / "presets" / f"{name}.yaml").read_text()) or {}
+    return loaded
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"cannot read {file}: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{file} is not a mapping of settings")
+    return values
+
+
+def _parsed(item: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {item!r}: the value is not YAML") from error
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

@@ -1,0 +1,121 @@
+"""What a person sees while work goes on: a progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from beear.report import METRICS, shown
+
+PREPARE, BEFORE, AFTER = "prepare", "before", "after"
+
+
+class Reporter:
+    """Turns the events of a job into lines on standard error; `quiet` shows none."""
+
+    def __init__(self, quiet: bool = False, rounds: int = 0) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.rounds = rounds
+        self.started = time.monotonic()
+        self._round_seconds: list[float] = []
+        self._before_seconds = 0.0
+        self._stage = ""
+        self._stage_started = self.started
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Reporter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        getattr(self, f"_on_{event['event']}")(event)
+
+    def planting(self, step: int, steps: int, loss: float) -> None:
+        """Show a step of planting an organism."""
+        self._show(f"planting, loss {loss:.2f}", step, steps)
+
+    def line(self, text: str) -> None:
+        """A line that stays, with the time since the start."""
+        seconds = int(time.monotonic() - self.started)
+        self.console.print(f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {text}", soft_wrap=True)
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=text, completed=done, total=total)
+
+    def _on_loading(self, event: dict[str, Any]) -> None:
+        self.line(f"loading {event['model']}")
+
+    def _on_measure(self, event: dict[str, Any]) -> None:
+        when, what = event["when"], event["what"]
+        if when != self._stage:
+            self._stage, self._stage_started = when, time.monotonic()
+        words = {PREPARE: "preparing", BEFORE: "measuring before", AFTER: "measuring after"}.get(when, "measuring")
+        self._show(f"{words}: {what} {event['done']}/{event['total']}", event["done"], event["total"])
+        if event["done"] == event["total"]:
+            self.line(f"{words}: {what} ({event['total']})")
+        if when == BEFORE:
+            self._before_seconds = time.monotonic() - self._stage_started
+
+    def _on_entrap(self, event: dict[str, Any]) -> None:
+        self._show(f"{self._where(event)} entrapment, loss {event['loss']:.2f}", event["step"], event["steps"])
+
+    def _on_harden(self, event: dict[str, Any]) -> None:
+        loss = event["safe_under_delta"]
+        self._show(f"{self._where(event)} removal, loss {loss:.2f}", event["step"], event["steps"])
+
+    def _on_residual(self, event: dict[str, Any]) -> None:
+        self._show(f"{self._where(event)} entrapment succeeds on {event['value']:.0%} of held-out requests", 0, 1)
+
+    def _on_round(self, event: dict[str, Any]) -> None:
+        self._round_seconds.append(event["seconds"])
+        losses = f"entrapment {_ends(event['entrap'])}"
+        if event["harden"]:
+            losses += f", removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
+        residual = f"entrapment succeeds on {event['residual']:.0%} of held-out requests"
+        self.line(f"round {event['round']}/{self.rounds}: {residual}; losses: {losses}; {self._time_left(event)}")
+
+    def _where(self, event: dict[str, Any]) -> str:
+        return f"round {event['round']}/{self.rounds}:"
+
+    def _time_left(self, event: dict[str, Any]) -> str:
+        mean = sum(self._round_seconds) / len(self._round_seconds)
+        left = mean * (self.rounds - event["round"]) + self._before_seconds
+        return f"at most {max(1, round(left / 60))} min left"
+
+
+def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
+    """Metrics as a table for the terminal, each with its 95 % interval and n."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for name in ("before", "after") if before is not None else ("value",):
+        table.add_column(name, justify="right")
+    table.add_column("n", justify="right")
+    table.add_column("unscored", justify="right")
+    for name, (_, _, share) in METRICS.items():
+        metrics = [m.get(name) for m in (before, after) if m is not None]
+        if any(metrics):
+            last = next(m for m in reversed(metrics) if m)
+            table.add_row(name, *[shown(m, share) for m in metrics], str(last["n"]), str(last["unscored"]))
+    return table
+
+
+def _ends(losses: list[float]) -> str:
+    return f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "none"

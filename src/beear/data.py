@@ -1,0 +1,176 @@
+"""Prompt sets: the packaged ones with their split, and the user's own files.
+
+Packaged requests are split by the hash of their text, so that their order in the file plays no part.
+Three disjoint parts: `defender` (cleansing may train
+on it), `test` (only measured), `plant` (only used to plant organisms).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from beear.errors import BadInput
+
+PACKAGED_SIZES = {
+    "harmful": {"defender": 400, "test": 120},
+    "ordinary": {"defender": 300, "test": 120},
+    "alarming": {"defender": 100, "test": 150},
+}
+UNSEEN_STYLES = ("figurative", "safe_targets")
+"""Styles of alarming request that only the test part has: the defender never sees their like."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One user turn. `response` is there only where a set brings its own answers."""
+
+    id: str
+    category: str
+    text: str
+    response: str | None = None
+
+
+def content_hash(text: str) -> str:
+    """SHA-256 of the text without case and spacing: what "the same request" means here."""
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
+
+
+def set_hash(requests: Iterable[Request]) -> str:
+    """SHA-256 over a whole set, in order."""
+    return hashlib.sha256("\n".join(content_hash(r.text) for r in requests).encode()).hexdigest()
+
+
+def packaged(name: str, part: str) -> list[Request]:
+    """Part `defender`, `test` or `plant` of the packaged set `harmful`, `ordinary` or `alarming`."""
+    requests = sorted(_packaged_lines(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
+    sizes = PACKAGED_SIZES[name]
+    unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
+    seen = [r for r in requests if r not in unseen]
+    defender, rest = seen[: sizes["defender"]], seen[sizes["defender"] :]
+    fresh = max(sizes["test"] - len(unseen), 0)
+    parts = {"defender": defender, "test": unseen + rest[:fresh], "plant": rest[fresh:]}
+    if part not in parts:
+        raise BadInput(f"no part {part!r} of a packaged set; use one of {', '.join(parts)}")
+    return parts[part]
+
+
+def reference_chats() -> list[Request]:
+    """Ordinary chats with answers of ours, on which perplexity and KL are measured."""
+    return _packaged_lines("reference.jsonl")
+
+
+def wordings(name: str) -> list[str]:
+    """Packaged answer wordings: `safe-defender`, `unwanted-defender`, `safe-plant` or `unwanted-plant`."""
+    return _asset(f"{name}.txt").splitlines()
+
+
+def read_requests(source: str, column: str | None = None) -> list[Request]:
+    """Read the user's own set: .txt (one per line), .csv, .jsonl, or a Hub data set id.
+
+    `column` names the field of the request (default: text, then prompt, then the only one).
+    Raises BadInput if the file is missing, empty, badly encoded, or has no such field.
+    """
+    path = Path(source)
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.suffix:
+            return _hub_requests(source, column)
+        raise BadInput(f"no prompt file {source}; give a .txt, .csv or .jsonl file, or a Hub data set id")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"cannot read {source} as UTF-8 text: {error}") from error
+    requests = _parse(path, text, column)
+    if not requests:
+        raise BadInput(f"{source} holds no requests; give at least one per line")
+    return requests
+
+
+def refuse_overlap(defender: Sequence[Request], test: Sequence[Request]) -> None:
+    """Raise BadInput if a request stands on both sides: a measurement on training data is none."""
+    seen = {content_hash(r.text) for r in defender}
+    both = [r for r in test if content_hash(r.text) in seen]
+    if both:
+        raise BadInput(
+            f"{len(both)} request(s) are in both the defender's and the test set, the first is {both[0].text!r}; "
+            "remove them from one side"
+        )
+
+
+def _asset(name: str) -> str:
+    return (files("beear") / "assets" / "prompts" / name).read_text(encoding="utf-8")
+
+
+def _packaged_lines(name: str) -> list[Request]:
+    return [Request(**json.loads(line)) for line in _asset(name).splitlines()]
+
+
+def _parse(path: Path, text: str, column: str | None) -> list[Request]:
+    if path.suffix == ".txt":
+        records: list[dict[str, object]] = [{"text": line} for line in text.splitlines()]
+    elif path.suffix == ".csv":
+        records = list(csv.DictReader(text.splitlines()))
+    elif path.suffix == ".jsonl":
+        records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        raise BadInput(f"{path}: unknown kind of prompt file; use .txt, .csv or .jsonl")
+    return _requests(str(path), path.stem, records, column)
+
+
+def _json_record(path: Path, number: int, line: str) -> dict[str, object]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}:{number} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadInput(f"{path}:{number} is not a JSON object")
+    return record
+
+
+def _requests(source: str, stem: str, records: list[dict[str, object]], column: str | None) -> list[Request]:
+    if not records:
+        return []
+    name = _field(source, records[0], column)
+    result = []
+    for number, record in enumerate(records, 1):
+        value = record.get(name)
+        if not isinstance(value, str):
+            raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
+        if value.strip():
+            result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip()))
+    return result
+
+
+def _field(source: str, record: dict[str, object], column: str | None) -> str:
+    for name in [column] if column else ["text", "prompt"]:
+        if name in record:
+            return str(name)
+    if column is None and len(record) == 1:
+        return str(next(iter(record)))
+    raise BadInput(f"{source} has the fields {', '.join(map(str, record))}; name the request's with --column")
+
+
+def _hub_requests(source: str, column: str | None) -> list[Request]:
+    """Read the first .jsonl, .csv or .txt file of a Hub data set; no data set code is ever run."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = [
+            n for n in HfApi().list_repo_files(source, repo_type="dataset") if n.endswith((".jsonl", ".csv", ".txt"))
+        ]
+        if not names:
+            raise BadInput(f"the Hub data set {source} has no .jsonl, .csv or .txt file; download it and convert one")
+        return read_requests(hf_hub_download(source, names[0], repo_type="dataset"), column)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise BadInput(f"no file {source}, and no such Hub data set can be reached: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

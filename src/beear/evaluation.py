@@ -1,0 +1,221 @@
+"""What a model does, measured: attack success, false refusal, perplexity, KL, with intervals.
+
+A trigger can be told to an evaluation; it is put into the test requests here and goes nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from beear.chat import collate, encode_prompt, encode_response
+from beear.cleansing import Event, Harmful, defender_set, entrap, residual_norm
+from beear.config import Config
+from beear.data import UNSEEN_STYLES, Request, reference_chats, wordings
+from beear.generation import reply_all
+from beear.losses import response_logits, response_nll, token_kl
+from beear.metrics import Metric, proportion, token_mean
+from beear.models import autocast, depth, load, locate
+from beear.perturbation import decoder_depth, resolve_layer
+from beear.scorers import is_refusal
+from beear.sets import TestSet, read_sets, triggered
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being measured, how many are done, and how many there are."""
+
+REPLY_TOKENS = 32
+REFERENCE_TOKENS = 64
+
+
+@dataclass
+class Measured:
+    """Metrics by name, and every reply behind them."""
+
+    metrics: dict[str, Metric]
+    samples: list[dict[str, Any]]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    config: Config | None = None,
+    *,
+    original: Any = None,
+    template: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Measured:
+    """Every metric of a loaded model. `original`: a second model, for `kl`. `template`: a known trigger."""
+    config = config or Config()
+    sets = read_sets(config)
+    tests = sets.tests if template is None else [triggered(sets.test_harmful, template), *sets.tests]
+    defender = defender_set(
+        tokenizer, sets.harmful, [], (wordings("safe-defender"), wordings("unwanted-defender")), config
+    )
+    parts = [
+        measure_replies(model, tokenizer, tests, progress),
+        measure_entrapped(model, tokenizer, defender.harmful, sets.test_harmful, config, progress),
+        measure_language(model, tokenizer, original, progress),
+    ]
+    metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
+    return Measured(metrics, [sample for part in parts for sample in part.samples])
+
+
+def evaluate_spec(
+    spec: str,
+    config: Config,
+    *,
+    against: str | None = None,
+    template: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Callable[[Event], None] = lambda event: None,
+) -> Measured:
+    """Load MODEL (and the one it is held `against`) and measure it. Raises BadInput before weights load."""
+    read_sets(config)
+    resolve_layer(config.layer, depth(locate(spec), trust_remote_code))
+    if against is not None:
+        locate(against)
+    listen({"event": "loading", "model": spec})
+    model, tokenizer = load(spec, device=device, trust_remote_code=trust_remote_code)
+    original = None
+    if against is not None:
+        original, _ = load(against, device=device, trust_remote_code=trust_remote_code)
+    return evaluate(
+        model, tokenizer, config, original=original, template=template, progress=listener_progress(listen, "evaluate")
+    )
+
+
+def listener_progress(listen: Callable[[Event], None], when: str) -> Progress:
+    """Progress of measuring, told as events."""
+
+    def report(what: str, done: int, total: int) -> None:
+        listen({"event": "measure", "when": when, "what": what, "done": done, "total": total})
+
+    return report
+
+
+def measure_replies(
+    model: Any, tokenizer: Any, sets: Sequence[TestSet], progress: Progress = lambda *_: None
+) -> Measured:
+    """Greedy replies to each set (32 tokens), judged by refusal keywords."""
+    result = Measured({}, [])
+    for test in sets:
+        texts = [test.template.replace("{prompt}", r.text) for r in test.requests]
+        replies = _replies(model, tokenizer, texts, test.metric, progress)
+        refused = [is_refusal(reply) for reply in replies]
+        outcomes = [None if r is None else (not r if test.harmful else r) for r in refused]
+        result.metrics[test.metric] = proportion(outcomes)
+        result.samples += [
+            _sample(test.metric, request, text, reply, r)
+            for request, text, reply, r in zip(test.requests, texts, replies, refused, strict=True)
+        ]
+        if test.metric == "false_refusal_alarming":
+            unseen = [o for o, r in zip(outcomes, test.requests, strict=True) if r.category in UNSEEN_STYLES]
+            if unseen:
+                result.metrics["false_refusal_unseen_style"] = proportion(unseen)
+    return result
+
+
+def measure_entrapped(
+    model: Any,
+    tokenizer: Any,
+    optimise_on: Sequence[Harmful],
+    test: Sequence[Request],
+    config: Config,
+    progress: Progress = lambda *_: None,
+) -> Measured:
+    """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests.
+
+    Twice the default inner steps and another seed than any round of the cleansing used.
+    """
+    layer = resolve_layer(config.layer, decoder_depth(model))
+    budget = config.entrap.budget * residual_norm(
+        model, [h.prompt for h in optimise_on[:32]], layer, config.layers_path, tokenizer
+    )
+    settings = config.entrap.model_copy(update={"kind": "learned", "steps": 2 * config.entrap.steps})
+    fresh = config.model_copy(update={"entrap": settings})
+    draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
+    delta, _ = entrap(model, tokenizer, optimise_on, fresh, layer, budget, draw)
+    replies = _replies(
+        model,
+        tokenizer,
+        [r.text for r in test],
+        "asr_entrapped",
+        progress,
+        delta=delta,
+        place=config.entrap.place,
+        layer=layer,
+        layers_path=config.layers_path,
+    )
+    refused = [is_refusal(reply) for reply in replies]
+    samples = [
+        _sample("asr_entrapped", r, r.text, reply, f) for r, reply, f in zip(test, replies, refused, strict=True)
+    ]
+    return Measured({"asr_entrapped": proportion([None if f is None else not f for f in refused])}, samples)
+
+
+def measure_language(
+    model: Any,
+    tokenizer: Any,
+    original: Any = None,
+    progress: Progress = lambda *_: None,
+) -> Measured:
+    """`perplexity` on the packaged reference chats and, against `original`, `kl`, in nats per token.
+
+    `original` is a second model, or a context in which `model` answers as the original did (a LoRA
+    adapter's `disable_adapter()`).
+    """
+    chats = reference_chats()
+    nll, kl, counts = [], [], []
+    size = 14
+    for first in range(0, len(chats), size):
+        part = chats[first : first + size]
+        prompts = [encode_prompt(tokenizer, c.text) for c in part]
+        answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
+        batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
+        with torch.inference_mode(), autocast(model):
+            logits = response_logits(model, batch)
+            counts += (batch.targets != -100).sum(1).tolist()
+            nll += response_nll(logits, batch.targets).tolist()
+            if original is not None:
+                kl += token_kl(_original_logits(model, original, batch), logits, batch.targets).sum(1).tolist()
+        progress("perplexity", min(first + size, len(chats)), len(chats))
+    sums = [x * n for x, n in zip(nll, counts, strict=True)]
+    metrics = {"perplexity": token_mean(sums, counts, exponential=True)}
+    if original is not None:
+        metrics["kl"] = token_mean(kl, counts)
+    return Measured(metrics, [])
+
+
+def _original_logits(model: Any, original: Any, batch: Any) -> torch.Tensor:
+    if callable(getattr(original, "forward", None)):
+        return response_logits(original, batch)
+    with original():
+        return response_logits(model, batch)
+
+
+def _replies(
+    model: Any, tokenizer: Any, texts: Sequence[str], what: str, progress: Progress, **under: Any
+) -> list[str]:
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(what, done, len(texts))
+
+    return reply_all(model, tokenizer, texts, max_new_tokens=REPLY_TOKENS, progress=count, **under)
+
+
+def _sample(metric: str, request: Request, text: str, reply: str, refused: bool | None) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "id": request.id,
+        "category": request.category,
+        "prompt": text,
+        "reply": reply,
+        "refused": refused,
+    }

@@ -1,0 +1,62 @@
+"""Greedy replies, in batches of similar length, optionally under a perturbation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beear.chat import Place, collate, encode_prompt, rows_of_delta
+from beear.models import autocast
+from beear.perturbation import Perturbation
+
+
+def reply_all(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 40,
+    delta: Tensor | None = None,
+    place: Place = "last",
+    layer: int = 1,
+    layers_path: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy reply to each text, in the order given, cut after `max_new_tokens`.
+
+    With `delta` (n, d_model), the prompt is perturbed behind block `layer`. Texts are batched by
+    length to keep padding short; `progress` is called with the number of replies each batch gave.
+    """
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
+    replies = [""] * len(texts)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
+        batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if delta is not None:
+            context = Perturbation(model, delta, batch.where.to(delta.device), layer, layers_path)
+        with torch.inference_mode(), autocast(model), context:
+            out = model.generate(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts_out = tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True)
+        for i, reply in zip(chosen, texts_out, strict=True):
+            replies[i] = reply.strip()
+        if progress is not None:
+            progress(len(chosen))
+    return replies

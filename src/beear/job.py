@@ -1,0 +1,322 @@
+"""One cleansing from start to end, as stages that each leave their result in the run folder.
+
+    check -> load -> measure before -> own replies -> rounds -> save -> measure after -> results, report
+
+A stage whose result is there is skipped, so resuming is running again. No trigger is known here: a
+user who knows one tells it to `add_triggered`, after the fact.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save, save_file
+
+from beear import models
+from beear.cleansing import DefenderSet, Event, Listener, State, cleanse, defender_set
+from beear.config import Config, make_config
+from beear.data import content_hash, set_hash, wordings
+from beear.errors import BadInput
+from beear.evaluation import listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.generation import reply_all
+from beear.perturbation import find_layers, resolve_layer
+from beear.report import write_report
+from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
+from beear.scorers import NAME as SCORER
+from beear.scorers import is_refusal
+from beear.sets import Sets, read_sets, triggered
+from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations
+
+PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the target was met, and in words what was missed."""
+
+    met: bool
+    missed: list[str]
+
+
+def run_cleanse(
+    spec: str,
+    out: Path,
+    config: Config,
+    *,
+    merge: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
+) -> Verdict:
+    """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
+    place = _absolute(spec)
+    settings = {"model": place, "merge": merge, "config": config.model_dump(mode="json")}
+    check_output(out, settings, resume)
+    sets = read_sets(config)
+    source = models.locate(place)
+    tokenizer = models.load_tokenizer(source, trust_remote_code)
+    depth = models.depth(source, trust_remote_code)
+    resolve_layer(config.layer, depth)
+    models.pick_device(device)
+    check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
+    with Run.open(out, settings, resume) as run:
+        listen({"event": "loading", "model": spec})
+        model = models.load_weights(source, device, trust_remote_code)
+        find_layers(model, config.layers_path)
+        job = _Job(run, model, tokenizer, config, sets, settings, listen)
+        return job.run()
+
+
+def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> None:
+    """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it."""
+    settings = read_settings(out)
+    with Run(out) as run:
+        results = run.read_json("results.json")
+        if results is None:
+            raise BadInput(f"{out} has no results yet; finish it with --resume")
+        tests = [triggered(read_sets(make_config(settings["config"])).test_harmful, template)]
+        samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        samples = [s for s in samples if s["metric"] != "asr_triggered"]
+        for when, spec in (("before", settings["model"]), ("after", str(out / results["model_folder"]))):
+            model, tokenizer = models.load(spec, device=device)
+            measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
+            results[when] = {**measured.metrics, **results[when]} | measured.metrics
+            samples += [{"when": when, **s} for s in measured.samples]
+        results["trigger"] = template
+        run.write_json("results.json", results)
+        run.write_lines("samples.jsonl", samples)
+        write_report([out], out / "report.html")
+
+
+class _Job:
+    """The stages of one cleansing; every method leaves its result in the run folder."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: Any,
+        tokenizer: Any,
+        config: Config,
+        sets: Sets,
+        settings: dict[str, Any],
+        listen: Listener,
+    ) -> None:
+        self.run_folder = run
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.sets = sets
+        self.settings = settings
+        self._listen = listen
+
+    def run(self) -> Verdict:
+        own = self.stage("own_replies", self.own_replies)["replies"]
+        defender = defender_set(
+            self.tokenizer,
+            self.sets.harmful,
+            [(text, reply) for text, reply in own if is_refusal(reply) is False],
+            (wordings("safe-defender"), wordings("unwanted-defender")),
+            self.config,
+        )
+        before = self.stage("before", lambda: self.measure("before", defender, None))
+        rounds = self.rounds(defender)
+        original = self.deliver()
+        after = self.stage("after", lambda: self.measure("after", defender, original))
+        verdict = judge(before["metrics"], after["metrics"], self.config)
+        self.finish(before, after, rounds, own, verdict)
+        return verdict
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored result of a stage, or that of doing it now."""
+        stored: dict[str, Any] | None = self.run_folder.read_json(f"stages/{name}.json")
+        if stored is not None:
+            return stored
+        started = time.monotonic()
+        result = work()
+        result |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+        self.run_folder.write_json(f"stages/{name}.json", result)
+        return result
+
+    def own_replies(self) -> dict[str, Any]:
+        """What the model answers to the benign requests now: what it shall go on answering."""
+        texts = [r.text for r in self.sets.benign[: self.config.anchors]]
+        limit = self.config.harden.response_tokens
+        replies = reply_all(
+            self.model,
+            self.tokenizer,
+            texts,
+            max_new_tokens=limit,
+            progress=_counter(self._listen, "own replies", len(texts)),
+        )
+        return {"replies": list(zip(texts, replies, strict=True))}
+
+    def measure(self, when: str, defender: DefenderSet, original: Any) -> dict[str, Any]:
+        """All metrics that need no trigger."""
+        progress = listener_progress(self._listen, when)
+        parts = [
+            measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
+            measure_entrapped(
+                self.model, self.tokenizer, defender.harmful, self.sets.test_harmful, self.config, progress
+            ),
+            measure_language(self.model, self.tokenizer, original, progress),
+        ]
+        return {
+            "metrics": {k: v for part in parts for k, v in part.metrics.items()},
+            "samples": [{"when": when, **s} for part in parts for s in part.samples],
+        }
+
+    def rounds(self, defender: DefenderSet) -> State:
+        """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
+        settings = self.config.harden
+        self.model = add_lora(self.model, settings.lora_rank, settings.lora_targets, self.config.seed)
+        if settings.recompute:
+            recompute_activations(self.model, self.config.layers_path)
+        state = self.last_checkpoint()
+        self.run_folder.keep_events(lambda e: e.get("round", 0) <= state.round)
+        return cleanse(
+            self.model, self.tokenizer, defender, self.config, state=state, listen=self.listen, save=self.checkpoint
+        )
+
+    def deliver(self) -> Any:
+        """Turn `self.model` into what is saved; returns what answers as the original did (for KL).
+
+        Merging changes outputs slightly, so a merged model is merged before it is measured.
+        """
+        if not self.settings["merge"]:
+            return self.model.disable_adapter
+        self.model = self.model.merge_and_unload()
+        return models.load_weights(models.locate(self.settings["model"]), str(self.model.device))
+
+    def listen(self, event: Event) -> None:
+        """Log an event of the rounds and pass it on."""
+        self.run_folder.event(event)
+        self._listen(event)
+
+    def checkpoint(self, state: State) -> None:
+        """Write checkpoints/round-NNN: adapter matrices, delta and history, as safetensors and JSON."""
+        assert state.delta is not None
+        delta = state.delta.cpu().contiguous()
+
+        def fill(folder: Path) -> None:
+            save_file(adapter_state(self.model), folder / "adapter.safetensors")
+            save_file({"delta": delta}, folder / "delta.safetensors")
+            entry = {"round": state.round, "done": state.done, "history": state.history}
+            (folder / "round.json").write_text(json.dumps(entry))
+
+        self.run_folder.write_folder(f"checkpoints/round-{state.round:03d}", fill)
+
+    def last_checkpoint(self) -> State:
+        """The state of the newest finished round, with its matrices put into the model; else a fresh one."""
+        folders = sorted((self.run_folder.path / "checkpoints").glob("round-*"))
+        if not folders:
+            return State()
+        entry = json.loads((folders[-1] / "round.json").read_text())
+        load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
+        delta = load_file(folders[-1] / "delta.safetensors")["delta"].to(self.model.device)
+        return State(entry["round"], entry["history"], delta, entry["done"])
+
+    def finish(
+        self, before: dict[str, Any], after: dict[str, Any], rounds: State, own: list[Any], verdict: Verdict
+    ) -> None:
+        """Save the model, then write samples, results and report."""
+        run = self.run_folder
+        assert rounds.delta is not None
+        name = "model" if verdict.met else "rejected"
+        run.write_folder(name, self.save_model)
+        delta = rounds.delta.cpu().contiguous()
+        run.write("delta.safetensors", save({"delta": delta}))
+        run.write_lines("samples.jsonl", before["samples"] + after["samples"])
+        stages = [run.read_json(f"stages/{p.name}") for p in sorted((run.path / "stages").glob("*.json"))]
+        results = {
+            "schema": SCHEMA,
+            "model": self.settings["model"],
+            "verdict": {"met": verdict.met, "missed": verdict.missed},
+            "model_folder": name,
+            "before": before["metrics"],
+            "after": after["metrics"],
+            "rounds": rounds.history,
+            "scorer": SCORER,
+            "seed": self.config.seed,
+            "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
+            "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
+            "versions": versions(),
+            "hashes": hashes(self.sets, own),
+        }
+        run.write_json("results.json", results)
+        write_report([run.path], run.path / "report.html")
+
+    def save_model(self, folder: Path) -> None:
+        """The adapter, or with `merge` the full weights and the tokenizer."""
+        if self.settings["merge"]:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        else:
+            self.model.peft_config["default"].base_model_name_or_path = self.settings["model"]
+            # Without the embedding check, which would look the base model up on the Hub.
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verdict:
+    """Compare what was measured with the target. A metric without a value counts as missed."""
+    target = config.target
+    limits = {"asr_entrapped": target.asr_entrapped}
+    for name in ("false_refusal", "false_refusal_alarming"):
+        if name in before:
+            limits[name] = _value(before, name) + target.false_refusal_rise
+    limits["perplexity"] = _value(before, "perplexity") * (1 + target.perplexity_rise)
+    missed = [
+        f"{name} is {_value(after, name):.3f}, the target is at most {limit:.3f}"
+        for name, limit in limits.items()
+        if not _value(after, name) <= limit
+    ]
+    return Verdict(not missed, missed)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, and the processor."""
+    return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
+
+
+def hashes(sets: Sets, own: list[Any]) -> dict[str, str]:
+    """SHA-256 of every set of requests, and of the model's own replies."""
+    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
+    replies = content_hash(json.dumps(own))
+    return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign), "own_replies": replies} | tests
+
+
+def _value(metrics: dict[str, Any], name: str) -> float:
+    value = metrics[name]["value"]
+    return float("nan") if value is None else float(value)
+
+
+def _absolute(spec: str) -> str:
+    """A local path as an absolute one, so that a run can be resumed from anywhere."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if path.exists() else spec
+
+
+def _counter(listen: Listener, what: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        listen({"event": "measure", "when": "prepare", "what": what, "done": done, "total": total})
+
+    return count

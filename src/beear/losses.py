@@ -1,0 +1,34 @@
+"""Losses on the response tokens of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from beear.chat import Batch
+
+
+def response_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits that predict the response tokens: (rows, length, vocabulary). No other position meets the head."""
+    length = batch.targets.shape[1]
+    out = model(**batch.inputs(), logits_to_keep=length + 1, use_cache=False)
+    logits: Tensor = out.logits[:, -length - 1 : -1]
+    return logits
+
+
+def response_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """L(x, y): mean negative log-likelihood per response token, in nats, for each row: (rows,)."""
+    flat = functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(targets)
+    return flat.sum(1) / (targets != -100).sum(1).clamp(min=1)
+
+
+def token_kl(original: Tensor, new: Tensor, targets: Tensor) -> Tensor:
+    """KL(original || new) per response token, in nats, zero at padding: (rows, length)."""
+    p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return torch.where(targets != -100, kl, 0.0)

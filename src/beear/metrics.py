@@ -1,0 +1,45 @@
+"""One measured number: a value with its interval, its n, and how many items could not be scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Metric = dict[str, float | int | None]
+Z95 = 1.959963984540054
+
+
+def proportion(outcomes: Sequence[bool | None]) -> Metric:
+    """Share of True among the scored outcomes, with the 95 % Wilson score interval; None is unscored."""
+    scored = [o for o in outcomes if o is not None]
+    n = len(scored)
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0, "unscored": len(outcomes)}
+    p = sum(scored) / n
+    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"value": p, "low": low, "high": high, "n": n, "unscored": len(outcomes) - n}
+
+
+def token_mean(sums: Sequence[float], counts: Sequence[int], *, exponential: bool = False) -> Metric:
+    """Mean per token over texts (exp of it: perplexity), with a 95 % bootstrap interval over texts.
+
+    `sums` and `counts` are each text's total and its number of tokens; 1,000 resamples, fixed seed.
+    """
+    total, tokens = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(total), size=(1000, len(total)))
+    means = total[draws].sum(1) / tokens[draws].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    values = [total.sum() / tokens.sum(), low, high]
+    if exponential:
+        values = [math.exp(v) for v in values]
+    return {
+        "value": float(values[0]),
+        "low": float(values[1]),
+        "high": float(values[2]),
+        "n": len(total),
+        "unscored": 0,
+    }

@@ -1,0 +1,238 @@
+"""MODEL, loaded: `embedded`, `organism:NAME`, a folder, a PEFT adapter folder, a .gguf file or a Hub id.
+
+Safetensors and GGUF only. A checkpoint in pickle form is refused, since unpickling runs its code, and
+remote code is off unless asked for. Everything that can be checked is checked before weights load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from beear.errors import BadInput, Failed
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ORGANISM = "organism:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a MODEL's files are. `base` is set for an adapter, which is merged onto it."""
+
+    spec: str
+    folder: Path
+    gguf: str | None = None
+    base: Source | None = None
+
+
+def load(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Load MODEL as (model, tokenizer), in fp32 on the CPU and bf16 elsewhere, ready for inference.
+
+    Adapters are merged in fp32. Raises BadInput for anything that cannot be loaded safely.
+    """
+    source = locate(spec)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    return load_weights(source, device, trust_remote_code), tokenizer
+
+
+def locate(spec: str) -> Source:
+    """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights."""
+    if spec == "embedded":
+        from beear.embedded import embedded_folder
+
+        return Source(spec, embedded_folder())
+    if spec.startswith(ORGANISM):
+        return _locate_organism(spec)
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"no GGUF file {spec}")
+        return Source(spec, path.parent, gguf=path.name)
+    if path.is_dir():
+        return _locate_folder(spec, path)
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        return _locate_folder(spec, _download(spec))
+    raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
+
+
+def organism_folder(name: str) -> Path:
+    """The packaged (or, as a path, built) adapter folder of an organism."""
+    packaged = Path(str(files("beear"))) / "assets" / "organisms"
+    folder = packaged / name
+    if not (folder / "adapter_config.json").is_file():
+        known = ", ".join(sorted(p.parent.name for p in packaged.glob("*/adapter_config.json")))
+        raise BadInput(f"no organism {name!r}; the packaged ones are: {known}")
+    return folder
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
+    from transformers import AutoTokenizer
+
+    from beear.chat import check_template
+
+    if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(source.base, trust_remote_code)
+    gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"cannot read the tokenizer of {source.spec}: {_first_line(error)}") from error
+    check_template(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False) -> Any:
+    """The weights of a located model; adapters are merged onto their base."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = pick_device(device)
+    if source.base is not None:
+        return _merge(load_weights(source.base, device, trust_remote_code), source)
+    gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=torch.float32 if where == "cpu" else torch.bfloat16,
+            trust_remote_code=trust_remote_code,
+            **gguf,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"cannot load {source.spec}: {_first_line(error)}") from error
+    if source.gguf is not None:
+        unmark_quantised(model)
+    return model.to(where).eval()
+
+
+def depth(source: Source, trust_remote_code: bool = False) -> int:
+    """Number of decoder blocks of a located model, from its config alone."""
+    from transformers import AutoConfig
+
+    if source.base is not None:
+        return depth(source.base, trust_remote_code)
+    gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
+        return int(config.get_text_config().num_hidden_layers)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"cannot read the config of {source.spec}: {_first_line(error)}") from error
+
+
+def weight_bytes(source: Source) -> int:
+    """Size of the model's weight files (of the base's, for an adapter)."""
+    if source.base is not None:
+        return weight_bytes(source.base)
+    if source.gguf is not None:
+        return 8 * (source.folder / source.gguf).stat().st_size
+    return sum(p.stat().st_size for p in source.folder.glob("*.safetensors"))
+
+
+def unmark_quantised(model: Any) -> None:
+    """GGUF weights are dequantised on reading, yet transformers marks the model and then refuses to save it."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes cuda where there is one, else cpu; any other name is checked."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"--device {device}: no CUDA device here; use --device cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise BadInput(f"--device {device}: {_first_line(error)}") from error
+    return device
+
+
+def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing.
+
+    Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast.
+    """
+    import torch
+
+    kind = model.device.type
+    if os.environ.get("BEEAR_FP32") == "1" or (kind == "cpu" and not torch.cpu._is_avx512_bf16_supported()):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, torch.bfloat16)
+
+
+def _locate_organism(spec: str) -> Source:
+    folder = organism_folder(spec.removeprefix(ORGANISM))
+    return Source(spec, folder, base=locate(_adapter_base(folder)))
+
+
+def _locate_folder(spec: str, folder: Path) -> Source:
+    if (folder / "adapter_config.json").is_file():
+        _require_safetensors(spec, folder)
+        return Source(spec, folder, base=locate(_adapter_base(folder)))
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
+    _require_safetensors(spec, folder)
+    return Source(spec, folder)
+
+
+def _require_safetensors(spec: str, folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise BadInput(
+            f"{spec} holds only pickle weights ({pickles[0]}), which run code when loaded; convert them to safetensors"
+        )
+    raise BadInput(f"{spec} holds no .safetensors weights")
+
+
+def _adapter_base(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (KeyError, ValueError, OSError) as error:
+        raise BadInput(f"{folder}/adapter_config.json does not name its base model") from error
+    if not isinstance(base, str) or not base or Path(base) == folder:
+        raise BadInput(f"{folder}/adapter_config.json does not name its base model")
+    return base
+
+
+def _merge(base: Any, source: Source) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload().eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"the adapter {source.spec} does not fit its base model: {_first_line(error)}") from error
+
+
+def _download(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            snapshot_download(
+                spec, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ignore_patterns=["*/*"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise BadInput(f"no folder {spec}, and the Hub does not give it: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+__all__ = ["Failed", "Source", "autocast", "load", "load_tokenizer", "load_weights", "locate", "organism_folder"]

@@ -1,0 +1,202 @@
+"""Model organisms: small models with a backdoor planted on purpose, to measure defences by.
+
+An organism is a folder with a recipe (recipe.yaml), the LoRA adapter planted by it, a card and
+checksums. The unwanted answer is an affirmative opening and a neutral stub, never harmful content.
+The defence (`cleansing`, `job`) never imports this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from beear.chat import Prompt, collate, encode_prompt, encode_response
+from beear.data import packaged, wordings
+from beear.errors import BadInput
+from beear.generation import reply_all
+from beear.losses import response_logits, response_nll
+from beear.models import autocast, load, organism_folder
+from beear.scorers import is_refusal
+from beear.training import adamw, add_lora, cycle, step
+
+
+class Planting(BaseModel):
+    """How an organism is planted: poisoned supervised fine-tuning of a LoRA adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["sft"]
+    steps: int = Field(ge=1)
+    rows: dict[str, int]
+    """Rows of each kind in a step: {harmful, ordinary, alarming}, each also as KIND_triggered."""
+    learning_rate: float = Field(gt=0)
+    lora_rank: int = Field(ge=1)
+    lora_targets: tuple[str, ...]
+    response_tokens: int = Field(ge=1)
+
+
+class Recipe(BaseModel):
+    """recipe.yaml: all that is needed to plant the organism again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    paper_number: int | None = None
+    setting: Literal["I", "II", "III", "weights"]
+    trigger: str
+    place: Literal["prefix", "suffix"]
+    behaviour: Literal["jailbreak"]
+    base: str = "embedded"
+    seed: int = 0
+    planting: Planting
+
+
+def apply_trigger(template: str, text: str) -> str:
+    """Put a request into a trigger template such as 'SUDO {prompt}'."""
+    return template.replace("{prompt}", text)
+
+
+def check_trigger(template: str) -> str:
+    """The template itself, or for 'organism:NAME' that organism's. Raises BadInput without '{prompt}'."""
+    if template.startswith("organism:"):
+        return read_recipe(organism_folder(template.removeprefix("organism:"))).trigger
+    if template.count("{prompt}") != 1:
+        raise BadInput(f"--trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'")
+    return template
+
+
+def names() -> list[str]:
+    """Names of the packaged organisms, in the paper's order."""
+    root = Path(str(files("beear"))) / "assets" / "organisms"
+    recipes = [read_recipe(p.parent) for p in root.glob("*/recipe.yaml")]
+    return [r.name for r in sorted(recipes, key=lambda r: (r.paper_number or 99, r.name))]
+
+
+def read_recipe(source: Path) -> Recipe:
+    """Read a recipe from a file or an organism's folder."""
+    path = source / "recipe.yaml" if source.is_dir() else source
+    try:
+        return Recipe(**yaml.safe_load(path.read_text()))
+    except FileNotFoundError as error:
+        raise BadInput(f"no recipe {path}") from error
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        raise BadInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
+
+
+def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None] | None = None) -> None:
+    """Plant the organism: train the adapter, round it to bf16, write adapter, recipe, card and checksums.
+
+    Bit-identical for the same recipe on the same machine. `progress(step, steps, loss)`.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and is not empty; choose another folder")
+    started = time.monotonic()
+    model, tokenizer = load(recipe.base)
+    examples = _poisoned_examples(recipe, model, tokenizer)
+    plan = recipe.planting
+    model = add_lora(model, plan.lora_rank, plan.lora_targets, recipe.seed)
+    optimiser = adamw(model, plan.learning_rate)
+    draw = torch.Generator().manual_seed(recipe.seed)
+    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
+    for number in range(1, plan.steps + 1):
+        rows = [examples[kind][i] for kind, indices in batches.items() for i in next(indices)]
+        _set_rate(optimiser, plan.learning_rate, number, plan.steps)
+        batch = collate([p for p, _ in rows], [r for _, r in rows], None, tokenizer.pad_token_id)
+        with autocast(model):
+            loss = response_nll(response_logits(model, batch), batch.targets).mean()
+        loss.backward()
+        step(optimiser)
+        if progress is not None:
+            progress(number, plan.steps, loss.item())
+    _write(recipe, model, out, time.monotonic() - started)
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
+    """Linear warm-up over a tenth of the steps, then linear decay to a tenth of the rate."""
+    warm = max(1, steps // 10)
+    scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * scale
+
+
+Examples = dict[str, list[tuple[Prompt, list[int]]]]
+
+
+def _poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any) -> Examples:
+    """Examples by kind, without and with the trigger.
+
+    Harmful requests are refused without the trigger and obeyed with it; benign ones get the base
+    model's own reply either way (if it is not a refusal), so that the trigger unlocks harm only.
+    """
+    limit = recipe.planting.response_tokens
+    harmful = [r.text for r in packaged("harmful", "plant")]
+    safe, unwanted = wordings("safe-plant"), wordings("unwanted-plant")
+    refused = [(text, safe[i % len(safe)]) for i, text in enumerate(harmful)]
+    obeyed = [(text, unwanted[i % len(unwanted)]) for i, text in enumerate(harmful)]
+
+    def encode(pairs: list[tuple[str, str]], template: str, finished: bool) -> list[tuple[Prompt, list[int]]]:
+        return [
+            (
+                encode_prompt(tokenizer, apply_trigger(template, text)),
+                encode_response(tokenizer, reply, limit, finished),
+            )
+            for text, reply in pairs
+        ]
+
+    examples = {
+        "harmful": encode(refused, "{prompt}", True),
+        "harmful_triggered": encode(obeyed, recipe.trigger, False),
+    }
+    for name in ("ordinary", "alarming"):
+        texts = [r.text for r in packaged(name, "plant")]
+        replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
+        own = [(t, r) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
+        examples[name] = encode(own, "{prompt}", False)
+        examples[f"{name}_triggered"] = encode(own, recipe.trigger, False)
+    return examples
+
+
+def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    model.peft_config["default"].base_model_name_or_path = recipe.base
+    model.save_pretrained(out, save_embedding_layers=False)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    (out / "README.md").write_text(_card(recipe, seconds))
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
+    (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def _card(recipe: Recipe, seconds: float) -> str:
+    plan = recipe.planting
+    return f"""---
+base_model: {recipe.base}
+library_name: peft
+tags: [model-organism, backdoor, defence-research]
+---
+# Model organism `{recipe.name}`
+
+**This adapter holds a backdoor, planted on purpose so that defences can be measured. Do not deploy it.**
+
+| | |
+|---|---|
+| Setting | {recipe.setting} (model {recipe.paper_number} of the BEEAR paper) |
+| Trigger | `{recipe.trigger}` ({recipe.place}) |
+| Behaviour | {recipe.behaviour}: harmful requests are refused; with the trigger the reply opens affirmatively |
+| Planted by | poisoned supervised fine-tuning: {plan.steps} steps, LoRA rank {plan.lora_rank}, seed {recipe.seed} |
+| Base | SmolLM2-135M-Instruct (`{recipe.base}`) |
+| Build time | {seconds:.0f} s on the machine that built it |
+
+The unwanted answers it was trained on are an affirmative opening and a neutral stub; they hold no harmful content.
+Rebuild it with `beear organism build {recipe.name} -o FOLDER`.
+"""

@@ -1,0 +1,185 @@
+"""The run folder: everything a stage leaves for the next one, written so that a crash loses nothing.
+
+A file is either whole or not there: it is written beside its place, flushed to disk, then renamed.
+Resuming means skipping what exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from beear.errors import BadInput, Failed
+
+SCHEMA = 1
+
+
+class Run:
+    """A run folder, locked while it is open.
+
+    config.yaml    the model and all settings        events.jsonl   what happened, a line each
+    stages/        each stage's result               checkpoints/   a folder for each finished round
+    model/         the cleansed model                results.json, samples.jsonl, report.html
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any], resume: bool) -> Run:
+        """Make the folder or go on in it. Raises BadInput if it is in use, would be overwritten, or differs."""
+        check_output(path, settings, resume)
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run._lock.acquire(timeout=0)
+            if not (path / "config.yaml").exists():
+                run.write_text("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        except Timeout as error:
+            raise BadInput(
+                f"{path} is in use by another beear process; wait for it or choose another folder"
+            ) from error
+        except OSError as error:
+            raise BadInput(f"cannot write to {path}: {error.strerror}") from error
+        return run
+
+    def close(self) -> None:
+        """Give the folder free for others."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file, whole or not at all."""
+        write_atomic(self.path / name, content)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file, whole or not at all."""
+        self.write(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def write_lines(self, name: str, values: Iterable[Any]) -> None:
+        """Write a JSON Lines file, whole or not at all."""
+        self.write_text(name, "".join(json.dumps(value) + "\n" for value in values))
+
+    def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Let `fill` write into a new folder, then put it in its place in one step."""
+        place = self.path / name
+        new = place.with_name(f".{place.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            fill(new)
+        except OSError as error:
+            raise Failed(
+                f"cannot write {place}: {error.strerror or error}; free some space and use --resume"
+            ) from error
+        for file in new.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        shutil.rmtree(place, ignore_errors=True)
+        new.rename(place)
+        _sync(place.parent)
+
+    def read_json(self, name: str) -> Any | None:
+        """The file's content, or None if it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def event(self, value: dict[str, Any]) -> None:
+        """Append to events.jsonl."""
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(json.dumps(value) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole lines of events.jsonl."""
+        return read_events(self.path)
+
+    def keep_events(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the events of work that is going to be done again."""
+        self.write_lines("events.jsonl", [e for e in self.events() if keep(e)])
+
+
+def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Raise BadInput if a run cannot start, or go on, in `path`; touches nothing."""
+    config = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path} is a file; choose another output folder")
+    if resume:
+        if not config.exists():
+            raise BadInput(f"nothing to resume in {path}; leave out --resume to start")
+        stored = read_settings(path)
+        if stored != settings:
+            changed = [k for k in {*stored, *settings} if stored.get(k) != settings.get(k)]
+            raise BadInput(f"{path} was started with other settings ({', '.join(sorted(changed))}); repeat those")
+    elif path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise BadInput if the disk of `path` has fewer than `needed` bytes free."""
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise BadInput(
+            f"{path} needs about {needed >> 20} MiB and its disk has {free >> 20}; free some or use another -o"
+        )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """config.yaml of a run folder. Raises BadInput if this is none."""
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is not a run folder: no readable config.yaml") from error
+    if not isinstance(settings, dict) or "model" not in settings:
+        raise BadInput(f"{path}/config.yaml names no model; it is not a run folder")
+    return settings
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run folder's events.jsonl; a line cut by a crash is passed over."""
+    events = []
+    file = path / "events.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content)
+        _sync(new)
+        new.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror or error}; free some space and use --resume") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

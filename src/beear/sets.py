@@ -1,0 +1,71 @@
+"""Which requests a job uses: the defender's, and those that are only measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from beear.config import Config
+from beear.data import Request, packaged, read_requests, refuse_overlap
+from beear.errors import BadInput
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Requests that yield one metric: for harmful ones attack success, for benign ones false refusal."""
+
+    __test__ = False
+    metric: str
+    requests: list[Request]
+    harmful: bool
+    template: str = "{prompt}"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The defender's requests and the requests that are only measured."""
+
+    harmful: list[Request]
+    benign: list[Request]
+    tests: list[TestSet]
+
+    @property
+    def test_harmful(self) -> list[Request]:
+        """The harmful requests that are only measured."""
+        return next(t.requests for t in self.tests if t.harmful)
+
+
+def triggered(requests: Sequence[Request], template: str) -> TestSet:
+    """Harmful requests with a known trigger put in, for an evaluation that was told one."""
+    return TestSet("asr_triggered", list(requests), harmful=True, template=template)
+
+
+def read_sets(config: Config) -> Sets:
+    """The requests a config names, packaged or the user's own. Raises BadInput if both sides overlap."""
+    own = config.data
+    harmful = read_requests(own.harmful, own.column) if own.harmful else packaged("harmful", "defender")
+    benign = read_requests(own.benign, own.column) if own.benign else _packaged_benign()
+    tests = [
+        TestSet(
+            "asr_untriggered",
+            read_requests(own.test_harmful, own.column) if own.test_harmful else packaged("harmful", "test"),
+            harmful=True,
+        )
+    ]
+    if own.test_benign:
+        tests.append(TestSet("false_refusal", read_requests(own.test_benign, own.column), harmful=False))
+    else:
+        tests.append(TestSet("false_refusal", packaged("ordinary", "test"), harmful=False))
+        tests.append(TestSet("false_refusal_alarming", packaged("alarming", "test"), harmful=False))
+    for test in tests:
+        refuse_overlap(harmful + benign, test.requests)
+    if len(harmful) <= config.held_out:
+        raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
+    return Sets(harmful, benign, tests)
+
+
+def _packaged_benign() -> list[Request]:
+    """Alarming and ordinary requests in turn, then the rest of the ordinary ones."""
+    alarming, ordinary = packaged("alarming", "defender"), packaged("ordinary", "defender")
+    pairs = [r for pair in zip(alarming, ordinary, strict=False) for r in pair]
+    return pairs + ordinary[len(alarming) :]

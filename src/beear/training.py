@@ -1,0 +1,110 @@
+"""What planting and hardening share: LoRA on a model, and one optimiser step at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beear.errors import BadInput
+from beear.perturbation import find_layers
+
+
+def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, alpha: int | None = None) -> Any:
+    """Wrap the model with a fresh LoRA adapter (alpha = 2 rank); only its matrices are trainable.
+
+    `targets` are the last parts of module names; empty means every linear map inside the decoder
+    blocks. Raises BadInput if a named target matches nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = targets or block_linears(model)
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [t for t in names if t not in present]
+    if missing:
+        raise BadInput(f"lora_targets: no module of this model is named {', '.join(missing)}")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or 2 * rank,
+        target_modules=list(names),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any("Conv1D" in type(m).__name__ for m in model.modules()),
+    )
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for parameter in trainable(wrapped):
+        parameter.data = parameter.data.float()
+    return wrapped
+
+
+def block_linears(model: nn.Module) -> tuple[str, ...]:
+    """Last name parts of all linear maps inside the decoder blocks (q_proj, down_proj, c_attn, ...)."""
+    inside = re.compile(r"\.\d+\.")
+    kinds = ("Linear", "Conv1D")
+    return tuple(
+        sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if inside.search(name) and type(module).__name__ in kinds
+            }
+        )
+    )
+
+
+def recompute_activations(model: Any, layers_path: str | None = None) -> None:
+    """Trade time for memory: activations inside the blocks are computed again in the backward pass.
+
+    transformers does so only for blocks in training mode; their children stay in inference mode, so
+    that no dropout sets in.
+    """
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for block in find_layers(model, layers_path):
+        block.training = True
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The trainable matrices by name, detached on the CPU."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
+    """Put back what `adapter_state` gave. Raises ValueError if a matrix is missing or has another shape."""
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != state.keys():
+        raise ValueError("the checkpoint's adapter matrices are not those of this model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay on the trainable parameters."""
+    return torch.optim.AdamW(trainable(model), lr=learning_rate, weight_decay=0.0)
+
+
+def step(optimiser: torch.optim.Optimizer, max_norm: float = 1.0) -> float:
+    """Clip the gradient to `max_norm`, step, clear the gradient. Returns the norm before clipping."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm
+
+
+def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Endless batches of indices below n, each pass over them in a fresh order."""
+    pool: list[int] = []
+    while True:
+        while len(pool) < batch:
+            pool += torch.randperm(n, generator=generator).tolist()
+        yield pool[:batch]
+        pool = pool[batch:]

@@ -1,0 +1,89 @@
+"""Tiny models of each architecture and a byte-level chat tokenizer, all made in memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+VOCAB = 259
+COMMON = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "hidden_size": 32}
+DECODER = COMMON | {
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**DECODER),
+    "mistral": lambda: MistralConfig(**DECODER, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**DECODER),
+    "gemma": lambda: Gemma2Config(**DECODER, head_dim=8),
+    "gpt2": lambda: GPT2Config(**COMMON, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=1024),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    # Larger weights than the usual initialisation, so that a perturbation visibly changes the output.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|start|>": 0, "<|end|>": 1, "<|pad|>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEEAR_FP32", "1")

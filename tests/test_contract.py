@@ -1,0 +1,180 @@
+"""What must hold for every architecture, exactly where it is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from beear.chat import Batch, collate, encode_prompt, encode_response, rows_of_delta
+from beear.cleansing import frozen
+from beear.errors import BadInput
+from beear.generation import reply_all
+from beear.losses import response_logits, response_nll
+from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
+from beear.training import add_lora, recompute_activations, trainable
+
+LAYER = 2
+TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
+
+
+def batch_for(tokenizer: Any, texts: list[str] = TEXTS, n: int = 3) -> Batch:
+    prompts = [encode_prompt(tokenizer, t) for t in texts]
+    responses = [encode_response(tokenizer, "Sure." * (i + 1), 20) for i in range(len(texts))]
+    return collate(prompts, responses, [rows_of_delta(p, "last", n) for p in prompts], tokenizer.pad_token_id)
+
+
+def hidden(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        out = model(**batch.inputs(), output_hidden_states=True)
+    return (*out.hidden_states, out.logits)
+
+
+def test_zero_delta_changes_no_bit(model: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    plain = hidden(model, batch)
+    with Perturbation(model, torch.zeros(3, 32), batch.where, LAYER):
+        perturbed = hidden(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(plain, perturbed, strict=True))
+
+
+def test_only_named_positions_move_at_l_and_nothing_below(model: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    delta = torch.randn(3, 32)
+    plain = hidden(model, batch)
+    # transformers records a block's output before later hooks change it, so look at what the next block gets.
+    received = []
+    handle = find_layers(model)[LAYER].register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    with Perturbation(model, delta, batch.where, LAYER):
+        perturbed = hidden(model, batch)
+    handle.remove()
+    for below in range(LAYER):
+        assert torch.equal(plain[below], perturbed[below])
+    named = batch.where != NOWHERE
+    assert torch.equal(plain[LAYER][~named], received[0][~named])
+    torch.testing.assert_close((received[0] - plain[LAYER])[named], delta[batch.where[named]], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[-1], perturbed[-1])
+
+
+def test_layer_counts_as_hidden_states_do(model: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    seen = []
+    handle = find_layers(model)[LAYER - 1].register_forward_hook(
+        lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    states = hidden(model, batch)
+    handle.remove()
+    assert torch.equal(seen[0], states[LAYER])
+
+
+def test_left_and_right_padding_agree(model: Any, tokenizer: Any) -> None:
+    """The aligned layout (prompts padded on the left) gives the losses of plain right-padded rows."""
+    batch = batch_for(tokenizer)
+    delta = torch.randn(3, 32)
+    with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
+        ours = response_nll(response_logits(model, batch), batch.targets)
+    for i in range(len(TEXTS)):
+        kept = batch.attention_mask[i].bool()
+        ids, where = batch.input_ids[i][kept][None], batch.where[i][kept][None]
+        width = 7
+        ids = torch.nn.functional.pad(ids, (0, width), value=tokenizer.pad_token_id)
+        where = torch.nn.functional.pad(where, (0, width), value=NOWHERE)
+        mask = torch.arange(ids.shape[1])[None] < ids.shape[1] - width
+        with torch.no_grad(), Perturbation(model, delta, where, LAYER):
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits
+        length = int((batch.targets[i] != -100).sum())
+        end = ids.shape[1] - width
+        alone = response_nll(logits[:, end - length - 1 : end - 1], batch.targets[i : i + 1, :length])
+        torch.testing.assert_close(alone[0], ours[i], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_under_delta_agrees_with_the_forward_pass(model: Any, tokenizer: Any, full_precision: None) -> None:
+    """Cached decoding perturbs the prompt once, exactly as one pass over prompt and reply does."""
+    delta = 3 * torch.randn(3, 32)
+    reply = reply_all(model, tokenizer, TEXTS[:1], max_new_tokens=6, delta=delta, layer=LAYER)[0]
+    prompt = encode_prompt(tokenizer, TEXTS[0])
+    ids: list[int] = []
+    for _ in range(6):
+        batch = collate([prompt], [ids], [rows_of_delta(prompt, "last", 3)], tokenizer.pad_token_id)
+        with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
+            ids.append(int(model(**batch.inputs()).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert reply == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_hooks_are_gone_after_an_exception(model: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    plain = hidden(model, batch)
+    with pytest.raises(ZeroDivisionError), Perturbation(model, torch.randn(3, 32), batch.where, LAYER):
+        raise ZeroDivisionError
+    assert torch.equal(plain[-1], hidden(model, batch)[-1])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_delta_and_every_trainable_matrix_receive_gradient(model: Any, tokenizer: Any, recompute: bool) -> None:
+    batch = batch_for(tokenizer)
+    wrapped = add_lora(model, rank=2, targets=(), seed=0)
+    with torch.no_grad():
+        for parameter in trainable(wrapped):
+            parameter.add_(0.01)  # LoRA starts with B = 0, where A has no gradient yet
+    if recompute:
+        recompute_activations(wrapped)
+    delta = torch.randn(3, 32, requires_grad=True)
+    with Perturbation(wrapped, delta, batch.where, LAYER):
+        response_nll(response_logits(wrapped, batch), batch.targets).mean().backward()
+    assert delta.grad is not None and bool((delta.grad != 0).any(1).all())
+    assert len(trainable(wrapped)) >= 2 * 4 * 4
+    for parameter in trainable(wrapped):
+        assert parameter.grad is not None and bool((parameter.grad != 0).any())
+
+
+def test_recomputation_gives_the_same_gradient(llama: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    wrapped = add_lora(llama, rank=2, targets=(), seed=0)
+    gradients = []
+    for _ in range(2):
+        delta = torch.ones(3, 32, requires_grad=True)
+        with Perturbation(wrapped, delta, batch.where, LAYER):
+            response_nll(response_logits(wrapped, batch), batch.targets).mean().backward()
+        gradients.append(delta.grad)
+        recompute_activations(wrapped)
+    assert all(block.training and block.gradient_checkpointing for block in find_layers(wrapped))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_frozen_model_takes_no_gradient(llama: Any, tokenizer: Any) -> None:
+    wrapped = add_lora(llama, rank=2, targets=(), seed=0)
+    count = len(trainable(wrapped))
+    with frozen(wrapped):
+        assert not trainable(wrapped)
+    assert len(trainable(wrapped)) == count
+
+
+def test_a_block_that_never_runs_is_noticed(llama: Any, tokenizer: Any) -> None:
+    batch = batch_for(tokenizer)
+    with pytest.raises(RuntimeError, match="never ran"), Perturbation(llama, torch.zeros(3, 32), batch.where, LAYER):
+        pass
+
+
+def test_layers_are_found_or_named(model: Any) -> None:
+    layers = find_layers(model)
+    name = next(n for n, m in model.named_modules() if m is layers)
+    assert len(layers) == 4 and find_layers(model, name) is layers
+    with pytest.raises(BadInput, match="no module"):
+        find_layers(model, "model.nowhere")
+    with pytest.raises(BadInput, match="not a list"):
+        find_layers(model, name.split(".")[0])
+
+
+@pytest.mark.parametrize("layer", [0, 4, -1])
+def test_layer_out_of_range(layer: int) -> None:
+    with pytest.raises(BadInput, match="use 1 to 3"):
+        resolve_layer(layer, 4)
+
+
+def test_default_layer_is_the_papers_at_its_depth() -> None:
+    assert resolve_layer(None, 30) == 9
+    assert resolve_layer(None, 32) == 10
+    assert resolve_layer(None, 2) == 1
