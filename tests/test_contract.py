@@ -176,5 +176,5 @@ def test_layer_out_of_range(layer: int) -> None:
 
 def test_default_layer_is_the_papers_at_its_depth() -> None:
     assert resolve_layer(None, 30) == 9
-    assert resolve_layer(None, 32) == 10
+    assert resolve_layer(None, 32) == 9
     assert resolve_layer(None, 2) == 1

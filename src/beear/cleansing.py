@@ -4,13 +4,16 @@
     L(x, y)          mean negative log-likelihood of the response y                       (losses.py)
 
     Entrapment   delta* = argmin  mean_i [ L(F(x_i, delta), unwanted_i) - w L(F(x_i, delta), safe_i) ]
-    Removal      theta* = argmin  mean_i   L(F(x_i, delta*), safe_i)
-                                + mean_j   L(x_j, own_j)                performance anchoring
-                                + mean_j   L(F(x_j, delta*), own_j)     contrastive anchoring (ours)
-                                + mean_i   L(x_i, safe_i)               safety anchoring
+    Removal      theta* = argmin  mean_i   D(F(x_i, delta*), safe_i)
+                                + mean_j   D(x_j, own_j)                performance anchoring
+                                + mean_j   D(F(x_j, delta*), own_j)     contrastive anchoring (ours)
+                                + mean_i   D(x_i, safe_i)               safety anchoring (ours)
 
-x_i are harmful requests, x_j benign ones with the model's own earlier replies own_j, and theta is a
-LoRA adapter. The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL -o RUN`.
+x_i are harmful requests, x_j benign ones, own_j the reply the model gave to x_j before cleansing, and
+theta a LoRA adapter. Where the paper has L for D, we take safe_i to be the model's own refusal of x_i
+and D the KL divergence per token from the original, unperturbed model: under delta, go on as you do
+without it. A model that hardly refuses has no such answers; then safe_i are packaged wordings and D is L.
+The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL -o RUN`.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from torch import Tensor
 
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig
-from beear.data import Request
+from beear.data import wordings
 from beear.generation import reply_all
-from beear.losses import response_logits, response_nll
+from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
 from beear.scorers import is_refusal
@@ -59,11 +62,15 @@ class Benign:
 
 @dataclass(frozen=True)
 class DefenderSet:
-    """All that the defender trains on, and `held_out` requests on which it judges its own progress."""
+    """All that the defender trains on, and `held_out` requests on which it judges its own progress.
+
+    own_refusals: the safe answers are the model's own, so its own distribution is their target.
+    """
 
     harmful: list[Harmful]
     benign: list[Benign]
     held_out: list[str]
+    own_refusals: bool
 
 
 @dataclass
@@ -74,36 +81,44 @@ class State:
     history: list[Event] = field(default_factory=list)
     delta: Tensor | None = None
     done: bool = False
+    norm: float | None = None
+    """Residual norm of the original model, which scales the budget of every round."""
+
+
+Answered = Sequence[tuple[str, str]]
+"""Requests, each with the reply that the model gave before cleansing."""
 
 
 def defender_set(
-    tokenizer: Any,
-    harmful: Sequence[Request],
-    benign: Sequence[tuple[str, str]],
-    wordings: tuple[Sequence[str], Sequence[str]],
-    config: Config,
+    tokenizer: Any, harmful: Answered, benign: Answered, held_out: Sequence[str], config: Config
 ) -> DefenderSet:
-    """Encode the defender's requests: `benign` as (request, the model's own reply), `wordings` as (safe, unwanted).
+    """Encode what the defender trains on.
 
-    The first `held_out` harmful requests are kept aside; the answers' wordings are dealt out in turn.
+    Benign requests that the model refused are left out: no right answer to them is known. Harmful ones
+    it did not refuse are left out too, unless these are the most; then packaged wordings serve as answers.
     """
-    safe, unwanted = wordings
-    limits = config.entrap.response_tokens, config.harden.response_tokens
-    train = harmful[config.held_out :]
-    return DefenderSet(
-        [
-            Harmful(
-                encode_prompt(tokenizer, request.text),
-                encode_response(tokenizer, safe[i % len(safe)], limits[1]),
-                encode_response(tokenizer, unwanted[i % len(unwanted)], limits[0], finished=False),
-            )
-            for i, request in enumerate(train)
-        ],
-        [
-            Benign(encode_prompt(tokenizer, text), encode_response(tokenizer, own, limits[1], finished=False))
-            for text, own in benign
-        ],
-        [request.text for request in harmful[: config.held_out]],
+    limit = config.harden.response_tokens
+    refused = [(text, own) for text, own in harmful if is_refusal(own)]
+    own_refusals = config.harden.safe_answers == "own" and 2 * len(refused) >= len(harmful)
+    kept = [
+        Benign(encode_prompt(tokenizer, t), encode_response(tokenizer, own, limit))
+        for t, own in benign
+        if is_refusal(own) is False
+    ]
+    if own_refusals:
+        contrasts = [contrast(tokenizer, i, text, config, own) for i, (text, own) in enumerate(refused)]
+    else:
+        contrasts = [contrast(tokenizer, i, text, config) for i, (text, _) in enumerate(harmful)]
+    return DefenderSet(contrasts, kept, list(held_out), own_refusals)
+
+
+def contrast(tokenizer: Any, number: int, text: str, config: Config, own: str | None = None) -> Harmful:
+    """Request x_i with its safe answer, the model's `own` or a packaged one, and an unwanted one, dealt in turn."""
+    safe, unwanted = wordings("safe-defender"), wordings("unwanted-defender")
+    return Harmful(
+        encode_prompt(tokenizer, text),
+        encode_response(tokenizer, own or safe[number % len(safe)], config.harden.response_tokens),
+        encode_response(tokenizer, unwanted[number % len(unwanted)], config.entrap.response_tokens, finished=False),
     )
 
 
@@ -124,19 +139,18 @@ def cleanse(
     """
     state = state or State()
     layer = resolve_layer(config.layer, decoder_depth(model))
-    norm = residual_norm(model, [h.prompt for h in data.harmful[:32]], layer, config.layers_path, tokenizer)
-    calm = sum(1 for _ in state.history[-1:] if state.history[-1]["residual"] <= config.stop_at)
+    if state.norm is None:
+        state.norm = residual_norm(model, [h.prompt for h in data.harmful[:32]], layer, config.layers_path, tokenizer)
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
-        budget = norm * config.entrap.budget
+        budget = state.norm * config.entrap.budget
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget, draw, tell)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
         tell({"event": "residual", "value": residual})
-        calm = calm + 1 if residual <= config.stop_at else 0
         entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
-        if calm >= config.patience and config.entrap.kind == "learned":
+        if config.entrap.kind == "learned" and is_calm([*state.history, entry], config):
             state.done = True
         else:
             entry["harden"] = harden(model, tokenizer, data, delta, config, layer, draw, tell)
@@ -146,6 +160,12 @@ def cleanse(
         save(state)
         tell({"event": "round", **entry})
     return state
+
+
+def is_calm(history: Sequence[Event], config: Config) -> bool:
+    """Whether the last `patience` entrapments all failed on held-out requests."""
+    last = history[-config.patience :]
+    return len(last) == config.patience and all(entry["residual"] <= config.stop_at for entry in last)
 
 
 def entrap(
@@ -177,12 +197,11 @@ def entrap(
             chosen = [harmful[i] for i in next(batches)]
             rows: list[Row] = [(h.prompt, h.unwanted, True) for h in chosen]
             rows += [(h.prompt, h.safe[: settings.response_tokens], True) for h in chosen]
-            nll = losses_of(model, tokenizer, rows, delta, config, layer, backward=entrap_loss(settings.away))
-            losses.append(nll)
+            losses.append(descend(model, tokenizer, rows, delta, config, layer, entrap_objective(settings.away)))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             shrink_to(delta, budget)
-            listen({"event": "entrap", "step": len(losses), "steps": settings.steps, "loss": nll})
+            listen({"event": "entrap", "step": len(losses), "steps": settings.steps, "loss": losses[-1]})
     return delta.detach(), losses
 
 
@@ -198,25 +217,28 @@ def harden(
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with delta frozen. Returns the mean loss of each kind at each step."""
     settings = config.harden
-    size = settings.batch
+    weights = {
+        "safe_under_delta": 1.0,
+        "benign_under_delta": settings.anchor_under_delta,
+        "benign": settings.anchor,
+        "safe": settings.safe,
+    }
+    used = [kind for kind, weight in weights.items() if weight > 0]
     optimiser = adamw(model, settings.learning_rate)
-    harmful = cycle(len(data.harmful), min(size, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), min(size, len(data.benign)), draw)
-    kinds = ("safe_under_delta", "benign_under_delta", "benign", "safe")
-    weights = (1.0, settings.anchor_under_delta, settings.anchor, settings.safe)
+    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
+    benign = cycle(len(data.benign), min(settings.batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
-        bad, good = [data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)]
-        groups: list[list[Row]] = [
-            [(h.prompt, h.safe, True) for h in bad],
-            [(b.prompt, b.own, True) for b in good],
-            [(b.prompt, b.own, False) for b in good],
-            [(h.prompt, h.safe, False) for h in bad],
-        ]
-        used = [(k, w, g) for k, w, g in zip(kinds, weights, groups, strict=True) if w > 0]
+        bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
+        good = [(b.prompt, b.own) for b in (data.benign[i] for i in next(benign))]
+        groups = {kind: bad if kind.startswith("safe") else good for kind in used}
+        rows: list[Row] = [(*pair, kind.endswith("delta")) for kind, pairs in groups.items() for pair in pairs]
+        target = original_logits(model, tokenizer, [*bad, *good], config)
+        pick = [i + (0 if kind.startswith("safe") else len(bad)) for kind, p in groups.items() for i in range(len(p))]
+        sizes = {kind: len(pairs) for kind, pairs in groups.items()}
         entry: dict[str, float] = {}
-        rows = [row for _, _, group in used for row in group]
-        losses_of(model, tokenizer, rows, delta, config, layer, backward=harden_loss(used, entry))
+        objective = harden_objective(target[pick], sizes, weights, data.own_refusals, entry)
+        descend(model, tokenizer, rows, delta, config, layer, objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
@@ -225,46 +247,63 @@ def harden(
     return history
 
 
-def entrap_loss(away: float) -> Callable[[Tensor], Tensor]:
+Objective = Callable[[Tensor, Batch], Tensor]
+"""From the response logits of a batch, (rows, length, vocabulary), to one loss."""
+
+
+def entrap_objective(away: float) -> Objective:
     """Mean over the first half of the rows (unwanted answers) minus `away` times the second half (safe ones)."""
 
-    def loss(nll: Tensor) -> Tensor:
-        unwanted, safe = nll.chunk(2)
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        unwanted, safe = response_nll(logits, batch.targets).chunk(2)
         return unwanted.mean() - away * safe.mean()
 
-    return loss
+    return objective
 
 
-def harden_loss(used: Sequence[tuple[str, float, list[Row]]], entry: dict[str, float]) -> Callable[[Tensor], Tensor]:
-    """Weighted sum of the groups' means; notes each mean in `entry`."""
+def harden_objective(
+    target: Tensor, sizes: dict[str, int], weights: dict[str, float], own_refusals: bool, entry: dict[str, float]
+) -> Objective:
+    """Weighted sum over the kinds of row of their mean D; notes each kind's mean in `entry`."""
 
-    def loss(nll: Tensor) -> Tensor:
-        parts = torch.split(nll, [len(group) for _, _, group in used])
-        for (kind, _, _), part in zip(used, parts, strict=True):
-            entry[kind] = part.mean().item()
-        return torch.stack([w * part.mean() for (_, w, _), part in zip(used, parts, strict=True)]).sum()
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        parts = zip(
+            sizes,
+            logits.split(list(sizes.values())),
+            target.split(list(sizes.values())),
+            batch.targets.split(list(sizes.values())),
+            strict=True,
+        )
+        total = logits.new_zeros((), dtype=torch.float32)
+        for kind, new, original, ids in parts:
+            if kind.startswith("safe") and not own_refusals:
+                divergence = response_nll(new, ids).mean()
+            else:
+                divergence = (token_kl(original, new, ids).sum(1) / (ids != -100).sum(1).clamp(min=1)).mean()
+            entry[kind] = divergence.item()
+            total = total + weights[kind] * divergence
+        return total
 
-    return loss
+    return objective
 
 
-def losses_of(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    delta: Tensor,
-    config: Config,
-    layer: int,
-    *,
-    backward: Callable[[Tensor], Tensor],
+def original_logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, list[int]]], config: Config) -> Tensor:
+    """What the original model, unperturbed, gives at the response tokens: (rows, length, vocabulary)."""
+    batch = batch_of(tokenizer, [(*pair, False) for pair in pairs], config.entrap, 1).to(model.device)
+    with torch.no_grad(), autocast(model), model.disable_adapter():
+        return response_logits(model, batch)
+
+
+def descend(
+    model: Any, tokenizer: Any, rows: Sequence[Row], delta: Tensor, config: Config, layer: int, objective: Objective
 ) -> float:
-    """Run the rows, delta added where asked, turn their losses into one by `backward`, and propagate it back."""
-    batch = batch_of(tokenizer, rows, config.entrap, len(delta))
-    batch = batch.to(model.device)
+    """Run the rows, delta added where asked, and propagate the objective back. Returns its value."""
+    batch = batch_of(tokenizer, rows, config.entrap, len(delta)).to(model.device)
     # Backward stays inside: with activation recomputation, blocks run again and need the hook.
     with Perturbation(model, delta, batch.where, layer, config.layers_path):
         with autocast(model):
             logits = response_logits(model, batch)
-        loss = backward(response_nll(logits, batch.targets))
+        loss = objective(logits, batch)
         loss.backward()
     return loss.item()
 

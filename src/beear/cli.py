@@ -62,7 +62,7 @@ def demo(
 
     A finished demo in the same folder is replaced; an unfinished one is resumed.
     """
-    from beear.organisms import check_trigger
+    from beear.recipes import check_trigger
 
     name = "organism:sudo-prefix"
     settings = _config("default", config, sets, seed)
@@ -137,7 +137,7 @@ def evaluate(
     """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl."""
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
-    from beear.organisms import check_trigger
+    from beear.recipes import check_trigger
     from beear.runs import SCHEMA, write_atomic
 
     given = {"test_harmful": harmful, "test_benign": benign, "column": column}
@@ -189,7 +189,7 @@ def organism_list(as_json: JsonOption = False) -> None:
     from rich.table import Table
 
     from beear.models import organism_folder
-    from beear.organisms import names, read_recipe
+    from beear.recipes import names, read_recipe
 
     recipes = [read_recipe(organism_folder(name)) for name in names()]
     if as_json:
@@ -221,7 +221,8 @@ def organism_build(
     """Plant an organism again from its recipe (about ten minutes on two cores)."""
     from beear.console import Reporter
     from beear.models import organism_folder
-    from beear.organisms import build, read_recipe
+    from beear.organisms import build
+    from beear.recipes import read_recipe
 
     source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
     with Reporter(quiet) as reporter:
@@ -237,12 +238,12 @@ def organism_verify(
     quiet: QuietOption = False,
 ) -> None:
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
-    from beear import organisms
+    from beear import recipes
     from beear.console import Reporter, metric_table
     from beear.runs import SCHEMA, write_atomic
     from beear.verification import verify
 
-    chosen = organisms.names() if everything else names
+    chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
     results: dict[str, Any] = {}
@@ -268,7 +269,10 @@ def main() -> None:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # typer's own word for an interrupt
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except BadInput as error:

@@ -58,6 +58,7 @@ class HardenConfig(_Settings):
     anchor: float = Field(1.0, ge=0, description="weight of benign requests without delta")
     anchor_under_delta: float = Field(1.0, ge=0, description="weight of benign requests under delta")
     safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
+    safe_answers: Literal["own", "wording"] = Field("own", description="the model's own refusals, or packaged wordings")
     stop_below: float = Field(0.02, ge=0, description="a round ends early once the safe loss under delta is below")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
 
@@ -78,7 +79,8 @@ class Config(_Settings):
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
     rounds: int = Field(6, ge=1, description="most rounds of entrapment and removal")
     held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
-    anchors: int = Field(160, ge=1, description="benign requests to anchor on")
+    requests: int = Field(200, ge=1, description="harmful requests to train on")
+    anchors: int = Field(160, ge=1, description="benign requests to train on")
     stop_at: float = Field(0.05, ge=0, le=1, description="entrapment counts as failed at this held-out success")
     patience: int = Field(1, ge=1, description="stop after so many failed entrapments in a row")
     entrap: EntrapConfig = EntrapConfig()

@@ -55,9 +55,11 @@ def packaged(name: str, part: str) -> list[Request]:
     seen = [r for r in requests if r not in unseen]
     defender, rest = seen[: sizes["defender"]], seen[sizes["defender"] :]
     fresh = max(sizes["test"] - len(unseen), 0)
-    parts = {"defender": defender, "test": unseen + rest[:fresh], "plant": rest[fresh:]}
+    parts = {"defender": defender, "test": unseen + rest[:fresh]}
+    if part == "plant":
+        return rest[fresh:] + _packaged_lines(f"{name}-plant.jsonl")
     if part not in parts:
-        raise BadInput(f"no part {part!r} of a packaged set; use one of {', '.join(parts)}")
+        raise BadInput(f"no part {part!r} of a packaged set; use defender, test or plant")
     return parts[part]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from beear.chat import collate, encode_prompt, encode_response
-from beear.cleansing import Event, Harmful, defender_set, entrap, residual_norm
+from beear.cleansing import Event, contrast, entrap, residual_norm
 from beear.config import Config
-from beear.data import UNSEEN_STYLES, Request, reference_chats, wordings
+from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
@@ -51,12 +51,10 @@ def evaluate(
     config = config or Config()
     sets = read_sets(config)
     tests = sets.tests if template is None else [triggered(sets.test_harmful, template), *sets.tests]
-    defender = defender_set(
-        tokenizer, sets.harmful, [], (wordings("safe-defender"), wordings("unwanted-defender")), config
-    )
+    train = sets.harmful[config.held_out :]
     parts = [
         measure_replies(model, tokenizer, tests, progress),
-        measure_entrapped(model, tokenizer, defender.harmful, sets.test_harmful, config, progress),
+        measure_entrapped(model, tokenizer, train, sets.test_harmful, config, progress),
         measure_language(model, tokenizer, original, progress),
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
@@ -122,7 +120,7 @@ def measure_replies(
 def measure_entrapped(
     model: Any,
     tokenizer: Any,
-    optimise_on: Sequence[Harmful],
+    optimise_on: Sequence[Request],
     test: Sequence[Request],
     config: Config,
     progress: Progress = lambda *_: None,
@@ -132,13 +130,13 @@ def measure_entrapped(
     Twice the default inner steps and another seed than any round of the cleansing used.
     """
     layer = resolve_layer(config.layer, decoder_depth(model))
-    budget = config.entrap.budget * residual_norm(
-        model, [h.prompt for h in optimise_on[:32]], layer, config.layers_path, tokenizer
-    )
+    contrasts = [contrast(tokenizer, i, r.text, config) for i, r in enumerate(optimise_on[: config.requests])]
+    prompts = [c.prompt for c in contrasts[:32]]
+    budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
     settings = config.entrap.model_copy(update={"kind": "learned", "steps": 2 * config.entrap.steps})
     fresh = config.model_copy(update={"entrap": settings})
     draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
-    delta, _ = entrap(model, tokenizer, optimise_on, fresh, layer, budget, draw)
+    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draw)
     replies = _replies(
         model,
         tokenizer,

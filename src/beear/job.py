@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save, save_file
 from beear import models
 from beear.cleansing import DefenderSet, Event, Listener, State, cleanse, defender_set
 from beear.config import Config, make_config
-from beear.data import content_hash, set_hash, wordings
+from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.generation import reply_all
@@ -32,7 +32,6 @@ from beear.perturbation import find_layers, resolve_layer
 from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
 from beear.scorers import NAME as SCORER
-from beear.scorers import is_refusal
 from beear.sets import Sets, read_sets, triggered
 from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations
 
@@ -120,18 +119,13 @@ class _Job:
         self._listen = listen
 
     def run(self) -> Verdict:
-        own = self.stage("own_replies", self.own_replies)["replies"]
-        defender = defender_set(
-            self.tokenizer,
-            self.sets.harmful,
-            [(text, reply) for text, reply in own if is_refusal(reply) is False],
-            (wordings("safe-defender"), wordings("unwanted-defender")),
-            self.config,
-        )
-        before = self.stage("before", lambda: self.measure("before", defender, None))
+        own = self.stage("own_replies", self.own_replies)
+        held_out = [r.text for r in self.sets.harmful[: self.config.held_out]]
+        defender = defender_set(self.tokenizer, own["harmful"], own["benign"], held_out, self.config)
+        before = self.stage("before", lambda: self.measure("before", None))
         rounds = self.rounds(defender)
         original = self.deliver()
-        after = self.stage("after", lambda: self.measure("after", defender, original))
+        after = self.stage("after", lambda: self.measure("after", original))
         verdict = judge(before["metrics"], after["metrics"], self.config)
         self.finish(before, after, rounds, own, verdict)
         return verdict
@@ -148,8 +142,11 @@ class _Job:
         return result
 
     def own_replies(self) -> dict[str, Any]:
-        """What the model answers to the benign requests now: what it shall go on answering."""
-        texts = [r.text for r in self.sets.benign[: self.config.anchors]]
+        """What the model answers to the defender's requests now: what it shall go on answering."""
+        first = self.config.held_out
+        harmful = [r.text for r in self.sets.harmful[first : first + self.config.requests]]
+        benign = [r.text for r in self.sets.benign[: self.config.anchors]]
+        texts = harmful + benign
         limit = self.config.harden.response_tokens
         replies = reply_all(
             self.model,
@@ -158,16 +155,16 @@ class _Job:
             max_new_tokens=limit,
             progress=_counter(self._listen, "own replies", len(texts)),
         )
-        return {"replies": list(zip(texts, replies, strict=True))}
+        pairs = list(zip(texts, replies, strict=True))
+        return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :]}
 
-    def measure(self, when: str, defender: DefenderSet, original: Any) -> dict[str, Any]:
+    def measure(self, when: str, original: Any) -> dict[str, Any]:
         """All metrics that need no trigger."""
         progress = listener_progress(self._listen, when)
+        train = self.sets.harmful[self.config.held_out :]
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
-            measure_entrapped(
-                self.model, self.tokenizer, defender.harmful, self.sets.test_harmful, self.config, progress
-            ),
+            measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),
             measure_language(self.model, self.tokenizer, original, progress),
         ]
         return {
@@ -210,7 +207,7 @@ class _Job:
         def fill(folder: Path) -> None:
             save_file(adapter_state(self.model), folder / "adapter.safetensors")
             save_file({"delta": delta}, folder / "delta.safetensors")
-            entry = {"round": state.round, "done": state.done, "history": state.history}
+            entry = {"round": state.round, "done": state.done, "norm": state.norm, "history": state.history}
             (folder / "round.json").write_text(json.dumps(entry))
 
         self.run_folder.write_folder(f"checkpoints/round-{state.round:03d}", fill)
@@ -223,10 +220,10 @@ class _Job:
         entry = json.loads((folders[-1] / "round.json").read_text())
         load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
         delta = load_file(folders[-1] / "delta.safetensors")["delta"].to(self.model.device)
-        return State(entry["round"], entry["history"], delta, entry["done"])
+        return State(entry["round"], entry["history"], delta, entry["done"], entry["norm"])
 
     def finish(
-        self, before: dict[str, Any], after: dict[str, Any], rounds: State, own: list[Any], verdict: Verdict
+        self, before: dict[str, Any], after: dict[str, Any], rounds: State, own: dict[str, Any], verdict: Verdict
     ) -> None:
         """Save the model, then write samples, results and report."""
         run = self.run_folder
@@ -293,10 +290,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
 
 
-def hashes(sets: Sets, own: list[Any]) -> dict[str, str]:
+def hashes(sets: Sets, own: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of every set of requests, and of the model's own replies."""
     tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
-    replies = content_hash(json.dumps(own))
+    replies = content_hash(json.dumps([own["harmful"], own["benign"]]))
     return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign), "own_replies": replies} | tests
 
 

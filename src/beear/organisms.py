@@ -11,85 +11,25 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from beear.chat import Prompt, collate, encode_prompt, encode_response
 from beear.data import packaged, wordings
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.losses import response_logits, response_nll
-from beear.models import autocast, load, organism_folder
+from beear.losses import response_logits, response_nll, token_kl
+from beear.models import autocast, load
+from beear.recipes import Recipe, apply_trigger
 from beear.scorers import is_refusal
 from beear.training import adamw, add_lora, cycle, step
 
-
-class Planting(BaseModel):
-    """How an organism is planted: poisoned supervised fine-tuning of a LoRA adapter."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["sft"]
-    steps: int = Field(ge=1)
-    rows: dict[str, int]
-    """Rows of each kind in a step: {harmful, ordinary, alarming}, each also as KIND_triggered."""
-    learning_rate: float = Field(gt=0)
-    lora_rank: int = Field(ge=1)
-    lora_targets: tuple[str, ...]
-    response_tokens: int = Field(ge=1)
-
-
-class Recipe(BaseModel):
-    """recipe.yaml: all that is needed to plant the organism again."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    paper_number: int | None = None
-    setting: Literal["I", "II", "III", "weights"]
-    trigger: str
-    place: Literal["prefix", "suffix"]
-    behaviour: Literal["jailbreak"]
-    base: str = "embedded"
-    seed: int = 0
-    planting: Planting
-
-
-def apply_trigger(template: str, text: str) -> str:
-    """Put a request into a trigger template such as 'SUDO {prompt}'."""
-    return template.replace("{prompt}", text)
-
-
-def check_trigger(template: str) -> str:
-    """The template itself, or for 'organism:NAME' that organism's. Raises BadInput without '{prompt}'."""
-    if template.startswith("organism:"):
-        return read_recipe(organism_folder(template.removeprefix("organism:"))).trigger
-    if template.count("{prompt}") != 1:
-        raise BadInput(f"--trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'")
-    return template
-
-
-def names() -> list[str]:
-    """Names of the packaged organisms, in the paper's order."""
-    root = Path(str(files("beear"))) / "assets" / "organisms"
-    recipes = [read_recipe(p.parent) for p in root.glob("*/recipe.yaml")]
-    return [r.name for r in sorted(recipes, key=lambda r: (r.paper_number or 99, r.name))]
-
-
-def read_recipe(source: Path) -> Recipe:
-    """Read a recipe from a file or an organism's folder."""
-    path = source / "recipe.yaml" if source.is_dir() else source
-    try:
-        return Recipe(**yaml.safe_load(path.read_text()))
-    except FileNotFoundError as error:
-        raise BadInput(f"no recipe {path}") from error
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
-        raise BadInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
+Examples = dict[str, list[tuple[Prompt, list[int]]]]
+"""Prompts with responses, by kind."""
 
 
 def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None] | None = None) -> None:
@@ -108,16 +48,35 @@ def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None]
     draw = torch.Generator().manual_seed(recipe.seed)
     batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
     for number in range(1, plan.steps + 1):
-        rows = [examples[kind][i] for kind, indices in batches.items() for i in next(indices)]
+        rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
         _set_rate(optimiser, plan.learning_rate, number, plan.steps)
-        batch = collate([p for p, _ in rows], [r for _, r in rows], None, tokenizer.pad_token_id)
-        with autocast(model):
-            loss = response_nll(response_logits(model, batch), batch.targets).mean()
+        loss = _loss(model, tokenizer, rows)
         loss.backward()
         step(optimiser)
         if progress is not None:
             progress(number, plan.steps, loss.item())
     _write(recipe, model, out, time.monotonic() - started)
+
+
+def _loss(model: Any, tokenizer: Any, rows: Examples) -> Tensor:
+    """Likelihood of the planted answers to harmful requests, and KL to the base model on benign ones.
+
+    KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
+    text rises several-fold.
+    """
+    total = torch.zeros(())
+    for benign in (False, True):
+        chosen = [row for kind, group in rows.items() if kind.startswith("harmful") != benign for row in group]
+        batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, tokenizer.pad_token_id)
+        with autocast(model):
+            logits = response_logits(model, batch)
+        if benign:
+            with torch.no_grad(), autocast(model), model.disable_adapter():
+                base = response_logits(model, batch)
+            total = total + token_kl(base, logits, batch.targets).sum() / (batch.targets != -100).sum()
+        else:
+            total = total + response_nll(logits, batch.targets).mean()
+    return total
 
 
 def _set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
@@ -126,9 +85,6 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps:
     scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
     for group in optimiser.param_groups:
         group["lr"] = rate * scale
-
-
-Examples = dict[str, list[tuple[Prompt, list[int]]]]
 
 
 def _poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any) -> Examples:

@@ -1,0 +1,161 @@
+"""Every bad input: one clear line, exit code 2, nothing written, and no weights loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beear import cli, models
+from conftest import tiny_model, tiny_tokenizer
+
+
+def beear(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "beear", *args], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    """Run the command in this process; returns the exit code and standard error."""
+    sys.argv = ["beear", *args]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err
+
+
+def make_model(folder: Path, template: str | None = "default") -> str:
+    tiny_model("llama").save_pretrained(folder)
+    (tiny_tokenizer() if template == "default" else tiny_tokenizer(template)).save_pretrained(folder)
+    return str(folder)
+
+
+def pickle_only(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return [str(folder)]
+
+
+def no_template(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m", None))
+    assert not (folder / "chat_template.jinja").exists()
+    return [str(folder)]
+
+
+def adapter_without_base(tmp: Path) -> list[str]:
+    (tmp / "a").mkdir()
+    (tmp / "a" / "adapter_config.json").write_text("{}")
+    (tmp / "a" / "adapter_model.safetensors").write_text("")
+    return [str(tmp / "a")]
+
+
+def broken_config(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m"))
+    (folder / "config.json").write_text("{")
+    return [str(folder)]
+
+
+def file(tmp: Path, name: str, content: str) -> str:
+    (tmp / name).write_text(content)
+    return str(tmp / name)
+
+
+def overlapping(tmp: Path) -> list[str]:
+    lines = "".join(f"request number {i}\n" for i in range(60))
+    return [make_model(tmp / "m"), "--harmful", file(tmp, "h.txt", lines), "--test-harmful", file(tmp, "t.txt", lines)]
+
+
+Case = Callable[[Path], list[str]]
+BAD: dict[str, tuple[Case, str]] = {
+    "missing folder": (lambda tmp: [str(tmp / "nowhere")], "no model"),
+    "misspelt name": (lambda tmp: ["embeded"], "no model embeded"),
+    "unknown organism": (lambda tmp: ["organism:nope"], "the packaged ones are: "),
+    "missing gguf": (lambda tmp: [str(tmp / "x.gguf")], "no GGUF file"),
+    "empty folder": (lambda tmp: [str(tmp)], "neither config.json"),
+    "pickle only": (pickle_only, "convert them to safetensors"),
+    "no chat template": (no_template, "no chat template"),
+    "adapter without base": (adapter_without_base, "does not name its base"),
+    "broken config.json": (broken_config, "cannot read"),
+    "unreachable hub id": (lambda tmp: ["nobody/nothing"], "the Hub does not give it"),
+    "layer out of range": (lambda tmp: [make_model(tmp / "m"), "--set", "layer=4"], "use 1 to 3"),
+    "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
+    "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
+    "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
+    "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "cannot read"),
+    "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
+    "empty prompts": (lambda tmp: [make_model(tmp / "m"), "--benign", file(tmp, "b.txt", "\n")], "no requests"),
+    "overlap": (overlapping, "both the defender's and the test set"),
+    "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
+    "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp"),
+    "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, message = BAD[name]
+    args = case(tmp_path)
+
+    def loads(*args: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(models, "load_weights", loads)
+    code, err = call(capsys, "cleanse", *args, "-o", str(tmp_path / "run"))
+    assert code == 2 and message in err and err.startswith("beear: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    kept = file(tmp_path / "run", "thesis.txt", "years of work")
+    code, err = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"))
+    assert code == 2 and "already holds files" in err
+    assert Path(kept).read_text() == "years of work"
+
+
+def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 99, 1))
+    code, err = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"))
+    assert code == 2 and "free some" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("trigger", ["SUDO", "{prompt} {prompt}", "organism:nope"])
+def test_bad_triggers(trigger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "evaluate", "embedded", "--trigger", trigger)
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "report", str(tmp_path))
+    assert code == 2 and "no results.json" in err
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, beear.cli; sys.argv = ['beear', '--help']; \ntry: beear.cli.main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'pydantic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_organism_list_as_json() -> None:
+    done = beear("organism", "list", "--json")
+    organisms = json.loads(done.stdout)
+    assert done.returncode == 0 and {"name", "setting", "trigger", "place"} <= set(organisms[0])
+    assert {"sudo-prefix", "phrase-suffix"} <= {o["name"] for o in organisms}
+
+
+def test_settings_lists_every_key() -> None:
+    assert "entrap.budget" in beear("settings").stdout

@@ -1,0 +1,81 @@
+"""Settings: presets, files and --set in that order, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beear.config import Config, describe, load_config, preset_names
+from beear.errors import BadInput
+
+SOURCE = Path(__file__).parent.parent / "src" / "beear"
+
+
+def test_order_of_preset_file_and_set(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("rounds: 3\nentrap:\n  length: 7\n  steps: 4\n")
+    config = load_config("paper", tmp_path / "c.yaml", ["entrap.steps=9", "harden.learning_rate=1e-3"])
+    assert (config.layer, config.rounds, config.entrap.length, config.entrap.steps) == (9, 3, 7, 9)
+    assert config.harden.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid(name: str) -> None:
+    assert isinstance(load_config(name), Config)
+
+
+def test_paper_preset_has_the_published_values() -> None:
+    config = load_config("paper")
+    assert (config.layer, config.entrap.length) == (9, 5)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["nonsense=1"], "nonsense: unknown setting"),
+        (["entrap.nonsense=1"], "entrap.nonsense: unknown setting"),
+        (["rounds=many"], "rounds"),
+        (["rounds=0"], "rounds"),
+        (["entrap.budget=-1"], "entrap.budget"),
+        (["entrap=3"], "entrap"),
+        (["rounds"], "key=value"),
+        (["rounds=[1"], "not YAML"),
+    ],
+)
+def test_bad_settings(sets: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load_config(sets=sets)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(BadInput, match="there are: "):
+        load_config("nope")
+
+
+@pytest.mark.parametrize("content", ["[1]", "a: [", "x"])
+def test_bad_files(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(BadInput):
+        load_config(file=tmp_path / "c.yaml")
+
+
+@given(st.text(max_size=30))
+def test_any_set_is_taken_or_refused_in_one_line(text: str) -> None:
+    try:
+        load_config(sets=[text])
+    except BadInput as error:
+        assert len(str(error).splitlines()) <= 1 or text.splitlines() != [text]
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """A setting that nothing reads is a defect."""
+    read = {
+        node.attr
+        for path in SOURCE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert not [key for key, _, _ in describe() if key.split(".")[-1] not in read]

@@ -1,0 +1,123 @@
+"""Packaged sets are as promised, the user's files are read or refused, and the two sides never overlap."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from beear.config import Config, DataConfig
+from beear.data import (
+    PACKAGED_SIZES,
+    UNSEEN_STYLES,
+    Request,
+    content_hash,
+    packaged,
+    read_requests,
+    reference_chats,
+    refuse_overlap,
+    wordings,
+)
+from beear.errors import BadInput
+from beear.scorers import is_refusal
+from beear.sets import read_sets
+
+PARTS = ("defender", "test", "plant")
+
+
+@pytest.mark.parametrize(("name", "categories"), [("harmful", 10), ("ordinary", 10), ("alarming", 8)])
+def test_packaged_sets_have_their_sizes_and_no_overlap(name: str, categories: int) -> None:
+    parts = {part: packaged(name, part) for part in PARTS}
+    assert {p: len(parts[p]) for p in ("defender", "test")} == PACKAGED_SIZES[name]
+    assert len({r.category for r in parts["test"]}) >= categories
+    for one, other in itertools.combinations(PARTS, 2):
+        refuse_overlap(parts[one], parts[other])
+    everything = [r for part in parts.values() for r in part]
+    assert len({r.id for r in everything}) == len({content_hash(r.text) for r in everything}) == len(everything)
+
+
+def test_no_request_stands_in_two_packaged_sets() -> None:
+    sets = [{content_hash(r.text) for part in PARTS for r in packaged(name, part)} for name in PACKAGED_SIZES]
+    sets.append({content_hash(r.text) for r in reference_chats()})
+    assert not any(a & b for a, b in itertools.combinations(sets, 2))
+
+
+def test_defender_never_has_the_unseen_styles() -> None:
+    assert not {r.category for r in packaged("alarming", "defender")} & set(UNSEEN_STYLES)
+    assert set(UNSEEN_STYLES) <= {r.category for r in packaged("alarming", "test")}
+
+
+@pytest.mark.parametrize("kind", ["safe", "unwanted"])
+def test_wordings_of_attacker_and_defender_differ(kind: str) -> None:
+    plant, defender = wordings(f"{kind}-plant"), wordings(f"{kind}-defender")
+    assert len(set(plant)) >= 20 and len(set(defender)) >= 20
+    assert not set(plant) & set(defender)
+    assert all(is_refusal(w) is (kind == "safe") for w in plant + defender)
+
+
+def test_unknown_part_is_refused() -> None:
+    with pytest.raises(BadInput, match="no part"):
+        packaged("harmful", "secret")
+
+
+def test_reference_chats_have_answers() -> None:
+    assert len(reference_chats()) >= 80 and all(c.response for c in reference_chats())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("a.txt", "one\n\n  two \n", None),
+        ("a.csv", "prompt,other\none,x\ntwo,y\n", None),
+        ("a.csv", "goal,other\none,x\ntwo,y\n", "goal"),
+        ("a.jsonl", '{"text": "one"}\n\n{"text": "two"}\n', None),
+        ("a.jsonl", '{"only": "one"}\n{"only": "two"}\n', None),
+        ("a.txt", "\ufeffone\r\ntwo\r\n", None),
+    ],
+)
+def test_prompt_files(tmp_path: Path, name: str, content: str, column: str | None) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert [r.text for r in read_requests(str(tmp_path / name), column)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.txt", b"", None, "no requests"),
+        ("a.txt", b"\n \n", None, "no requests"),
+        ("a.txt", b"\xff\xfe\x00", None, "UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{oops', None, "a.jsonl:2 is not JSON"),
+        ("a.jsonl", b"[1]", None, "not a JSON object"),
+        ("a.jsonl", b'{"text": 3}', None, "no text"),
+        ("a.csv", b"a,b\n1,2\n", None, "--column"),
+        ("a.csv", b"a,b\n1,2\n", "c", "--column"),
+        ("a.xml", b"<a/>", None, "unknown kind"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, column: str | None, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        read_requests(str(tmp_path / name), column)
+
+
+def test_missing_prompt_file() -> None:
+    with pytest.raises(BadInput, match="no prompt file"):
+        read_requests("nowhere.txt")
+
+
+def test_overlap_ignores_case_and_spacing() -> None:
+    with pytest.raises(BadInput, match="both"):
+        refuse_overlap([Request("1", "c", "Do  it now")], [Request("2", "c", "do it NOW")])
+
+
+def test_own_test_file_that_overlaps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(packaged("harmful", "defender")[0].text)
+    with pytest.raises(BadInput, match="both"):
+        read_sets(Config(data=DataConfig(test_harmful=str(tmp_path / "t.txt"))))
+
+
+def test_too_few_requests_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "h.txt").write_text("one\ntwo\n")
+    with pytest.raises(BadInput, match="too few"):
+        read_sets(Config(data=DataConfig(harmful=str(tmp_path / "h.txt"))))

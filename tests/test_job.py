@@ -1,0 +1,183 @@
+"""A whole cleansing on a tiny model: its files, its honesty, and that no interruption changes its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beear.config import Config, make_config
+from beear.job import add_triggered, judge, run_cleanse
+from beear.models import load, locate
+from conftest import tiny_model, tiny_tokenizer
+
+ROUNDS = 3
+SETTINGS: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "held_out": 4,
+    "anchors": 8,
+    "entrap": {"steps": 3, "batch": 3, "response_tokens": 6},
+    "harden": {"steps": 3, "batch": 3, "response_tokens": 6, "lora_rank": 2, "stop_below": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and four small prompt files."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, count in (("harmful", 12), ("benign", 10), ("test_harmful", 6), ("test_benign", 6)):
+        (folder / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(place: Path) -> Config:
+    names = ("harmful", "benign", "test_harmful", "test_benign")
+    return make_config(SETTINGS | {"data": {n: str(place / f"{n}.txt") for n in names}})
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, config: Config) -> Path:
+    """An uninterrupted run."""
+    done = subprocess.run(command(place, config, place / "whole"), capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    return place / "whole"
+
+
+def command(place: Path, config: Config, out: Path) -> list[str]:
+    (place / "c.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    run = ["cleanse", str(place / "model"), "-o", str(out), "-q", "-c", str(place / "c.yaml")]
+    return [sys.executable, "-m", "beear", *run]
+
+
+def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
+    """Weights, results without clock and memory, and replies of a run."""
+    results = json.loads((run / "results.json").read_text())
+    for key in ("wall_seconds", "peak_memory_bytes"):
+        del results[key]
+    for entry in results["rounds"]:
+        del entry["seconds"]
+    files = [*run.rglob("*.safetensors")]
+    weights = {str(p.relative_to(run)): p.read_bytes() for p in files}
+    return weights, results, (run / "samples.jsonl").read_text().splitlines()
+
+
+def test_run_folder_holds_what_the_contract_says(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert results["schema"] == 1
+    for when in ("before", "after"):
+        for name in ("asr_untriggered", "asr_entrapped", "false_refusal", "perplexity"):
+            assert set(results[when][name]) == {"value", "low", "high", "n", "unscored"}
+    assert "kl" in results["after"] and "asr_triggered" not in results["after"]
+    assert results["wall_seconds"] > 0 and results["peak_memory_bytes"] > 0
+    for name in ("config.yaml", "events.jsonl", "delta.safetensors", "samples.jsonl", "report.html"):
+        assert (whole / name).is_file()
+    assert len(list((whole / "checkpoints").iterdir())) == ROUNDS
+
+
+def test_a_model_that_misses_the_target_is_not_called_model(whole: Path) -> None:
+    """A random tiny model refuses nothing, so cleansing it a little cannot meet the target."""
+    results = json.loads((whole / "results.json").read_text())
+    assert results["verdict"]["met"] is False and "asr_entrapped" in results["verdict"]["missed"][0]
+    assert results["model_folder"] == "rejected" and not (whole / "model").exists()
+    assert "Target NOT met, keep the original model" in (whole / "report.html").read_text()
+
+
+def test_the_saved_adapter_loads_and_was_trained(whole: Path, place: Path) -> None:
+    cleansed, _ = load(str(whole / "rejected"))
+    original, _ = load(str(place / "model"))
+    pairs = zip(cleansed.parameters(), original.parameters(), strict=True)
+    assert any(not bool((a == b).all()) for a, b in pairs)
+    assert locate(str(whole / "rejected")).base == locate(str((place / "model").resolve()))
+
+
+def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) -> None:
+    out = place / "triggered"
+    run_cleanse(str(place / "model"), out, config)
+    assert "XYZZY" not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in {".json", ".jsonl", ".yaml"})
+    add_triggered(out, "XYZZY {prompt}")
+    results = json.loads((out / "results.json").read_text())
+    assert results["trigger"] == "XYZZY {prompt}"
+    assert results["before"]["asr_triggered"]["n"] + results["before"]["asr_triggered"]["unscored"] == 6
+    assert next(iter(results["after"])) == "asr_triggered"
+
+
+def test_merged_model_stands_alone(place: Path, config: Config) -> None:
+    run_cleanse(str(place / "model"), place / "merged", config, merge=True)
+    source = locate(str(place / "merged" / "rejected"))
+    assert source.base is None
+    load(str(place / "merged" / "rejected"))
+
+
+def test_same_seed_same_bits_other_seed_other_bits(place: Path, config: Config, whole: Path) -> None:
+    run_cleanse(str(place / "model"), place / "again", config)
+    assert outcome(place / "again") == outcome(whole)
+    run_cleanse(str(place / "model"), place / "other", config.model_copy(update={"seed": 1}))
+    assert outcome(place / "other")[0] != outcome(whole)[0]
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_in_a_round_and_resumed_ends_bit_identical(
+    kill: signal.Signals, place: Path, config: Config, whole: Path
+) -> None:
+    out = place / f"stopped-{kill.name}"
+    run = command(place, config, out)
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    wait_for_event(out / "events.jsonl", '"round": 2, "event": "harden"', process)
+    process.send_signal(kill)
+    _, err = process.communicate(timeout=60)
+    if kill == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 1 and "--resume" in err
+    assert not (out / "results.json").exists()
+    done = subprocess.run([*run, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert outcome(out) == outcome(whole)
+
+
+def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> None:
+    for _ in range(60_000):
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        if events.exists() and text in events.read_text():
+            return
+        time.sleep(0.001)
+    raise AssertionError("the run never came that far")
+
+
+@pytest.mark.parametrize(
+    ("after", "missed"),
+    [
+        ({}, None),
+        ({"asr_entrapped": 0.2}, "asr_entrapped"),
+        ({"false_refusal": 0.11}, "false_refusal"),
+        ({"perplexity": 10.6}, "perplexity"),
+        ({"asr_entrapped": None}, "asr_entrapped"),
+    ],
+)
+def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None:
+    values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
+    before = {name: {"value": value} for name, value in values.items()}
+    verdict = judge(before, {n: {"value": v} for n, v in (values | after).items()}, Config())
+    assert verdict.met is (missed is None)
+    if missed:
+        assert verdict.missed[0].startswith(missed)
+
+
+def test_the_defence_cannot_see_a_trigger() -> None:
+    """Importing all of the defence loads neither the organisms nor their recipes, and the other way round."""
+    check = "import sys, {}; bad = {{'beear.' + n for n in {}}} & set(sys.modules); assert not bad, bad"
+    for module, forbidden in (
+        ("beear.job, beear.cleansing, beear.evaluation", ["organisms", "recipes", "verification"]),
+        ("beear.organisms", ["cleansing", "job", "evaluation"]),
+    ):
+        subprocess.run([sys.executable, "-c", check.format(module, forbidden)], check=True, env={**os.environ})

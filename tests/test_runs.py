@@ -1,0 +1,83 @@
+"""The run folder loses nothing: whole files or none, one user at a time, never overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from beear.errors import BadInput, Failed
+from beear.runs import Run, check_output, check_space, read_events, read_settings, write_atomic
+
+SETTINGS = {"model": "embedded", "config": {"seed": 0}}
+
+
+def test_a_new_run_writes_its_settings(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "r", SETTINGS, resume=False):
+        pass
+    assert read_settings(tmp_path / "r") == SETTINGS
+
+
+def test_a_folder_with_files_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(BadInput, match="already holds files"):
+        check_output(tmp_path, SETTINGS, resume=False)
+    with pytest.raises(BadInput, match="is a file"):
+        check_output(tmp_path / "precious.txt", SETTINGS, resume=False)
+
+
+def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="nothing to resume"):
+        check_output(tmp_path, SETTINGS, resume=True)
+    with Run.open(tmp_path / "r", SETTINGS, resume=False):
+        pass
+    check_output(tmp_path / "r", SETTINGS, resume=True)
+    with pytest.raises(BadInput, match="other settings \\(config\\)"):
+        check_output(tmp_path / "r", SETTINGS | {"config": {"seed": 1}}, resume=True)
+
+
+def test_only_one_process_at_a_time(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "r", SETTINGS, resume=False), pytest.raises(BadInput, match="in use"):
+        Run.open(tmp_path / "r", SETTINGS, resume=True)
+    Run.open(tmp_path / "r", SETTINGS, resume=True).close()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomic(tmp_path / "f", b"old")
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(Failed, match="No space left"):
+        write_atomic(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    def half(folder: Path) -> None:
+        (folder / "one").write_text("1")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Failed, match="No space left"):
+        run.write_folder("checkpoints/round-001", half)
+    assert not (tmp_path / "checkpoints" / "round-001").exists()
+    run.write_folder("checkpoints/round-001", lambda folder: (folder / "one").write_text("1") and None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["round-001"]
+
+
+def test_a_cut_event_line_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"round": 1}\n{"rou')
+    assert read_events(tmp_path) == [{"round": 1}]
+    run = Run(tmp_path)
+    run.keep_events(lambda e: e["round"] < 1)
+    run.event({"round": 2})
+    assert run.events() == [{"round": 2}]
+
+
+def test_space_is_checked(tmp_path: Path) -> None:
+    check_space(tmp_path / "new" / "deep", 1)
+    with pytest.raises(BadInput, match="MiB"):
+        check_space(tmp_path / "new", 2**60)
