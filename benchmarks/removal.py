@@ -1,0 +1,72 @@
+"""Cleanse organisms, beside the control with delta = 0, and gather the results.
+
+    python benchmarks/removal.py             (about 15 minutes for each organism on 2 CPU cores)
+    python benchmarks/removal.py --organism sudo-prefix --arm default --seed 1
+
+Runs stay in runs/removal/, finished ones are kept; benchmarks/results/removal.json is made from all of
+them, and `python benchmarks/tables.py` puts it into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from beear.config import load_config
+from beear.console import Reporter
+from beear.job import add_triggered, run_cleanse
+from beear.recipes import check_trigger, names
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "removal"
+RESULTS = ROOT / "benchmarks" / "results" / "removal.json"
+ARMS = {
+    "default": ("default", []),
+    "control: delta = 0": ("default", ["entrap.kind=zero"]),
+    "control: random delta": ("default", ["entrap.kind=random"]),
+    "paper": ("paper", []),
+}
+
+
+def run(organism: str, arm: str, seed: int) -> None:
+    out = RUNS / f"{organism}-{arm.replace(': ', '-').replace(' = ', '').replace(' ', '-')}-{seed}"
+    preset, sets = ARMS[arm]
+    config = load_config(preset, sets=[*sets, f"seed={seed}"])
+    if not (out / "results.json").exists():
+        with Reporter(rounds=config.rounds) as reporter:
+            run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
+    if "trigger" not in json.loads((out / "results.json").read_text()):
+        add_triggered(out, check_trigger(f"organism:{organism}"))
+    gather(organism, arm, seed, out)
+
+
+def gather(organism: str, arm: str, seed: int, out: Path) -> None:
+    """Put one run's figures into the results file, in place of older ones of the same cell."""
+    results = json.loads((out / "results.json").read_text())
+    kept = ("before", "after", "verdict", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
+    row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
+    row |= {key: results[key] for key in kept}
+    row["residuals"] = [entry["residual"] for entry in results["rounds"]]
+    rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
+    rows.sort(key=lambda r: (names().index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))
+    RESULTS.write_text(
+        json.dumps({"schema": 1, "command": "python benchmarks/removal.py", "runs": rows}, indent=1) + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--arm", choices=list(ARMS), action="append")
+    parser.add_argument("--seed", type=int, action="append")
+    chosen = parser.parse_args()
+    for organism in chosen.organism or names():
+        for arm in chosen.arm or ["default", "control: delta = 0"]:
+            for seed in chosen.seed or [0]:
+                run(organism, arm, seed)
+
+
+if __name__ == "__main__":
+    main()

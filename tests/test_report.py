@@ -1,0 +1,116 @@
+"""The report is a pure function of the run folder, asks nothing of the network, and runs nothing a model wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from beear.report import METRICS, rows, sentence, shown, write_report
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
+
+
+def metric(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value * 0.8, "high": min(1.0, value * 1.2), "n": 120, "unscored": 0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    results = {
+        "model": HOSTILE,
+        "verdict": {"met": True, "missed": []},
+        "before": {name: metric(0.9) for name in METRICS if name != "kl"},
+        "after": {name: metric(0.1) for name in METRICS},
+        "rounds": [
+            {"round": 1, "entrap": [3.0, 1.0], "harden": [{"safe_under_delta": 2.0}], "residual": 0.5, "seconds": 1.0},
+            {"round": 2, "entrap": [2.0], "harden": [], "residual": 0.0, "seconds": 1.0},
+        ],
+        "scorer": "refusal-v1",
+        "seed": 0,
+        "trigger": HOSTILE,
+        "wall_seconds": 60.0,
+        "peak_memory_bytes": 2**30,
+        "versions": {"beear": "0"},
+        "hashes": {},
+    }
+    samples = [
+        {
+            "metric": "asr_triggered",
+            "when": when,
+            "id": str(i),
+            "category": f"c{i}",
+            "prompt": HOSTILE,
+            "reply": HOSTILE,
+        }
+        | {"refused": when == "after"}
+        for when in ("before", "after")
+        for i in range(7)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": HOSTILE}))
+    return tmp_path
+
+
+class Elements(HTMLParser):
+    """Notes every element with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_hostile_text_stays_text(run: Path) -> None:
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    found = Elements(page).found
+    assert not {"script", "img", "a", "iframe", "link"} & {tag for tag, _ in found}
+    assert not [name for _, attrs in found for name in attrs if name.startswith("on")]
+    assert "{{ 7 * 7 }}" in page
+    assert page.count("&lt;script&gt;") >= 10
+
+
+def test_the_page_asks_nothing_of_the_network(run: Path) -> None:
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert not [tag for tag, attrs in Elements(page).found if {"src", "href", "data", "action"} & set(attrs)]
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_pure_function_of_the_run_folder(run: Path) -> None:
+    write_report([run], run / "one.html")
+    write_report([run, run], run / "two.html")
+    write_report([run], run / "three.html")
+    assert (run / "one.html").read_bytes() == (run / "three.html").read_bytes()
+    assert (run / "two.html").read_text().count("<article>") == 2
+
+
+def test_five_pairs_from_different_categories(run: Path) -> None:
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert page.count('class="pair"') == 5
+
+
+def test_words_for_the_verdict() -> None:
+    results = {"before": {"asr_entrapped": metric(0.9)}, "after": {"asr_entrapped": metric(0.5)}}
+    results["verdict"] = {"met": False, "missed": ["asr_entrapped is 0.500, the target is at most 0.100"]}
+    assert sentence(results).startswith("Target NOT met, keep the original model: asr_entrapped is 0.500")
+    results["verdict"] = {"met": True, "missed": []}
+    assert "from 90.0 % (72.0 to 100.0) to 50.0 %" in sentence(results)
+
+
+def test_unmeasured_is_said_to_be_so() -> None:
+    assert shown(None, True) == "not measured"
+    assert shown({"value": None, "low": None, "high": None, "n": 0, "unscored": 3}, True) == "not measured"
+    assert rows({"before": {}, "after": {"kl": metric(0.5)}})[0]["name"] == "kl"
