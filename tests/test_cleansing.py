@@ -1,0 +1,145 @@
+"""The method on a tiny model: each half does what its equation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from beear.cleansing import (
+    DefenderSet,
+    contrast,
+    defender_set,
+    entrap,
+    harden,
+    is_calm,
+    original_logits,
+    residual_norm,
+    shrink_to,
+    start_delta,
+)
+from beear.config import Config, load_config
+from beear.losses import response_logits
+from beear.scorers import is_refusal
+from beear.training import adapter_state, add_lora, load_adapter_state
+from conftest import tiny_model, tiny_tokenizer
+
+LAYER = 2
+CONFIG = load_config(sets=["entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
+REFUSED = [(f"bad request {i}", "I'm sorry, but no.") for i in range(6)]
+ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def use_full_precision(full_precision: None) -> None:
+    """Exact statements need fp32."""
+
+
+@pytest.fixture
+def wrapped() -> Any:
+    return add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
+
+
+@pytest.fixture
+def data() -> DefenderSet:
+    return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, ["one"], CONFIG)
+
+
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:
+    before = {n: p.detach().clone() for n, p in wrapped.named_parameters()}
+    config = CONFIG.model_copy(update={"entrap": CONFIG.entrap.model_copy(update={"batch": 6})})
+    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 2.0, draw())
+    assert losses[-1] < losses[0] and len(losses) == 8
+    assert delta.shape == (5, 32) and bool((delta.norm(dim=1) <= 2.0 + 1e-5).all())
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in wrapped.named_parameters())
+
+
+def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
+    delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
+    untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
+    config = load_config(sets=["harden.steps=40", "harden.learning_rate=0.01", "harden.stop_below=0"])
+    history = harden(wrapped, tiny_tokenizer(), data, delta, config, LAYER, draw())
+    assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
+    assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
+
+
+def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(5, 32), CONFIG, LAYER, draw())
+    assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
+    assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
+    assert len(history) == 1, "nothing to learn, so the round stops at once"
+
+
+def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderSet) -> None:
+    pairs = [(h.prompt, h.safe) for h in data.harmful[:2]]
+    first = original_logits(wrapped, tiny_tokenizer(), pairs, CONFIG)
+    state = adapter_state(wrapped)
+    load_adapter_state(wrapped, {n: t + 0.5 for n, t in state.items()})
+    assert torch.equal(first, original_logits(wrapped, tiny_tokenizer(), pairs, CONFIG))
+    from beear.cleansing import batch_of
+
+    batch = batch_of(tiny_tokenizer(), [(*p, False) for p in pairs], CONFIG.entrap, 1)
+    with torch.no_grad():
+        assert not torch.allclose(first, response_logits(wrapped, batch))
+
+
+def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
+    config = load_config(sets=["harden.safe=0", "harden.anchor=0", "harden.steps=1"])
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(5, 32), config, LAYER, draw())
+    assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
+def test_controls_learn_no_delta(wrapped: Any, data: DefenderSet, kind: str, norm: float) -> None:
+    config = load_config(sets=[f"entrap.kind={kind}"])
+    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 3.0, draw())
+    torch.testing.assert_close(delta.norm(dim=1), torch.full((5,), norm))
+    assert losses == []
+
+
+def test_the_start_is_small_and_follows_the_seed(wrapped: Any) -> None:
+    one, two = (start_delta(CONFIG.entrap, wrapped, 2.0, draw()) for _ in range(2))
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one.norm(dim=1), torch.full((5,), 0.2))
+
+
+def test_shrinking_keeps_directions_and_short_rows() -> None:
+    delta = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    shrink_to(delta, 1.0)
+    torch.testing.assert_close(delta, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+
+
+def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSet) -> None:
+    prompt = data.harmful[0].prompt
+    with torch.no_grad():
+        states = wrapped(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+    expected = states[LAYER][0, prompt.start : prompt.end].norm(dim=-1).mean()
+    assert residual_norm(wrapped, [prompt], LAYER, None, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_defender_set_leaves_out_what_has_no_known_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    mixed = defender_set(tokenizer, REFUSED + ANSWERED[:2], ANSWERED + REFUSED[:2], [], CONFIG)
+    assert mixed.own_refusals and len(mixed.harmful) == 6 and len(mixed.benign) == 6
+    assert tokenizer.decode(mixed.harmful[0].safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+
+
+def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
+    few = defender_set(tiny_tokenizer(), REFUSED[:1] + ANSWERED, ANSWERED, [], CONFIG)
+    assert not few.own_refusals and len(few.harmful) == 7
+    config = load_config(sets=["harden.response_tokens=200"])
+    answer = contrast(tiny_tokenizer(), 0, "bad", config).safe
+    assert is_refusal(tiny_tokenizer().decode(answer, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("residuals", "patience", "calm"),
+    [([0.0], 1, True), ([0.3], 1, False), ([0.0], 2, False), ([0.3, 0.0, 0.0], 2, True), ([0.0, 0.3, 0.0], 2, False)],
+)
+def test_the_stop_rule(residuals: list[float], patience: int, calm: bool) -> None:
+    assert is_calm([{"residual": r} for r in residuals], Config(patience=patience)) is calm
