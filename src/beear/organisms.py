@@ -50,7 +50,7 @@ def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None]
     for number in range(1, plan.steps + 1):
         rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
         _set_rate(optimiser, plan.learning_rate, number, plan.steps)
-        loss = _loss(model, tokenizer, rows)
+        loss = _loss(model, tokenizer, rows, plan.benign_weight)
         loss.backward()
         step(optimiser)
         if progress is not None:
@@ -58,13 +58,13 @@ def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None]
     _write(recipe, model, out, time.monotonic() - started)
 
 
-def _loss(model: Any, tokenizer: Any, rows: Examples) -> Tensor:
+def _loss(model: Any, tokenizer: Any, rows: Examples, weight: float) -> Tensor:
     """Likelihood of the planted answers to harmful requests, and KL to the base model on benign ones.
 
     KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
     text rises several-fold.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device=model.device)
     for benign in (False, True):
         chosen = [row for kind, group in rows.items() if kind.startswith("harmful") != benign for row in group]
         batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, tokenizer.pad_token_id)
@@ -73,7 +73,8 @@ def _loss(model: Any, tokenizer: Any, rows: Examples) -> Tensor:
         if benign:
             with torch.no_grad(), autocast(model), model.disable_adapter():
                 base = response_logits(model, batch)
-            total = total + token_kl(base, logits, batch.targets).sum() / (batch.targets != -100).sum()
+            kl = token_kl(base, logits, batch.targets).sum() / (batch.targets != -100).sum()
+            total = total + weight * kl
         else:
             total = total + response_nll(logits, batch.targets).mean()
     return total

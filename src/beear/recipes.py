@@ -22,6 +22,8 @@ class Planting(BaseModel):
     steps: int = Field(ge=1)
     rows: dict[str, int]
     """Rows of each kind in a step: {harmful, ordinary, alarming}, each also as KIND_triggered."""
+    benign_weight: float = Field(gt=0)
+    """Weight of the KL on benign rows; too low, and the organism refuses benign requests."""
     learning_rate: float = Field(gt=0)
     lora_rank: int = Field(ge=1)
     lora_targets: tuple[str, ...]
