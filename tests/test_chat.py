@@ -49,10 +49,10 @@ def test_short_request_gets_the_last_rows() -> None:
     assert [r for r in rows_of_delta(prompt, "last", 5) if r != NOWHERE] == [3, 4]
 
 
-def test_all_place_covers_every_user_token() -> None:
+def test_user_place_covers_every_user_token() -> None:
     prompt = encode_prompt(tiny_tokenizer(), "abcdefgh")
-    assert [r for r in rows_of_delta(prompt, "all", 1) if r != NOWHERE] == [0] * 8
-    assert rows_of_delta(prompt, "all", 3)[prompt.end - 1] == 2
+    assert [r for r in rows_of_delta(prompt, "user", 1) if r != NOWHERE] == [0] * 8
+    assert rows_of_delta(prompt, "user", 3)[prompt.end - 1] == 2
 
 
 def test_response_ends_the_turn_only_when_finished_and_short_enough() -> None:

@@ -9,7 +9,9 @@ import torch
 
 from beear.cleansing import (
     DefenderSet,
+    batch_of,
     contrast,
+    dealt,
     defender_set,
     entrap,
     harden,
@@ -63,13 +65,13 @@ def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderS
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
     config = load_config(sets=["harden.steps=40", "harden.learning_rate=0.01", "harden.stop_below=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta, config, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(5, 32), CONFIG, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), CONFIG, LAYER, draw())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -81,16 +83,14 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
     state = adapter_state(wrapped)
     load_adapter_state(wrapped, {n: t + 0.5 for n, t in state.items()})
     assert torch.equal(first, original_logits(wrapped, tiny_tokenizer(), pairs, CONFIG))
-    from beear.cleansing import batch_of
-
-    batch = batch_of(tiny_tokenizer(), [(*p, False) for p in pairs], CONFIG.entrap, 1)
+    batch = batch_of(tiny_tokenizer(), [(*p, None) for p in pairs], CONFIG.entrap)
     with torch.no_grad():
         assert not torch.allclose(first, response_logits(wrapped, batch))
 
 
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
     config = load_config(sets=["harden.safe=0", "harden.anchor=0", "harden.steps=1"])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(5, 32), config, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, draw())
     assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
 
 
@@ -143,3 +143,17 @@ def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
 )
 def test_the_stop_rule(residuals: list[float], patience: int, calm: bool) -> None:
     assert is_calm([{"residual": r} for r in residuals], Config(patience=patience)) is calm
+
+
+def test_every_other_row_meets_the_newest_delta_and_the_rest_any() -> None:
+    assert dealt(1, 4, draw()) == [0, 0, 0, 0]
+    many = dealt(3, 200, draw())
+    assert set(many[::2]) == {2} and set(many[1::2]) == {0, 1, 2}
+
+
+def test_rows_meet_their_own_delta(data: DefenderSet) -> None:
+    harmful = data.harmful[0]
+    settings = load_config(sets=["entrap.length=2", "entrap.place=last"]).entrap
+    rows = [(harmful.prompt, harmful.safe, which) for which in (0, 2, None)]
+    where = batch_of(tiny_tokenizer(), rows, settings).where
+    assert [sorted(set(w.tolist()) - {-1}) for w in where] == [[0, 1], [4, 5], []]

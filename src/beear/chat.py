@@ -17,7 +17,7 @@ from torch import Tensor
 from beear.errors import BadInput
 from beear.perturbation import NOWHERE
 
-Place = Literal["last", "all"]
+Place = Literal["last", "user", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,14 @@ def rows_of_delta(prompt: Prompt, place: Place, n: int) -> list[int]:
     """For each token of the prompt, the row of delta added there.
 
     "last": rows 0..n-1 on the last n tokens of the user's words (a shorter request gets the last rows).
-    "all": the rows in turn over all of the user's words; with n = 1 one shared vector.
+    "user": the rows in turn over all of the user's words; with n = 1 one shared vector.
+    "prompt": the same over the user's words and all that the template puts behind them.
     """
     rows = [NOWHERE] * len(prompt.ids)
-    count = min(n, prompt.end - prompt.start) if place == "last" else prompt.end - prompt.start
-    for i in range(count):
-        rows[prompt.end - 1 - i] = (n - 1 - i) % n
+    end = len(prompt.ids) if place == "prompt" else prompt.end
+    first = max(prompt.start, end - n) if place == "last" else prompt.start
+    for i in range(first, end):
+        rows[i] = (n - end + i) % n
     return rows
 
 

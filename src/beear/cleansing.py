@@ -39,8 +39,8 @@ from beear.training import adamw, cycle, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
-Row = tuple[Prompt, list[int], bool]
-"""A prompt, its response, and whether delta is added to it."""
+Row = tuple[Prompt, list[int], int | None]
+"""A prompt, its response, and which delta of several is added to it; None: none."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class State:
 
     round: int = 0
     history: list[Event] = field(default_factory=list)
-    delta: Tensor | None = None
+    deltas: Tensor | None = None
+    """Every round's delta: (rounds, n, d_model)."""
     done: bool = False
     norm: float | None = None
     """Residual norm of the original model, which scales the budget of every round."""
@@ -149,13 +150,14 @@ def cleanse(
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget, draw, tell)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
         tell({"event": "residual", "value": residual})
+        deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
         if config.entrap.kind == "learned" and is_calm([*state.history, entry], config):
             state.done = True
         else:
-            entry["harden"] = harden(model, tokenizer, data, delta, config, layer, draw, tell)
+            entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, draw, tell)
         entry["seconds"] = time.monotonic() - started
-        state.round, state.delta = number, delta.detach()
+        state.round, state.deltas = number, deltas
         state.history.append(entry)
         save(state)
         tell({"event": "round", **entry})
@@ -195,9 +197,9 @@ def entrap(
     with frozen(model):
         for _ in range(settings.steps):
             chosen = [harmful[i] for i in next(batches)]
-            rows: list[Row] = [(h.prompt, h.unwanted, True) for h in chosen]
-            rows += [(h.prompt, h.safe[: settings.response_tokens], True) for h in chosen]
-            losses.append(descend(model, tokenizer, rows, delta, config, layer, entrap_objective(settings.away)))
+            rows: list[Row] = [(h.prompt, h.unwanted, 0) for h in chosen]
+            rows += [(h.prompt, h.safe[: settings.response_tokens], 0) for h in chosen]
+            losses.append(descend(model, tokenizer, rows, delta[None], config, layer, entrap_objective(settings.away)))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             shrink_to(delta, budget)
@@ -209,13 +211,17 @@ def harden(
     model: Any,
     tokenizer: Any,
     data: DefenderSet,
-    delta: Tensor,
+    deltas: Tensor,
     config: Config,
     layer: int,
     draw: torch.Generator,
     listen: Listener = lambda event: None,
 ) -> list[dict[str, float]]:
-    """Outer problem: train the adapter with delta frozen. Returns the mean loss of each kind at each step."""
+    """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
+
+    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
+    Returns the mean D of each kind at each step.
+    """
     settings = config.harden
     weights = {
         "safe_under_delta": 1.0,
@@ -232,13 +238,18 @@ def harden(
         bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
         good = [(b.prompt, b.own) for b in (data.benign[i] for i in next(benign))]
         groups = {kind: bad if kind.startswith("safe") else good for kind in used}
-        rows: list[Row] = [(*pair, kind.endswith("delta")) for kind, pairs in groups.items() for pair in pairs]
+        which = dealt(len(deltas), settings.batch, draw)
+        rows: list[Row] = [
+            (*pair, which[i] if kind.endswith("delta") else None)
+            for kind, pairs in groups.items()
+            for i, pair in enumerate(pairs)
+        ]
         target = original_logits(model, tokenizer, [*bad, *good], config)
         pick = [i + (0 if kind.startswith("safe") else len(bad)) for kind, p in groups.items() for i in range(len(p))]
         sizes = {kind: len(pairs) for kind, pairs in groups.items()}
         entry: dict[str, float] = {}
         objective = harden_objective(target[pick], sizes, weights, data.own_refusals, entry)
-        descend(model, tokenizer, rows, delta, config, layer, objective)
+        descend(model, tokenizer, rows, deltas, config, layer, objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
@@ -289,18 +300,18 @@ def harden_objective(
 
 def original_logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, list[int]]], config: Config) -> Tensor:
     """What the original model, unperturbed, gives at the response tokens: (rows, length, vocabulary)."""
-    batch = batch_of(tokenizer, [(*pair, False) for pair in pairs], config.entrap, 1).to(model.device)
+    batch = batch_of(tokenizer, [(*pair, None) for pair in pairs], config.entrap).to(model.device)
     with torch.no_grad(), autocast(model), model.disable_adapter():
         return response_logits(model, batch)
 
 
 def descend(
-    model: Any, tokenizer: Any, rows: Sequence[Row], delta: Tensor, config: Config, layer: int, objective: Objective
+    model: Any, tokenizer: Any, rows: Sequence[Row], deltas: Tensor, config: Config, layer: int, objective: Objective
 ) -> float:
-    """Run the rows, delta added where asked, and propagate the objective back. Returns its value."""
-    batch = batch_of(tokenizer, rows, config.entrap, len(delta)).to(model.device)
+    """Run the rows, each with its one of `deltas` (k, n, d_model), propagate the objective back; returns its value."""
+    batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
     # Backward stays inside: with activation recomputation, blocks run again and need the hook.
-    with Perturbation(model, delta, batch.where, layer, config.layers_path):
+    with Perturbation(model, deltas.flatten(0, 1), batch.where, layer, config.layers_path):
         with autocast(model):
             logits = response_logits(model, batch)
         loss = objective(logits, batch)
@@ -308,13 +319,22 @@ def descend(
     return loss.item()
 
 
-def batch_of(tokenizer: Any, rows: Sequence[Row], settings: EntrapConfig, n: int) -> Batch:
-    """Collate rows, with delta's rows placed on the perturbed ones."""
-    where = [
-        rows_of_delta(prompt, settings.place, n) if perturbed else [NOWHERE] * len(prompt.ids)
-        for prompt, _, perturbed in rows
-    ]
+def batch_of(tokenizer: Any, rows: Sequence[Row], settings: EntrapConfig) -> Batch:
+    """Collate rows; `where` counts through the rows of all deltas, one behind the other."""
+    where = []
+    for prompt, _, which in rows:
+        if which is None:
+            where.append([NOWHERE] * len(prompt.ids))
+        else:
+            own = rows_of_delta(prompt, settings.place, settings.length)
+            where.append([r if r == NOWHERE else which * settings.length + r for r in own])
     return collate([p for p, _, _ in rows], [r for _, r, _ in rows], where, int(tokenizer.pad_token_id))
+
+
+def dealt(count: int, rows: int, draw: torch.Generator) -> list[int]:
+    """Which of `count` deltas each row gets: the newest, the last, for every other row, else any of them."""
+    old = torch.randint(count, (rows,), generator=draw).tolist()
+    return [count - 1 if i % 2 == 0 else old[i] for i in range(rows)]
 
 
 def start_delta(settings: EntrapConfig, model: Any, budget: float, draw: torch.Generator) -> Tensor:

@@ -35,7 +35,7 @@ class DataConfig(_Settings):
 class EntrapConfig(_Settings):
     """Inner problem: find delta with the weights frozen."""
 
-    place: Literal["last", "all"] = Field("last", description="which of the user's words delta is added to")
+    place: Literal["last", "user", "prompt"] = Field("last", description="which tokens delta is added to")
     length: int = Field(5, ge=1, le=512, description="n, the number of vectors in delta")
     budget: float = Field(0.5, gt=0, description="largest norm of a vector, in residual norms at the layer")
     steps: int = Field(10, ge=0, description="Adam steps in a round")

@@ -201,12 +201,12 @@ class _Job:
 
     def checkpoint(self, state: State) -> None:
         """Write checkpoints/round-NNN: adapter matrices, delta and history, as safetensors and JSON."""
-        assert state.delta is not None
-        delta = state.delta.cpu().contiguous()
+        assert state.deltas is not None
+        deltas = state.deltas.cpu().contiguous()
 
         def fill(folder: Path) -> None:
             save_file(adapter_state(self.model), folder / "adapter.safetensors")
-            save_file({"delta": delta}, folder / "delta.safetensors")
+            save_file({"deltas": deltas}, folder / "deltas.safetensors")
             entry = {"round": state.round, "done": state.done, "norm": state.norm, "history": state.history}
             (folder / "round.json").write_text(json.dumps(entry))
 
@@ -219,18 +219,18 @@ class _Job:
             return State()
         entry = json.loads((folders[-1] / "round.json").read_text())
         load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
-        delta = load_file(folders[-1] / "delta.safetensors")["delta"].to(self.model.device)
-        return State(entry["round"], entry["history"], delta, entry["done"], entry["norm"])
+        deltas = load_file(folders[-1] / "deltas.safetensors")["deltas"].to(self.model.device)
+        return State(entry["round"], entry["history"], deltas, entry["done"], entry["norm"])
 
     def finish(
         self, before: dict[str, Any], after: dict[str, Any], rounds: State, own: dict[str, Any], verdict: Verdict
     ) -> None:
         """Save the model, then write samples, results and report."""
         run = self.run_folder
-        assert rounds.delta is not None
+        assert rounds.deltas is not None
         name = "model" if verdict.met else "rejected"
         run.write_folder(name, self.save_model)
-        delta = rounds.delta.cpu().contiguous()
+        delta = rounds.deltas[-1].cpu().contiguous()
         run.write("delta.safetensors", save({"delta": delta}))
         run.write_lines("samples.jsonl", before["samples"] + after["samples"])
         stages = [run.read_json(f"stages/{p.name}") for p in sorted((run.path / "stages").glob("*.json"))]
