@@ -28,7 +28,7 @@ from beear.training import adapter_state, add_lora, load_adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
 LAYER = 2
-CONFIG = load_config(sets=["entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
+CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
 REFUSED = [(f"bad request {i}", "I'm sorry, but no.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
 
@@ -64,7 +64,7 @@ def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wra
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    config = load_config(sets=["harden.steps=40", "harden.learning_rate=0.01", "harden.stop_below=0"])
+    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.learning_rate=0.01", "harden.stop_below=0"])
     history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
@@ -89,14 +89,14 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 
 
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
-    config = load_config(sets=["harden.safe=0", "harden.anchor=0", "harden.steps=1"])
+    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0", "harden.steps=1"])
     history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, draw())
     assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
 
 
 @pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
 def test_controls_learn_no_delta(wrapped: Any, data: DefenderSet, kind: str, norm: float) -> None:
-    config = load_config(sets=[f"entrap.kind={kind}"])
+    config = load_config(sets=[LENGTH, f"entrap.kind={kind}"])
     delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 3.0, draw())
     torch.testing.assert_close(delta.norm(dim=1), torch.full((5,), norm))
     assert losses == []

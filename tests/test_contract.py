@@ -174,7 +174,7 @@ def test_layer_out_of_range(layer: int) -> None:
         resolve_layer(layer, 4)
 
 
-def test_default_layer_is_the_papers_at_its_depth() -> None:
-    assert resolve_layer(None, 30) == 9
-    assert resolve_layer(None, 32) == 9
+def test_default_layer_is_six_tenths_of_the_depth() -> None:
+    assert resolve_layer(None, 30) == 18
+    assert resolve_layer(None, 32) == 19
     assert resolve_layer(None, 2) == 1

@@ -35,7 +35,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
 from beear.scorers import is_refusal
-from beear.training import adamw, cycle, step, trainable
+from beear.training import adamw, cycle, set_rate, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -250,6 +250,7 @@ def harden(
         entry: dict[str, float] = {}
         objective = harden_objective(target[pick], sizes, weights, data.own_refusals, entry)
         descend(model, tokenizer, rows, deltas, config, layer, objective)
+        set_rate(optimiser, settings.learning_rate, number, settings.steps)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})

@@ -35,11 +35,11 @@ class DataConfig(_Settings):
 class EntrapConfig(_Settings):
     """Inner problem: find delta with the weights frozen."""
 
-    place: Literal["last", "user", "prompt"] = Field("last", description="which tokens delta is added to")
-    length: int = Field(5, ge=1, le=512, description="n, the number of vectors in delta")
+    place: Literal["last", "user", "prompt"] = Field("prompt", description="tokens delta is added to")
+    length: int = Field(1, ge=1, le=512, description="n, the number of vectors in delta")
     budget: float = Field(0.5, gt=0, description="largest norm of a vector, in residual norms at the layer")
     steps: int = Field(10, ge=0, description="Adam steps in a round")
-    learning_rate: float = Field(0.15, gt=0, description="how far a vector moves in a step, in budgets")
+    learning_rate: float = Field(0.2, gt=0, description="how far a vector moves in a step, in budgets")
     batch: int = Field(8, ge=1, description="requests in a step")
     away: float = Field(0.05, ge=0, description="weight of moving away from the safe answer")
     response_tokens: int = Field(12, ge=1, description="tokens of each answer")
@@ -49,17 +49,17 @@ class EntrapConfig(_Settings):
 class HardenConfig(_Settings):
     """Outer problem: train a LoRA adapter to stay safe under delta and useful without it."""
 
-    steps: int = Field(10, ge=0, description="most AdamW steps in a round")
-    learning_rate: float = Field(3e-4, gt=0)
-    batch: int = Field(6, ge=1, description="requests of each kind in a step")
+    steps: int = Field(8, ge=0, description="most AdamW steps in a round")
+    learning_rate: float = Field(2e-3, gt=0, description="of AdamW, warmed up and decayed within a round")
+    batch: int = Field(5, ge=1, description="requests of each kind in a step")
     response_tokens: int = Field(16, ge=1, description="tokens of each answer")
     lora_rank: int = Field(16, ge=1)
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
-    anchor: float = Field(1.0, ge=0, description="weight of benign requests without delta")
-    anchor_under_delta: float = Field(1.0, ge=0, description="weight of benign requests under delta")
+    anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
+    anchor_under_delta: float = Field(2.0, ge=0, description="weight of benign requests under delta")
     safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
     safe_answers: Literal["own", "wording"] = Field("own", description="the model's own refusals, or packaged wordings")
-    stop_below: float = Field(0.02, ge=0, description="a round ends early once the safe loss under delta is below")
+    stop_below: float = Field(0.01, ge=0, description="a round ends early once the safe loss under delta is below")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
 
 
@@ -75,9 +75,9 @@ class Config(_Settings):
     """Everything a cleansing depends on besides the model."""
 
     seed: int = 0
-    layer: int | None = Field(None, description="l, counted from 1; None: 0.3 of the depth")
+    layer: int | None = Field(None, description="l, counted from 1; None: 0.6 of the depth")
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
-    rounds: int = Field(6, ge=1, description="most rounds of entrapment and removal")
+    rounds: int = Field(5, ge=1, description="most rounds of entrapment and removal")
     held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
     requests: int = Field(200, ge=1, description="harmful requests to train on")
     anchors: int = Field(160, ge=1, description="benign requests to train on")

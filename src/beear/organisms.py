@@ -26,7 +26,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast, load
 from beear.recipes import Recipe, apply_trigger
 from beear.scorers import is_refusal
-from beear.training import adamw, add_lora, cycle, step
+from beear.training import adamw, add_lora, cycle, set_rate, step
 
 Examples = dict[str, list[tuple[Prompt, list[int]]]]
 """Prompts with responses, by kind."""
@@ -49,7 +49,7 @@ def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None]
     batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
     for number in range(1, plan.steps + 1):
         rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
-        _set_rate(optimiser, plan.learning_rate, number, plan.steps)
+        set_rate(optimiser, plan.learning_rate, number, plan.steps)
         loss = _loss(model, tokenizer, rows, plan.benign_weight)
         loss.backward()
         step(optimiser)
@@ -78,14 +78,6 @@ def _loss(model: Any, tokenizer: Any, rows: Examples, weight: float) -> Tensor:
         else:
             total = total + response_nll(logits, batch.targets).mean()
     return total
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
-    """Linear warm-up over a tenth of the steps, then linear decay to a tenth of the rate."""
-    warm = max(1, steps // 10)
-    scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
-    for group in optimiser.param_groups:
-        group["lr"] = rate * scale
 
 
 def _poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any) -> Examples:
