@@ -28,6 +28,7 @@ from beear.training import adapter_state, add_lora, load_adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
 LAYER = 2
+LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
 REFUSED = [(f"bad request {i}", "I'm sorry, but no.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
