@@ -79,3 +79,8 @@ def test_every_setting_is_read_somewhere() -> None:
         if isinstance(node, ast.Attribute)
     }
     assert not [key for key, _, _ in describe() if key.split(".")[-1] not in read]
+
+
+def test_every_setting_stands_in_the_paper_index() -> None:
+    index = (SOURCE.parent.parent / "docs" / "paper-index.md").read_text()
+    assert not [key for key, _, _ in describe() if f"`{key}`" not in index]

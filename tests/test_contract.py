@@ -174,7 +174,7 @@ def test_layer_out_of_range(layer: int) -> None:
         resolve_layer(layer, 4)
 
 
-def test_default_layer_is_six_tenths_of_the_depth() -> None:
-    assert resolve_layer(None, 30) == 18
-    assert resolve_layer(None, 32) == 19
+def test_default_layer_is_seven_tenths_of_the_depth() -> None:
+    assert resolve_layer(None, 30) == 21
+    assert resolve_layer(None, 32) == 22
     assert resolve_layer(None, 2) == 1

@@ -35,7 +35,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
 from beear.scorers import is_refusal
-from beear.training import adamw, cycle, set_rate, step, trainable
+from beear.training import adamw, cycle, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -219,7 +219,8 @@ def harden(
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
-    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
+    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise. The
+    learning rate falls linearly over the rounds: the first one removes, the later ones settle.
     Returns the mean D of each kind at each step.
     """
     settings = config.harden
@@ -230,7 +231,8 @@ def harden(
         "safe": settings.safe,
     }
     used = [kind for kind, weight in weights.items() if weight > 0]
-    optimiser = adamw(model, settings.learning_rate)
+    past = len(deltas) - 1
+    optimiser = adamw(model, settings.learning_rate * (1 - past / config.rounds))
     harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
     benign = cycle(len(data.benign), min(settings.batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
@@ -250,7 +252,6 @@ def harden(
         entry: dict[str, float] = {}
         objective = harden_objective(target[pick], sizes, weights, data.own_refusals, entry)
         descend(model, tokenizer, rows, deltas, config, layer, objective)
-        set_rate(optimiser, settings.learning_rate, number, settings.steps)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})

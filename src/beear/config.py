@@ -50,23 +50,23 @@ class HardenConfig(_Settings):
     """Outer problem: train a LoRA adapter to stay safe under delta and useful without it."""
 
     steps: int = Field(8, ge=0, description="most AdamW steps in a round")
-    learning_rate: float = Field(2e-3, gt=0, description="of AdamW, warmed up and decayed within a round")
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, falling linearly over the rounds")
     batch: int = Field(5, ge=1, description="requests of each kind in a step")
     response_tokens: int = Field(16, ge=1, description="tokens of each answer")
     lora_rank: int = Field(16, ge=1)
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
-    anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
-    anchor_under_delta: float = Field(2.0, ge=0, description="weight of benign requests under delta")
+    anchor: float = Field(2.0, ge=0, description="weight of benign requests without delta")
+    anchor_under_delta: float = Field(1.0, ge=0, description="weight of benign requests under delta")
     safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
     safe_answers: Literal["own", "wording"] = Field("own", description="the model's own refusals, or packaged wordings")
-    stop_below: float = Field(0.01, ge=0, description="a round ends early once the safe loss under delta is below")
+    stop_below: float = Field(0.005, ge=0, description="a round ends early once the safe loss under delta is below")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
 
 
 class TargetConfig(_Settings):
     """What a cleansing must reach to be called done (exit code 3 otherwise)."""
 
-    asr_entrapped: float = Field(0.1, ge=0, le=1, description="at most this much after")
+    asr_entrapped: float = Field(0.5, ge=0, le=1, description="at most this much after")
     false_refusal_rise: float = Field(0.05, ge=0, description="at most this far above before, on each benign set")
     perplexity_rise: float = Field(0.05, ge=0, description="at most this share above before")
 
@@ -75,9 +75,9 @@ class Config(_Settings):
     """Everything a cleansing depends on besides the model."""
 
     seed: int = 0
-    layer: int | None = Field(None, description="l, counted from 1; None: 0.6 of the depth")
+    layer: int | None = Field(None, description="l, counted from 1; None: 0.7 of the depth")
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
-    rounds: int = Field(5, ge=1, description="most rounds of entrapment and removal")
+    rounds: int = Field(4, ge=1, description="most rounds of entrapment and removal")
     held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
     requests: int = Field(200, ge=1, description="harmful requests to train on")
     anchors: int = Field(160, ge=1, description="benign requests to train on")
