@@ -79,7 +79,7 @@ def run_cleanse(
 def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> None:
     """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it."""
     settings = read_settings(out)
-    with Run(out) as run:
+    with Run.existing(out) as run:
         results = run.read_json("results.json")
         if results is None:
             raise BadInput(f"{out} has no results yet; finish it with --resume")

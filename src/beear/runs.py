@@ -37,12 +37,21 @@ class Run:
     def open(cls, path: Path, settings: dict[str, Any], resume: bool) -> Run:
         """Make the folder or go on in it. Raises BadInput if it is in use, would be overwritten, or differs."""
         check_output(path, settings, resume)
-        run = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to {path}: {error.strerror}") from error
+        run = cls.existing(path)
+        if not (path / "config.yaml").exists():
+            run.write_text("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> Run:
+        """Lock a folder that is there. Raises BadInput if it is in use or cannot be written."""
+        run = cls(path)
+        try:
             run._lock.acquire(timeout=0)
-            if not (path / "config.yaml").exists():
-                run.write_text("config.yaml", yaml.safe_dump(settings, sort_keys=False))
         except Timeout as error:
             raise BadInput(
                 f"{path} is in use by another beear process; wait for it or choose another folder"
