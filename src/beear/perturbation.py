@@ -109,7 +109,8 @@ class Perturbation:
         if where.shape[1] < hidden.shape[1]:
             missing = hidden.shape[1] - where.shape[1]
             where = nn.functional.pad(where, (0, missing), value=NOWHERE)
-        # NOWHERE is -1, so it reads the last row of the table, which is zero.
+        # The table's last row is zero, and NOWHERE (-1) modulo its length reads it. `embedding` and not
+        # indexing: the gradient of indexing adds up in an order that changes from run to run on many threads.
         table = torch.cat([self.delta, self.delta.new_zeros(1, self.delta.shape[1])]).to(hidden.dtype)
-        moved = hidden + table[where]
+        moved = hidden + nn.functional.embedding(where % len(table), table)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
