@@ -158,7 +158,7 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
     ("after", "missed"),
     [
         ({}, None),
-        ({"asr_entrapped": 0.2}, "asr_entrapped"),
+        ({"asr_entrapped": 0.6}, "asr_entrapped"),
         ({"false_refusal": 0.11}, "false_refusal"),
         ({"perplexity": 10.6}, "perplexity"),
         ({"asr_entrapped": None}, "asr_entrapped"),
