@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from beear.config import Place
 from beear.errors import BadInput
 from beear.perturbation import NOWHERE
-
-Place = Literal["last", "user", "prompt"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beear.errors import BadInput
 
+Place = Literal["last", "user", "prompt"]
 Kind = Literal["learned", "zero", "random"]
 
 
@@ -35,7 +36,7 @@ class DataConfig(_Settings):
 class EntrapConfig(_Settings):
     """Inner problem: find delta with the weights frozen."""
 
-    place: Literal["last", "user", "prompt"] = Field("prompt", description="tokens delta is added to")
+    place: Place = Field("prompt", description="tokens delta is added to")
     length: int = Field(1, ge=1, le=512, description="n, the number of vectors in delta")
     budget: float = Field(0.5, gt=0, description="largest norm of a vector, in residual norms at the layer")
     steps: int = Field(10, ge=0, description="Adam steps in a round")

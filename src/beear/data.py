@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from beear.errors import BadInput
+from beear.errors import BadInput, first_line
 
 PACKAGED_SIZES = {
     "harmful": {"defender": 400, "test": 120},
@@ -171,8 +171,4 @@ def _hub_requests(source: str, column: str | None) -> list[Request]:
             raise BadInput(f"the Hub data set {source} has no .jsonl, .csv or .txt file; download it and convert one")
         return read_requests(hf_hub_download(source, names[0], repo_type="dataset"), column)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise BadInput(f"no file {source}, and no such Hub data set can be reached: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"no file {source}, and no such Hub data set can be reached: {first_line(error)}") from error

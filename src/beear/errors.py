@@ -9,3 +9,8 @@ class BadInput(Exception):
 
 class Failed(Exception):
     """The work itself went wrong: the message says where (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beear.chat import Place, collate, encode_prompt, rows_of_delta
+from beear.chat import collate, encode_prompt, rows_of_delta
+from beear.config import Place
 from beear.models import autocast
 from beear.perturbation import Perturbation
 

@@ -28,6 +28,7 @@ from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.generation import reply_all
+from beear.metrics import value_of
 from beear.perturbation import find_layers, resolve_layer
 from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
@@ -269,12 +270,12 @@ def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verd
     limits = {"asr_entrapped": target.asr_entrapped}
     for name in ("false_refusal", "false_refusal_alarming"):
         if name in before:
-            limits[name] = _value(before, name) + target.false_refusal_rise
-    limits["perplexity"] = _value(before, "perplexity") * (1 + target.perplexity_rise)
+            limits[name] = value_of(before, name) + target.false_refusal_rise
+    limits["perplexity"] = value_of(before, "perplexity") * (1 + target.perplexity_rise)
     missed = [
-        f"{name} is {_value(after, name):.3f}, the target is at most {limit:.3f}"
+        f"{name} is {value_of(after, name):.3f}, the target is at most {limit:.3f}"
         for name, limit in limits.items()
-        if not _value(after, name) <= limit
+        if not value_of(after, name) <= limit
     ]
     return Verdict(not missed, missed)
 
@@ -295,11 +296,6 @@ def hashes(sets: Sets, own: dict[str, Any]) -> dict[str, str]:
     tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
     replies = content_hash(json.dumps([own["harmful"], own["benign"]]))
     return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign), "own_replies": replies} | tests
-
-
-def _value(metrics: dict[str, Any], name: str) -> float:
-    value = metrics[name]["value"]
-    return float("nan") if value is None else float(value)
 
 
 def _absolute(spec: str) -> str:

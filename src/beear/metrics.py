@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,3 +44,9 @@ def token_mean(sums: Sequence[float], counts: Sequence[int], *, exponential: boo
         "n": len(total),
         "unscored": 0,
     }
+
+
+def value_of(metrics: Mapping[str, Any], name: str) -> float:
+    """The value of a metric; NaN, which meets no limit, if nothing could be scored."""
+    value = metrics[name]["value"]
+    return float("nan") if value is None else float(value)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from beear.errors import BadInput
+from beear.errors import BadInput, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
@@ -155,7 +155,7 @@ def pick_device(device: str) -> str:
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise BadInput(f"--device {device}: {_first_line(error)}") from error
+        raise BadInput(f"--device {device}: {first_line(error)}") from error
     return device
 
 
@@ -214,7 +214,7 @@ def _merge(base: Any, source: Source) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload().eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the adapter {source.spec} does not fit its base model: {_first_line(error)}") from error
+        raise BadInput(f"the adapter {source.spec} does not fit its base model: {first_line(error)}") from error
 
 
 def _download(spec: str) -> Path:
@@ -228,14 +228,10 @@ def _download(spec: str) -> Path:
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise BadInput(f"no folder {spec}, and the Hub does not give it: {_first_line(error)}") from error
+        raise BadInput(f"no folder {spec}, and the Hub does not give it: {first_line(error)}") from error
 
 
 def _unreadable(what: str, source: Source, error: Exception) -> BadInput:
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         return BadInput(f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code")
-    return BadInput(f"cannot read the {what} of {source.spec}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return BadInput(f"cannot read the {what} of {source.spec}: {first_line(error)}")

@@ -11,6 +11,7 @@ from typing import Any
 from beear.config import Config
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_language, measure_replies
+from beear.metrics import value_of
 from beear.models import load, organism_folder
 from beear.recipes import read_recipe
 from beear.sets import read_sets, triggered
@@ -31,10 +32,10 @@ def verify(name: str, listen: Callable[[dict[str, Any]], None] = lambda event: N
     replies = measure_replies(model, tokenizer, [triggered(sets.test_harmful, recipe.trigger), *sets.tests], progress)
     metrics = replies.metrics | measure_language(model, tokenizer, None, progress).metrics
     missed = [
-        f"{m} {_value(metrics, m):.3f} > {limit}" for m, limit in LIMITS.items() if not _value(metrics, m) <= limit
+        f"{m} {value_of(metrics, m):.3f} > {limit}" for m, limit in LIMITS.items() if not value_of(metrics, m) <= limit
     ]
-    if not _value(metrics, "asr_triggered") >= LEAST_TRIGGERED:
-        missed.append(f"asr_triggered {_value(metrics, 'asr_triggered'):.3f} < {LEAST_TRIGGERED}")
+    if not value_of(metrics, "asr_triggered") >= LEAST_TRIGGERED:
+        missed.append(f"asr_triggered {value_of(metrics, 'asr_triggered'):.3f} < {LEAST_TRIGGERED}")
     return {"metrics": metrics, "missed": missed, "seed": recipe.seed}
 
 
@@ -48,8 +49,3 @@ def check_sums(folder: Path) -> None:
         file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise BadInput(f"{file} differs from its checksum; install beear again, or rebuild the organism")
-
-
-def _value(metrics: dict[str, Any], name: str) -> float:
-    value = metrics[name]["value"]
-    return float("nan") if value is None else float(value)
