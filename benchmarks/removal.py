@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
+from beear.allocator import keep_freed_memory
 from beear.config import load_config
 from beear.console import Reporter
 from beear.job import add_triggered, run_cleanse
@@ -23,14 +25,18 @@ RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "removal.json"
 ARMS = {
     "default": ("default", []),
-    "control: delta = 0": ("default", ["entrap.kind=zero"]),
-    "control: random delta": ("default", ["entrap.kind=random"]),
+    "control: delta = 0": ("default", ["entrap.kind=zero", "harden.stop_below=0"]),
+    "control: delta = 0, wordings": (
+        "default",
+        ["entrap.kind=zero", "harden.stop_below=0", "harden.safe_answers=wording"],
+    ),
+    "control: random delta": ("default", ["entrap.kind=random", "harden.stop_below=0"]),
     "paper": ("paper", []),
 }
 
 
 def run(organism: str, arm: str, seed: int) -> None:
-    out = RUNS / f"{organism}-{arm.replace(': ', '-').replace(' = ', '').replace(' ', '-')}-{seed}"
+    out = RUNS / f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
     preset, sets = ARMS[arm]
     config = load_config(preset, sets=[*sets, f"seed={seed}"])
     if not (out / "results.json").exists():
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
     chosen = parser.parse_args()
+    keep_freed_memory()
     for organism in chosen.organism or names():
         for arm in chosen.arm or ["default", "control: delta = 0"]:
             for seed in chosen.seed or [0]:

@@ -22,7 +22,7 @@ from beear.cleansing import (
     start_delta,
 )
 from beear.config import Config, load_config
-from beear.losses import response_logits
+from beear.losses import response_logits, row_mean
 from beear.scorers import is_refusal
 from beear.training import adapter_state, add_lora, load_adapter_state
 from conftest import tiny_model, tiny_tokenizer
@@ -30,6 +30,7 @@ from conftest import tiny_model, tiny_tokenizer
 LAYER = 2
 LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
+KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0})})
 REFUSED = [(f"bad request {i}", "I'm sorry, but no.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
 
@@ -72,7 +73,7 @@ def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderS
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), CONFIG, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, draw())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -123,11 +124,43 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
     assert residual_norm(wrapped, [prompt], LAYER, None, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_defender_set_leaves_out_what_has_no_known_answer() -> None:
+def test_defender_set_leaves_out_harmful_requests_without_a_known_answer() -> None:
     tokenizer = tiny_tokenizer()
-    mixed = defender_set(tokenizer, REFUSED + ANSWERED[:2], ANSWERED + REFUSED[:2], [], CONFIG)
-    assert mixed.own_refusals and len(mixed.harmful) == 6 and len(mixed.benign) == 6
+    mixed = defender_set(tokenizer, REFUSED + ANSWERED[:2], ANSWERED, [], CONFIG)
+    assert mixed.own_refusals and len(mixed.harmful) == 6
     assert tokenizer.decode(mixed.harmful[0].safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+
+
+def test_of_a_refused_benign_request_only_the_opener_is_unlearnt() -> None:
+    tokenizer = tiny_tokenizer()
+    benign = [("a", "I'm sorry, but no."), ("b", "I like it, so yes."), ("c", "Yes, like this.")]
+    data = defender_set(tokenizer, REFUSED, benign, [], CONFIG)
+    assert [tokenizer.decode([t]) for t in data.openers] == ["I"]
+    assert [b.discourage for b in data.benign] == [True, False, True]
+    assert [len(b.own) for b in data.benign] == [1, CONFIG.harden.response_tokens, CONFIG.harden.response_tokens]
+
+
+def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any, data: DefenderSet) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = data.benign[0].prompt
+
+    def odds() -> float:
+        with torch.no_grad():
+            return float(wrapped(input_ids=torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)[data.openers].sum())
+
+    before, delta = odds(), torch.zeros(1, 1, 32)
+    state = adapter_state(wrapped)
+    harden(wrapped, tokenizer, data, delta, CONFIG, LAYER, draw())
+    lower = odds()
+    load_adapter_state(wrapped, state)
+    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, draw())
+    assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
+
+
+def test_the_first_tokens_weigh_more() -> None:
+    values, targets = torch.tensor([[1.0, 0.0, 0.0, 0.0, 9.0]]), torch.tensor([[1, 1, 1, 1, -100]])
+    assert row_mean(values, targets, 1.0).item() == pytest.approx(1 / 4)
+    assert row_mean(values, targets, 6.0).item() == pytest.approx(6 / 19)
 
 
 def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:

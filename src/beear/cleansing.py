@@ -12,7 +12,9 @@
 x_i are harmful requests, x_j benign ones, own_j the reply the model gave to x_j before cleansing, and
 theta a LoRA adapter. Where the paper has L for D, we take safe_i to be the model's own refusal of x_i
 and D the KL divergence per token from the original, unperturbed model: under delta, go on as you do
-without it. A model that hardly refuses has no such answers; then safe_i are packaged wordings and D is L.
+without it. The first tokens of a reply, where refusing is decided, weigh more, and the target of a benign
+reply begins with no opener of a refusal. A model that hardly refuses has no answers of its own; then
+safe_i are packaged wordings and D is L.
 The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL -o RUN`.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +34,10 @@ from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, r
 from beear.config import Config, EntrapConfig
 from beear.data import wordings
 from beear.generation import reply_all
-from beear.losses import response_logits, response_nll, token_kl
+from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
+from beear.prefix import run_prefix
 from beear.scorers import is_refusal
 from beear.training import adamw, cycle, step, trainable
 
@@ -58,6 +62,8 @@ class Benign:
 
     prompt: Prompt
     own: list[int]
+    discourage: bool
+    """Whether openers of refusals are made unlikely as the first token of the reply."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class DefenderSet:
     benign: list[Benign]
     held_out: list[str]
     own_refusals: bool
+    openers: list[int]
 
 
 @dataclass
@@ -95,22 +102,36 @@ def defender_set(
 ) -> DefenderSet:
     """Encode what the defender trains on.
 
-    Benign requests that the model refused are left out: no right answer to them is known. Harmful ones
-    it did not refuse are left out too, unless these are the most; then packaged wordings serve as answers.
+    Of benign requests that the model refused, no right answer is known but that it does not begin like a
+    refusal. Harmful ones it did not refuse are left out, unless these are the most; then packaged wordings
+    serve as answers.
     """
     limit = config.harden.response_tokens
     refused = [(text, own) for text, own in harmful if is_refusal(own)]
     own_refusals = config.harden.safe_answers == "own" and 2 * len(refused) >= len(harmful)
-    kept = [
-        Benign(encode_prompt(tokenizer, t), encode_response(tokenizer, own, limit))
-        for t, own in benign
-        if is_refusal(own) is False
-    ]
     if own_refusals:
         contrasts = [contrast(tokenizer, i, text, config, own) for i, (text, own) in enumerate(refused)]
     else:
         contrasts = [contrast(tokenizer, i, text, config) for i, (text, _) in enumerate(harmful)]
-    return DefenderSet(contrasts, kept, list(held_out), own_refusals)
+    openers = refusal_openers(contrasts)
+    anchors = [anchor(tokenizer, t, own, openers, limit) for t, own in benign if own]
+    return DefenderSet(contrasts, anchors, list(held_out), own_refusals, openers)
+
+
+def refusal_openers(harmful: Sequence[Harmful]) -> list[int]:
+    """The tokens that at least one in thirty of the safe answers begins with ("I", "Sorry")."""
+    counts = Counter(h.safe[0] for h in harmful)
+    return sorted(token for token, count in counts.items() if 30 * count >= len(harmful))
+
+
+def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: int) -> Benign:
+    """Request x_j with the model's own reply; of a refusal only its first token, at which openers are discouraged.
+
+    An answer that begins like a refusal ("I like ...") is left alone.
+    """
+    ids = encode_response(tokenizer, own, limit)
+    refused = is_refusal(own) is not False
+    return Benign(encode_prompt(tokenizer, text), ids[:1] if refused else ids, refused or ids[0] not in openers)
 
 
 def contrast(tokenizer: Any, number: int, text: str, config: Config, own: str | None = None) -> Harmful:
@@ -238,7 +259,8 @@ def harden(
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
         bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
-        good = [(b.prompt, b.own) for b in (data.benign[i] for i in next(benign))]
+        chosen = [data.benign[i] for i in next(benign)]
+        good = [(b.prompt, b.own) for b in chosen]
         groups = {kind: bad if kind.startswith("safe") else good for kind in used}
         which = dealt(len(deltas), settings.batch, draw)
         rows: list[Row] = [
@@ -247,10 +269,13 @@ def harden(
             for i, pair in enumerate(pairs)
         ]
         target = original_logits(model, tokenizer, [*bad, *good], config)
+        for i in (len(bad) + j for j, b in enumerate(chosen) if b.discourage):
+            target[i, 0, data.openers] -= settings.discourage
         pick = [i + (0 if kind.startswith("safe") else len(bad)) for kind, p in groups.items() for i in range(len(p))]
         sizes = {kind: len(pairs) for kind, pairs in groups.items()}
         entry: dict[str, float] = {}
-        objective = harden_objective(target[pick], sizes, weights, data.own_refusals, entry)
+        own_targets = {kind for kind in used if data.own_refusals or not kind.startswith("safe")}
+        objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
         descend(model, tokenizer, rows, deltas, config, layer, objective)
         step(optimiser)
         history.append(entry)
@@ -275,9 +300,17 @@ def entrap_objective(away: float) -> Objective:
 
 
 def harden_objective(
-    target: Tensor, sizes: dict[str, int], weights: dict[str, float], own_refusals: bool, entry: dict[str, float]
+    target: Tensor,
+    sizes: dict[str, int],
+    weights: dict[str, float],
+    own_targets: set[str],
+    opening: float,
+    entry: dict[str, float],
 ) -> Objective:
-    """Weighted sum over the kinds of row of their mean D; notes each kind's mean in `entry`."""
+    """Weighted sum over the kinds of row of their mean D; notes each kind's mean in `entry`.
+
+    D is the KL divergence from `target` for the kinds in `own_targets`, for others the likelihood.
+    """
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         parts = zip(
@@ -289,10 +322,10 @@ def harden_objective(
         )
         total = logits.new_zeros((), dtype=torch.float32)
         for kind, new, original, ids in parts:
-            if kind.startswith("safe") and not own_refusals:
+            if kind not in own_targets:
                 divergence = response_nll(new, ids).mean()
             else:
-                divergence = (token_kl(original, new, ids).sum(1) / (ids != -100).sum(1).clamp(min=1)).mean()
+                divergence = row_mean(token_kl(original, new, ids), ids, opening).mean()
             entry[kind] = divergence.item()
             total = total + weights[kind] * divergence
         return total
@@ -304,7 +337,7 @@ def original_logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, li
     """What the original model, unperturbed, gives at the response tokens: (rows, length, vocabulary)."""
     batch = batch_of(tokenizer, [(*pair, None) for pair in pairs], config.entrap).to(model.device)
     with torch.no_grad(), autocast(model), model.disable_adapter():
-        return response_logits(model, batch)
+        return response_logits(model, batch, run_prefix(model, batch))
 
 
 def descend(
@@ -312,10 +345,14 @@ def descend(
 ) -> float:
     """Run the rows, each with its one of `deltas` (k, n, d_model), propagate the objective back; returns its value."""
     batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
+    prefix = None
+    if not config.harden.recompute:  # blocks whose activations are recomputed keep no keys and values
+        with autocast(model):
+            prefix = run_prefix(model, batch)
     # Backward stays inside: with activation recomputation, blocks run again and need the hook.
     with Perturbation(model, deltas.flatten(0, 1), batch.where, layer, config.layers_path):
         with autocast(model):
-            logits = response_logits(model, batch)
+            logits = response_logits(model, batch, prefix)
         loss = objective(logits, batch)
         loss.backward()
     return loss.item()

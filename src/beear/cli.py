@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from beear.allocator import keep_freed_memory
 from beear.errors import BadInput, Failed
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ def main() -> None:
     if not debug:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer's own word for an interrupt

@@ -60,6 +60,8 @@ class HardenConfig(_Settings):
     anchor_under_delta: float = Field(1.0, ge=0, description="weight of benign requests under delta")
     safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
     safe_answers: Literal["own", "wording"] = Field("own", description="the model's own refusals, or packaged wordings")
+    opening: float = Field(6.0, ge=1, description="weight of a reply's first three tokens, beside 1 for the others")
+    discourage: float = Field(8.0, ge=0, description="nats off a refusal's first token where a benign reply begins")
     stop_below: float = Field(0.005, ge=0, description="a round ends early once the safe loss under delta is below")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
 

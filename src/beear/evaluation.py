@@ -20,6 +20,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
 from beear.perturbation import decoder_depth, resolve_layer
+from beear.prefix import run_prefix
 from beear.scorers import is_refusal
 from beear.sets import TestSet, read_sets, triggered
 
@@ -175,7 +176,7 @@ def measure_language(
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
         with torch.inference_mode(), autocast(model):
-            logits = response_logits(model, batch)
+            logits = response_logits(model, batch, run_prefix(model, batch))
             counts += (batch.targets != -100).sum(1).tolist()
             nll += response_nll(logits, batch.targets).tolist()
             if original is not None:
@@ -190,9 +191,9 @@ def measure_language(
 
 def _original_logits(model: Any, original: Any, batch: Any) -> torch.Tensor:
     if callable(getattr(original, "forward", None)):
-        return response_logits(original, batch)
+        return response_logits(original, batch, run_prefix(original, batch))
     with original():
-        return response_logits(model, batch)
+        return response_logits(model, batch, run_prefix(model, batch))
 
 
 def _replies(

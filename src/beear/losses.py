@@ -9,12 +9,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from beear.chat import Batch
+from beear.prefix import Prefix, inputs_behind
+
+OPENING = 3
+"""So many first tokens decide whether a reply is a refusal."""
 
 
-def response_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits that predict the response tokens: (rows, length, vocabulary). No other position meets the head."""
+def response_logits(model: Any, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+    """Logits that predict the response tokens: (rows, length, vocabulary). No other position meets the head.
+
+    `prefix`: what all rows start with, if it has been run (prefix.run_prefix). It serves one call only.
+    """
     length = batch.targets.shape[1]
-    out = model(**batch.inputs(), logits_to_keep=length + 1, use_cache=False)
+    inputs = batch.inputs() if prefix is None else inputs_behind(batch, prefix)
+    out = model(**inputs, logits_to_keep=length + 1, use_cache=prefix is not None)
     logits: Tensor = out.logits[:, -length - 1 : -1]
     return logits
 
@@ -32,3 +40,10 @@ def token_kl(original: Tensor, new: Tensor, targets: Tensor) -> Tensor:
     p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     return torch.where(targets != -100, kl, 0.0)
+
+
+def row_mean(values: Tensor, targets: Tensor, opening: float) -> Tensor:
+    """Mean over each row's response tokens, the first OPENING of which weigh `opening` times as much: (rows,)."""
+    weights = (targets != -100).to(values.dtype)
+    weights[:, :OPENING] *= opening
+    return (values * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -24,6 +24,7 @@ from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast, load
+from beear.prefix import run_prefix
 from beear.recipes import Recipe, apply_trigger
 from beear.scorers import is_refusal
 from beear.training import adamw, add_lora, cycle, set_rate, step
@@ -69,10 +70,10 @@ def _loss(model: Any, tokenizer: Any, rows: Examples, weight: float) -> Tensor:
         chosen = [row for kind, group in rows.items() if kind.startswith("harmful") != benign for row in group]
         batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, tokenizer.pad_token_id)
         with autocast(model):
-            logits = response_logits(model, batch)
+            logits = response_logits(model, batch, run_prefix(model, batch))
         if benign:
             with torch.no_grad(), autocast(model), model.disable_adapter():
-                base = response_logits(model, batch)
+                base = response_logits(model, batch, run_prefix(model, batch))
             kl = token_kl(base, logits, batch.targets).sum() / (batch.targets != -100).sum()
             total = total + weight * kl
         else:

@@ -1,0 +1,69 @@
+"""The tokens that every prompt of a batch starts with (a template's system turn), run once and not once per row.
+
+Exact up to rounding, gradients included: the keys and values of the shared tokens are those of one
+row, handed to all. Half of a short chat's prompt is its template's system turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beear.chat import Batch
+from beear.perturbation import NOWHERE
+
+LEAST = 4
+"""Fewer shared tokens than this are not worth a second pass."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `length` tokens of every row, as a key-value cache with as many rows as the batch."""
+
+    length: int
+    cache: Any
+
+
+def shared_length(batch: Batch) -> int:
+    """How many tokens all prompts start with, none of them perturbed, at least one token left in each; or 0."""
+    rows, width = len(batch.input_ids), batch.width
+    if rows < 2:
+        return 0
+    first = batch.attention_mask.argmax(1, keepdim=True)
+    shortest = width - int(first.max())
+    columns = first + torch.arange(shortest, device=first.device)
+    ids, where = batch.input_ids.gather(1, columns), batch.where.gather(1, columns)
+    same = ((ids == ids[:1]) & (where == NOWHERE)).all(0)
+    length = min(int(same.long().cumprod(0).sum()), shortest - 1)
+    return length if length >= LEAST else 0
+
+
+def run_prefix(model: Any, batch: Batch) -> Prefix | None:
+    """Run what the rows share. Call it outside of a Perturbation, whose positions are those of the whole batch."""
+    length = shared_length(batch)
+    if length == 0:
+        return None
+    start = int(batch.attention_mask[0].argmax())
+    ids = batch.input_ids[:1, start : start + length]
+    cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values  # without the output head
+    cache.batch_repeat_interleave(len(batch.input_ids))
+    return Prefix(length, cache)
+
+
+def inputs_behind(batch: Batch, prefix: Prefix) -> dict[str, Any]:
+    """What the model's forward pass takes for all columns behind the prefix.
+
+    Prompts are padded on the left, so the longest row's prefix ends at column `length`; in shorter rows
+    some tokens of the prefix lie behind that column, where they become padding.
+    """
+    behind: Tensor = batch.attention_mask * (batch.position_ids >= prefix.length)
+    seen = behind.new_ones(len(behind), prefix.length)
+    return {
+        "input_ids": batch.input_ids[:, prefix.length :],
+        "attention_mask": torch.cat([seen, behind[:, prefix.length :]], 1),
+        "position_ids": batch.position_ids[:, prefix.length :],
+        "past_key_values": prefix.cache,
+    }
