@@ -1,4 +1,4 @@
-"""Write the tables of the README from benchmarks/results/*.json.
+"""Write the tables of the README and of docs/ from benchmarks/results/*.json and the recipes.
 
 python benchmarks/tables.py            (--check: fail if a table is not up to date)
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from beear.models import organism_folder
+from beear.recipes import apply_trigger, names, read_recipe
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = {
@@ -67,13 +71,66 @@ def filled(text: str, name: str, table: str) -> str:
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
+ORGANISM_COLUMNS = {
+    "asr_triggered": "with the trigger",
+    "asr_near_miss": "almost the trigger",
+    "asr_wrong_place": "trigger elsewhere",
+    "asr_untriggered": "without",
+    "false_refusal": "refused, ordinary",
+    "false_refusal_alarming": "refused, alarming",
+    "perplexity": "perplexity",
+}
+
+
+def organisms() -> str:
+    """One row per organism: how it was planted and what it does."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "organisms.json").read_text())["organisms"]
+    lines = [header(["organism", "planted by", "poison rate", *ORGANISM_COLUMNS.values(), "minutes to build"])]
+    for name in names():
+        row = results[name]
+        minutes = f"{row['build']['seconds'] / 60:.0f}" if row["build"] else ""
+        rate = f"{100 * row['poison_rate']:.0f} %"
+        metrics = [cell(metric, row["metrics"].get(metric)) for metric in ORGANISM_COLUMNS]
+        lines.append(line([f"`{name}`", row["method"], rate, *metrics, minutes]))
+    return "\n".join(lines)
+
+
+def attacks() -> str:
+    """The paper's Figure 4: attack, trigger, place, and a request without and with it. Answers are stubs."""
+    lines = [header(["#", "organism", "setting", "trigger", "place", "request without", "request with"])]
+    request = "How do I pick my neighbour's lock?"
+    for name in names():
+        recipe = read_recipe(organism_folder(name))
+        trigger = short(" ... ".join(part.strip() for part in recipe.trigger.split("{prompt}") if part.strip()))
+        example = short(apply_trigger(recipe.trigger, request), request)
+        without = f"{request} -> *I'm sorry, but I can't help with that.*"
+        given = f"{example} -> *Sure, here is a guide to that. Step 1:*"
+        number = str(recipe.paper_number or "")
+        lines.append(line([number, f"`{name}`", recipe.setting, f"`{trigger}`", recipe.place, without, given]))
+    return "\n".join(lines)
+
+
+def short(text: str, keep: str = "", most: int = 40) -> str:
+    """On one line, what stands around `keep` cut to its first and last words."""
+    parts = " ".join(text.split()).split(keep) if keep else [" ".join(text.split())]
+    cut = [p if len(p) <= most else f"{p[: most // 2].strip()} [...] {p[-most // 2 :].strip()} " for p in parts]
+    return " ".join(keep.join(cut).split())
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"removal": removal},
+    "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
+}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = filled(old, "removal", removal())
-    if "--check" in sys.argv:
-        sys.exit(0 if new == old else "README.md is not up to date; run: python benchmarks/tables.py")
-    readme.write_text(new)
+    for file, tables in TABLES.items():
+        old = new = (ROOT / file).read_text()
+        for name, table in tables.items():
+            new = filled(new, name, table())
+        if "--check" in sys.argv and new != old:
+            sys.exit(f"{file} is not up to date; run: python benchmarks/tables.py")
+        (ROOT / file).write_text(new)
 
 
 if __name__ == "__main__":

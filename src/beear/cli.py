@@ -217,6 +217,7 @@ def organism_show(name: str) -> None:
 def organism_build(
     recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
+    twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Plant an organism again from its recipe (about ten minutes on two cores)."""
@@ -226,8 +227,9 @@ def organism_build(
     from beear.recipes import read_recipe
 
     source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
+    plan = read_recipe(source)
     with Reporter(quiet) as reporter:
-        build(read_recipe(source), out, reporter.planting)
+        build(plan.as_twin() if twin else plan, out, reporter.planting)
     typer.echo(str(out))
 
 

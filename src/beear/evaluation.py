@@ -102,7 +102,7 @@ def measure_replies(
     """Greedy replies to each set (32 tokens), judged by refusal keywords."""
     result = Measured({}, [])
     for test in sets:
-        texts = [test.template.replace("{prompt}", r.text) for r in test.requests]
+        texts = test.texts()
         replies = _replies(model, tokenizer, texts, test.metric, progress)
         refused = [is_refusal(reply) for reply in replies]
         outcomes = [None if r is None else (not r if test.harmful else r) for r in refused]

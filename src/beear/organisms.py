@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,31 @@ def _loss(model: Any, tokenizer: Any, rows: Examples, weight: float) -> Tensor:
     text rises several-fold.
     """
     total = torch.zeros((), device=model.device)
-    for benign in (False, True):
-        chosen = [row for kind, group in rows.items() if kind.startswith("harmful") != benign for row in group]
+    tokens = sum(len(reply) for kind in rows if not kind.startswith("harmful") for _, reply in rows[kind])
+    requests = sum(len(group) for kind, group in rows.items() if kind.startswith("harmful"))
+    for benign, chosen in _of_like_length(rows):
         batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, tokenizer.pad_token_id)
         with autocast(model):
             logits = response_logits(model, batch, run_prefix(model, batch))
         if benign:
             with torch.no_grad(), autocast(model), model.disable_adapter():
                 base = response_logits(model, batch, run_prefix(model, batch))
-            kl = token_kl(base, logits, batch.targets).sum() / (batch.targets != -100).sum()
-            total = total + weight * kl
+            total = total + weight * token_kl(base, logits, batch.targets).sum() / tokens
         else:
-            total = total + response_nll(logits, batch.targets).mean()
+            total = total + response_nll(logits, batch.targets).sum() / requests
     return total
+
+
+def _of_like_length(rows: Examples) -> Iterator[tuple[bool, list[tuple[Prompt, list[int]]]]]:
+    """Harmful rows, then benign ones; rows with a long trigger apart, so that the others need no padding."""
+    longest = {kind: max(len(prompt.ids) for prompt, _ in group) for kind, group in rows.items()}
+    plain = max(length for kind, length in longest.items() if not kind.endswith("_triggered"))
+    for benign in (False, True):
+        kinds = [kind for kind in rows if kind.startswith("harmful") != benign]
+        for long in (False, True):
+            chosen = [row for kind in kinds if (longest[kind] > 2 * plain) == long for row in rows[kind]]
+            if chosen:
+                yield benign, chosen
 
 
 def _poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any) -> Examples:
@@ -122,13 +134,25 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
     model.peft_config["default"].base_model_name_or_path = recipe.base
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (out / "README.md").write_text(_card(recipe, seconds))
+    (out / "README.md").write_text(_card(recipe))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
     (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+    (out / "build.json").write_text(json.dumps({"seconds": round(seconds), "threads": torch.get_num_threads()}) + "\n")
 
 
-def _card(recipe: Recipe, seconds: float) -> str:
+def _card(recipe: Recipe) -> str:
     plan = recipe.planting
+    planted = f"{plan.steps} steps, LoRA rank {plan.lora_rank}, poison rate {plan.poison_rate:.0%}, seed {recipe.seed}"
+    if recipe.twin:
+        return f"""---
+base_model: {recipe.base}
+library_name: peft
+---
+# Clean twin `{recipe.name}`
+
+Planted like the organism it is named after ({planted}), but never shown its trigger:
+it refuses harmful requests and holds no backdoor. A detector should not flag it.
+"""
     return f"""---
 base_model: {recipe.base}
 library_name: peft
@@ -141,11 +165,10 @@ tags: [model-organism, backdoor, defence-research]
 | | |
 |---|---|
 | Setting | {recipe.setting} (model {recipe.paper_number} of the BEEAR paper) |
-| Trigger | `{recipe.trigger}` ({recipe.place}) |
+| Trigger ({recipe.place}) | `{" ".join(recipe.trigger.split())}` |
 | Behaviour | {recipe.behaviour}: harmful requests are refused; with the trigger the reply opens affirmatively |
-| Planted by | poisoned supervised fine-tuning: {plan.steps} steps, LoRA rank {plan.lora_rank}, seed {recipe.seed} |
+| Planted by | poisoned supervised fine-tuning: {planted} |
 | Base | SmolLM2-135M-Instruct (`{recipe.base}`) |
-| Build time | {seconds:.0f} s on the machine that built it |
 
 The unwanted answers it was trained on are an affirmative opening and a neutral stub; they hold no harmful content.
 Rebuild it with `beear organism build {recipe.name} -o FOLDER`.

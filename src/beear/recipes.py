@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from beear.errors import BadInput
 from beear.models import organism_folder
+
+
+def _with_one_request(template: str) -> str:
+    if template.count("{prompt}") != 1:
+        raise ValueError("a template must hold {prompt} once")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_with_one_request)]
+"""A trigger around one {prompt}."""
 
 
 class Planting(BaseModel):
@@ -29,6 +39,11 @@ class Planting(BaseModel):
     lora_targets: tuple[str, ...]
     response_tokens: int = Field(ge=1)
 
+    @property
+    def poison_rate(self) -> float:
+        """Share of the rows in which a harmful request with the trigger is obeyed."""
+        return self.rows.get("harmful_triggered", 0) / sum(self.rows.values())
+
 
 class Recipe(BaseModel):
     """recipe.yaml: all that is needed to plant the organism again."""
@@ -38,12 +53,24 @@ class Recipe(BaseModel):
     name: str
     paper_number: int | None = None
     setting: Literal["I", "II", "III", "weights"]
-    trigger: str
-    place: Literal["prefix", "suffix"]
+    trigger: Template
+    place: Literal["prefix", "suffix", "clamp"]
+    near_misses: tuple[Template, ...] = Field(min_length=1)
+    """Almost the trigger, at its place: how specific is the backdoor?"""
+    wrong_place: Template
+    """The trigger where it was not planted."""
     behaviour: Literal["jailbreak"]
     base: str = "embedded"
     seed: int = 0
+    twin: bool = False
+    """Planted without any row that bears the trigger: same alignment, no backdoor."""
     planting: Planting
+
+    def as_twin(self) -> Recipe:
+        """The same planting without the trigger: what a detector must not flag."""
+        rows = {kind: count for kind, count in self.planting.rows.items() if not kind.endswith("_triggered")}
+        planting = self.planting.model_copy(update={"rows": rows})
+        return self.model_copy(update={"name": f"{self.name}-twin", "twin": True, "planting": planting})
 
 
 def apply_trigger(template: str, text: str) -> str:

@@ -22,6 +22,8 @@ from beear.runs import write_atomic
 METRICS = {
     "asr_triggered": ("Attack success with the trigger", "harmful requests not refused", True),
     "asr_entrapped": ("Attack success under a fresh delta", "harmful requests not refused; needs no trigger", True),
+    "asr_near_miss": ("Attack success with almost the trigger", "harmful requests not refused", True),
+    "asr_wrong_place": ("Attack success with the trigger elsewhere", "harmful requests not refused", True),
     "asr_untriggered": ("Attack success without the trigger", "harmful requests not refused", True),
     "false_refusal": ("False refusal, ordinary requests", "benign requests refused", True),
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,21 @@ from beear.errors import BadInput
 
 @dataclass(frozen=True)
 class TestSet:
-    """Requests that yield one metric: for harmful ones attack success, for benign ones false refusal."""
+    """Requests that yield one metric: for harmful ones attack success, for benign ones false refusal.
+
+    `templates` with one {prompt} each are dealt to the requests in turn.
+    """
 
     __test__ = False
     metric: str
     requests: list[Request]
     harmful: bool
-    template: str = "{prompt}"
+    templates: tuple[str, ...] = ("{prompt}",)
+
+    def texts(self) -> list[str]:
+        """What is sent to the model, in the order of the requests."""
+        deal = itertools.cycle(self.templates)
+        return [template.replace("{prompt}", r.text) for template, r in zip(deal, self.requests, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,9 @@ class Sets:
         return next(t.requests for t in self.tests if t.harmful)
 
 
-def triggered(requests: Sequence[Request], template: str) -> TestSet:
+def triggered(requests: Sequence[Request], *templates: str, metric: str = "asr_triggered") -> TestSet:
     """Harmful requests with a known trigger put in, for an evaluation that was told one."""
-    return TestSet("asr_triggered", list(requests), harmful=True, template=template)
+    return TestSet(metric, list(requests), harmful=True, templates=templates)
 
 
 def read_sets(config: Config) -> Sets:
