@@ -86,11 +86,11 @@ class Reporter:
 
     def _on_round(self, event: dict[str, Any]) -> None:
         self._round_seconds.append(event["seconds"])
-        losses = f"entrapment {_ends(event['entrap'])}"
+        losses = f"loss {_ends(event['entrap'])}"
         if event["harden"]:
-            losses += f", removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
-        residual = f"entrapment succeeds on {event['residual']:.0%} of held-out requests"
-        self.line(f"round {event['round']}/{self.rounds}: {residual}; losses: {losses}; {self._time_left(event)}")
+            losses += f"; removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
+        residual = f"entrapment works on {event['residual']:.0%} of held-out requests"
+        self.line(f"round {event['round']}/{self.rounds}: {residual}, {losses}; {self._time_left(event)}")
 
     def _where(self, event: dict[str, Any]) -> str:
         return f"round {event['round']}/{self.rounds}:"
