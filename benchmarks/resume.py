@@ -56,7 +56,10 @@ def main() -> None:
     if not (THROUGH / "results.json").exists():
         sys.exit("run `beear demo` first: its run is what is compared with")
     shutil.rmtree(BROKEN, ignore_errors=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a shell's background job would pass on "ignore"
     codes = [run(interrupt) for interrupt in [*INTERRUPTS, None]]
+    if codes[:2] != [1, -signal.SIGKILL]:
+        sys.exit(f"the interruptions did not stop the runs: exit codes {codes}")
     ours, theirs = content(BROKEN), content(THROUGH)
     result = {
         "exit_codes": codes,

@@ -110,6 +110,16 @@ def attacks() -> str:
     return "\n".join(lines)
 
 
+def step() -> str:
+    """One row per arm of benchmarks/step.py."""
+    arms = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["arms"]
+    lines = [header(["arm", "seconds for a step", "ratio", "peak memory, GiB"])]
+    for arm, row in arms.items():
+        memory = f"{row['peak_memory_bytes'] / 2**30:.1f}"
+        lines.append(line([arm, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", memory]))
+    return "\n".join(lines)
+
+
 def short(text: str, keep: str = "", most: int = 40) -> str:
     """On one line, what stands around `keep` cut to its first and last words."""
     parts = " ".join(text.split()).split(keep) if keep else [" ".join(text.split())]
@@ -120,6 +130,7 @@ def short(text: str, keep: str = "", most: int = 40) -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"removal": removal},
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
+    "docs/decisions/0007-what-makes-a-step-fast.md": {"step": step},
 }
 
 

@@ -108,7 +108,8 @@ def shown(metric: dict[str, Any] | None, share: bool) -> str:
     value, low, high = metric["value"], metric["low"], metric["high"]
     if share:
         return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{value:.3g} ({low:.3g} to {high:.3g})"
+    digits = 1 if value >= 1 else 4
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
