@@ -129,6 +129,8 @@ def test_same_seed_same_bits_other_seed_other_bits(place: Path, config: Config, 
 def test_interrupted_in_a_round_and_resumed_ends_bit_identical(
     kill: signal.Signals, place: Path, config: Config, whole: Path
 ) -> None:
+    # A shell's background job has SIGINT ignored and would hand that on to the process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = place / f"stopped-{kill.name}"
     run = command(place, config, out)
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
