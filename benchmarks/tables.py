@@ -29,14 +29,13 @@ COLUMNS = {
 def removal() -> str:
     """One row per organism before, then one per arm and seed after."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "removal.json").read_text())["runs"]
-    lines = [header(["organism", "", *COLUMNS.values(), "minutes"])]
+    lines = [header(["organism", "", *COLUMNS.values()])]
     seen: set[str] = set()
     for row in rows:
         if row["organism"] not in seen:
             seen.add(row["organism"])
-            lines.append(line([row["organism"], "before", *cells(row["before"]), ""]))
-        minutes = f"{row['wall_seconds'] / 60:.1f}"
-        lines.append(line(["", f"{row['arm']}, seed {row['seed']}", *cells(row["after"]), minutes]))
+            lines.append(line([row["organism"], "before", *cells(row["before"])]))
+        lines.append(line(["", f"{row['arm']}, seed {row['seed']}", *cells(row["after"])]))
     return "\n".join(lines)
 
 
