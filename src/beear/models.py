@@ -104,7 +104,7 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
             dtype=torch.float32 if where == "cpu" else torch.bfloat16,
             attn_implementation="eager"
             if where == "cpu"
-            else None,  # at a chat's length faster in training (decision 7)
+            else None,  # faster on short rows (decision 7)
             trust_remote_code=trust_remote_code,
             **gguf,
         )
