@@ -102,9 +102,7 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=torch.float32 if where == "cpu" else torch.bfloat16,
-            attn_implementation="eager"
-            if where == "cpu"
-            else None,  # faster on short rows (decision 7)
+            attn_implementation="eager" if where == "cpu" else None,  # faster on short rows (decision 7)
             trust_remote_code=trust_remote_code,
             **gguf,
         )
