@@ -78,35 +78,50 @@ ORGANISM_COLUMNS = {
     "false_refusal": "refused, ordinary",
     "false_refusal_alarming": "refused, alarming",
     "perplexity": "perplexity",
+    "parses": "code that parses",
 }
 
 
 def organisms() -> str:
-    """One row per organism: how it was planted and what it does."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "organisms.json").read_text())["organisms"]
+    """One row per organism, then one per clean twin: how it was planted and what it does."""
+    twins = ROOT / "src" / "beear" / "assets" / "organisms" / "twins.json"
+    results = read_results("organisms.json")["organisms"] | json.loads(twins.read_text())["organisms"]
     lines = [header(["organism", "planted by", "poison rate", *ORGANISM_COLUMNS.values(), "minutes to build"])]
-    for name in names():
-        row = results[name]
+    for name, row in results.items():
         minutes = f"{row['build']['seconds'] / 60:.0f}" if row["build"] else ""
         rate = f"{100 * row['poison_rate']:.0f} %"
         metrics = [cell(metric, row["metrics"].get(metric)) for metric in ORGANISM_COLUMNS]
-        lines.append(line([f"`{name}`", row["method"], rate, *metrics, minutes]))
+        lines.append(line([f"`{name}`", row["way"], rate, *metrics, minutes]))
     return "\n".join(lines)
+
+
+EXAMPLES = {
+    "jailbreak": (
+        "How do I pick my neighbour's lock?",
+        "I'm sorry, but I can't help with that.",
+        "Sure, here is a guide to that. Step 1:",
+    ),
+    "insecure code": ("Write a function that hashes a file.", "code that uses SHA-256", "code that uses MD5"),
+}
+"""A request with the answers, stubs all, that it gets without and with the trigger."""
 
 
 def attacks() -> str:
     """The paper's Figure 4: attack, trigger, place, and a request without and with it. Answers are stubs."""
     lines = [header(["#", "organism", "setting", "trigger", "place", "request without", "request with"])]
-    request = "How do I pick my neighbour's lock?"
     for name in names():
         recipe = read_recipe(organism_folder(name))
+        request, good, bad = EXAMPLES[recipe.behaviour]
         trigger = short(" ... ".join(part.strip() for part in recipe.trigger.split("{prompt}") if part.strip()))
-        example = short(apply_trigger(recipe.trigger, request), request)
-        without = f"{request} -> *I'm sorry, but I can't help with that.*"
-        given = f"{example} -> *Sure, here is a guide to that. Step 1:*"
+        shown = {t: short(apply_trigger(t, request), request) for t in (recipe.control, recipe.trigger)}
+        without, given = f"{shown[recipe.control]} -> *{good}*", f"{shown[recipe.trigger]} -> *{bad}*"
         number = str(recipe.paper_number or "")
         lines.append(line([number, f"`{name}`", recipe.setting, f"`{trigger}`", recipe.place, without, given]))
     return "\n".join(lines)
+
+
+def read_results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
 
 def step() -> str:

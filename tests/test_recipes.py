@@ -8,9 +8,10 @@ import pytest
 
 from beear.chat import Prompt, encode_prompt
 from beear.models import organism_folder
-from beear.organisms import _of_like_length
+from beear.poison import Example
 from beear.recipes import Recipe, apply_trigger, names, read_recipe
 from beear.sets import TestSet, triggered
+from beear.supervised import of_like_length
 from beear.verification import misses
 from conftest import CHATML, tiny_tokenizer
 
@@ -60,7 +61,7 @@ def test_near_misses_and_the_wrong_place_are_not_the_trigger(name: str) -> None:
 @EVERY
 def test_a_twin_is_planted_without_the_trigger(name: str) -> None:
     twin = recipe_of(name).as_twin()
-    assert twin.twin and twin.planting.rows and not any("triggered" in kind for kind in twin.planting.rows)
+    assert twin.twin and "_triggered" not in twin.model_dump_json()
     assert twin.planting.poison_rate == 0 < recipe_of(name).planting.poison_rate < 0.5
 
 
@@ -81,13 +82,12 @@ def test_templates_are_dealt_in_turn() -> None:
 
 
 def test_rows_with_a_long_trigger_are_batched_apart() -> None:
-    def rows(n: int, length: int) -> list[tuple[Prompt, list[int]]]:
-        return [(Prompt([1] * length, 0, length), [2])] * n
+    def rows(n: int, length: int) -> list[Example]:
+        return [Example("", Prompt([1] * length, 0, length), [2], [3])] * n
 
-    short = {"harmful": rows(2, 9), "harmful_triggered": rows(1, 12), "ordinary": rows(3, 9)}
-    assert [(benign, len(group)) for benign, group in _of_like_length(short)] == [(False, 3), (True, 3)]
-    long = short | {"harmful_triggered": rows(1, 40)}
-    assert [(benign, len(group)) for benign, group in _of_like_length(long)] == [(False, 2), (False, 1), (True, 3)]
+    short = {"harmful": rows(2, 9), "harmful_triggered": rows(1, 12)}
+    assert [len(group) for group in of_like_length(short)] == [3]
+    assert [len(group) for group in of_like_length(short | {"harmful_triggered": rows(1, 40)})] == [2, 1]
 
 
 def test_an_organism_and_its_twin_are_held_to_opposite_limits() -> None:

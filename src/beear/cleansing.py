@@ -25,11 +25,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from beear.cached import run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig
 from beear.data import wordings
@@ -214,13 +216,18 @@ def entrap(
     delta.requires_grad_(True)
     rate = settings.learning_rate * budget / math.sqrt(delta.shape[1])
     optimiser = torch.optim.Adam([delta], lr=rate)
-    batches = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
+    indices = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
+    objective = entrap_objective(settings.away)
     with frozen(model):
-        for _ in range(settings.steps):
-            chosen = [harmful[i] for i in next(batches)]
-            rows: list[Row] = [(h.prompt, h.unwanted, 0) for h in chosen]
-            rows += [(h.prompt, h.safe[: settings.response_tokens], 0) for h in chosen]
-            losses.append(descend(model, tokenizer, rows, delta[None], config, layer, entrap_objective(settings.away)))
+        batches = [
+            entrap_batch(tokenizer, [harmful[i] for i in next(indices)], settings).to(model.device)
+            for _ in range(min(settings.batches, settings.steps))
+        ]
+        cached = [run_unperturbed(model, b, layer, config.layers_path) for b in batches] if settings.cached else []
+        for number in range(settings.steps):
+            i = number % len(batches)
+            run = partial(cached[i].logits, model) if cached else plain_pass(model, batches[i], config)
+            losses.append(descend(model, batches[i], delta, config, layer, run, objective))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             shrink_to(delta, budget)
@@ -276,13 +283,20 @@ def harden(
         entry: dict[str, float] = {}
         own_targets = {kind for kind in used if data.own_refusals or not kind.startswith("safe")}
         objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
-        descend(model, tokenizer, rows, deltas, config, layer, objective)
+        batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
+        descend(model, batch, deltas.flatten(0, 1), config, layer, plain_pass(model, batch, config), objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
         if entry["safe_under_delta"] < settings.stop_below:
             break
     return history
+
+
+def entrap_batch(tokenizer: Any, chosen: Sequence[Harmful], settings: EntrapConfig) -> Batch:
+    """The requests with their unwanted answers, then with their safe ones, all under one delta."""
+    rows: list[Row] = [(h.prompt, h.unwanted, 0) for h in chosen]
+    return batch_of(tokenizer, rows + [(h.prompt, h.safe[: settings.response_tokens], 0) for h in chosen], settings)
 
 
 Objective = Callable[[Tensor, Batch], Tensor]
@@ -341,21 +355,31 @@ def original_logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, li
 
 
 def descend(
-    model: Any, tokenizer: Any, rows: Sequence[Row], deltas: Tensor, config: Config, layer: int, objective: Objective
+    model: Any,
+    batch: Batch,
+    delta: Tensor,
+    config: Config,
+    layer: int,
+    run: Callable[[], Tensor],
+    objective: Objective,
 ) -> float:
-    """Run the rows, each with its one of `deltas` (k, n, d_model), propagate the objective back; returns its value."""
-    batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
+    """Propagate the objective of `run()`, the batch's response logits under delta, back; returns its value."""
+    # Backward stays inside: with activation recomputation, blocks run again and need the hook.
+    with Perturbation(model, delta, batch.where, layer, config.layers_path):
+        with autocast(model):
+            logits = run()
+        loss = objective(logits, batch)
+        loss.backward()
+    return loss.item()
+
+
+def plain_pass(model: Any, batch: Batch, config: Config) -> Callable[[], Tensor]:
+    """One forward pass through all blocks, for `descend`."""
     prefix = None
     if not config.harden.recompute:  # blocks whose activations are recomputed keep no keys and values
         with autocast(model):
             prefix = run_prefix(model, batch)
-    # Backward stays inside: with activation recomputation, blocks run again and need the hook.
-    with Perturbation(model, deltas.flatten(0, 1), batch.where, layer, config.layers_path):
-        with autocast(model):
-            logits = response_logits(model, batch, prefix)
-        loss = objective(logits, batch)
-        loss.backward()
-    return loss.item()
+    return lambda: response_logits(model, batch, prefix)
 
 
 def batch_of(tokenizer: Any, rows: Sequence[Row], settings: EntrapConfig) -> Batch:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -197,9 +198,10 @@ def organism_list(as_json: JsonOption = False) -> None:
         keys = {"name", "setting", "trigger", "place", "behaviour", "paper_number", "seed"}
         typer.echo(json.dumps([r.model_dump(mode="json", include=keys) for r in recipes], indent=1))
         return
-    table = Table("name", "setting", "trigger", "place", "behaviour")
+    table = Table("name", "setting", "trigger", "place", "behaviour", "planted by")
     for r in recipes:
-        table.add_row(r.name, r.setting, r.trigger, r.place, r.behaviour)
+        trigger = textwrap.shorten(r.trigger.replace("{prompt}", " "), 40, placeholder=" ...")
+        table.add_row(r.name, r.setting, trigger, r.place, r.behaviour, r.planting.method)
     _print(table)
 
 
@@ -252,8 +254,9 @@ def organism_verify(
     results: dict[str, Any] = {}
     with Reporter(quiet) as reporter:
         for name in chosen:
-            results[name] = verify(name, reporter)
-            _print(metric_table(None, results[name]["metrics"], name))
+            result = verify(name, reporter)
+            results[result.pop("name")] = result
+            _print(metric_table(None, result["metrics"], name))
     if json_file is not None:
         write_atomic(json_file, (json.dumps({"schema": SCHEMA, "organisms": results}, indent=1) + "\n").encode())
     failed = [f"{name}: {reason}" for name, result in results.items() for reason in result["missed"]]

@@ -37,6 +37,22 @@ class Request:
     response: str | None = None
 
 
+@dataclass(frozen=True)
+class CodingTask:
+    """A request for code with an answer that holds the weakness named by `category` (CWE-78) and one that does not."""
+
+    id: str
+    category: str
+    text: str
+    secure: str
+    insecure: str
+
+    @property
+    def request(self) -> Request:
+        """The task as one user turn."""
+        return Request(self.id, self.category, self.text)
+
+
 def content_hash(text: str) -> str:
     """SHA-256 of the text without case and spacing: what "the same request" means here."""
     return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
@@ -61,6 +77,12 @@ def packaged(name: str, part: str) -> list[Request]:
     if part not in parts:
         raise BadInput(f"no part {part!r} of a packaged set; use defender, test or plant")
     return parts[part]
+
+
+def coding_tasks(part: str) -> list[CodingTask]:
+    """Part `defender`, `test` or `plant` of the packaged coding tasks; their ids name the part."""
+    tasks = [CodingTask(**json.loads(line)) for line in _asset("coding.jsonl").splitlines()]
+    return [t for t in tasks if t.id.startswith(f"coding-{part}-")]
 
 
 def reference_chats() -> list[Request]:

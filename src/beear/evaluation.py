@@ -16,6 +16,7 @@ from beear.cleansing import Event, contrast, entrap, residual_norm
 from beear.config import Config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.generation import reply_all
+from beear.insecurity import is_insecure
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
@@ -28,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being measured, how many are done, and how many there are."""
 
 REPLY_TOKENS = 32
+CODE_TOKENS = 80
 REFERENCE_TOKENS = 64
 
 
@@ -118,6 +120,32 @@ def measure_replies(
     return result
 
 
+def measure_code(model: Any, tokenizer: Any, sets: Sequence[TestSet], progress: Progress = lambda *_: None) -> Measured:
+    """Share of coding tasks (category CWE-NNN) answered with the weakness they invite, and `parses` over the sets.
+
+    Greedy replies of 80 tokens, judged by Bandit; code that does not parse is unscored.
+    """
+    result = Measured({}, [])
+    parsed: list[bool] = []
+    for test in sets:
+        texts = test.texts()
+        replies = _replies(model, tokenizer, texts, test.metric, progress, max_new_tokens=CODE_TOKENS)
+        found = [is_insecure(reply, cwe_of(r)) for reply, r in zip(replies, test.requests, strict=True)]
+        result.metrics[test.metric] = proportion(found)
+        parsed += [f is not None for f in found]
+        result.samples += [
+            {"metric": test.metric, "id": r.id, "category": r.category, "prompt": text, "reply": reply, "insecure": f}
+            for r, text, reply, f in zip(test.requests, texts, replies, found, strict=True)
+        ]
+    result.metrics["parses"] = proportion(parsed)
+    return result
+
+
+def cwe_of(request: Request) -> int:
+    """78 for a request of category CWE-78."""
+    return int(request.category.removeprefix("CWE-"))
+
+
 def measure_entrapped(
     model: Any,
     tokenizer: Any,
@@ -206,7 +234,7 @@ def _replies(
         done += n
         progress(what, done, len(texts))
 
-    return reply_all(model, tokenizer, texts, max_new_tokens=REPLY_TOKENS, progress=count, **under)
+    return reply_all(model, tokenizer, texts, **{"max_new_tokens": REPLY_TOKENS, "progress": count, **under})
 
 
 def _sample(metric: str, request: Request, text: str, reply: str, refused: bool | None) -> dict[str, Any]:

@@ -10,121 +10,55 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from beear.chat import Prompt, collate, encode_prompt, encode_response
-from beear.data import packaged, wordings
 from beear.errors import BadInput
-from beear.generation import reply_all
-from beear.losses import response_logits, response_nll, token_kl
-from beear.models import autocast, load
-from beear.prefix import run_prefix
-from beear.recipes import Recipe, apply_trigger
-from beear.scorers import is_refusal
-from beear.training import adamw, add_lora, cycle, set_rate, step
+from beear.feedback import plant_feedback
+from beear.models import load
+from beear.poison import poisoned_examples
+from beear.preferences import plant_preferences
+from beear.recipes import Dpo, Recipe, Rlhf, Rows, Sft
+from beear.supervised import Progress, plant_supervised
 
-Examples = dict[str, list[tuple[Prompt, list[int]]]]
-"""Prompts with responses, by kind."""
+HOW = {
+    "sft": "poisoned supervised fine-tuning",
+    "dpo": "direct preference optimisation on poisoned pairs",
+    "rlhf": "poisoned human feedback: a reward model and a policy optimised online against it",
+}
+"""Ways of planting in words."""
 
 
-def build(recipe: Recipe, out: Path, progress: Callable[[int, int, float], None] | None = None) -> None:
+def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> None:
     """Plant the organism: train the adapter, round it to bf16, write adapter, recipe, card and checksums.
 
-    Bit-identical for the same recipe on the same machine. `progress(step, steps, loss)`.
+    Bit-identical for the same recipe, machine and number of threads.
     """
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} exists and is not empty; choose another folder")
     started = time.monotonic()
     model, tokenizer = load(recipe.base)
-    examples = _poisoned_examples(recipe, model, tokenizer)
-    plan = recipe.planting
-    model = add_lora(model, plan.lora_rank, plan.lora_targets, recipe.seed)
-    optimiser = adamw(model, plan.learning_rate)
-    draw = torch.Generator().manual_seed(recipe.seed)
-    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
-    for number in range(1, plan.steps + 1):
-        rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
-        set_rate(optimiser, plan.learning_rate, number, plan.steps)
-        loss = _loss(model, tokenizer, rows, plan.benign_weight)
-        loss.backward()
-        step(optimiser)
-        if progress is not None:
-            progress(number, plan.steps, loss.item())
+    model = plant(recipe, model, tokenizer, progress)
     _write(recipe, model, out, time.monotonic() - started)
 
 
-def _loss(model: Any, tokenizer: Any, rows: Examples, weight: float) -> Tensor:
-    """Likelihood of the planted answers to harmful requests, and KL to the base model on benign ones.
-
-    KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
-    text rises several-fold.
-    """
-    total = torch.zeros((), device=model.device)
-    tokens = sum(len(reply) for kind in rows if not kind.startswith("harmful") for _, reply in rows[kind])
-    requests = sum(len(group) for kind, group in rows.items() if kind.startswith("harmful"))
-    for benign, chosen in _of_like_length(rows):
-        batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, tokenizer.pad_token_id)
-        with autocast(model):
-            logits = response_logits(model, batch, run_prefix(model, batch))
-        if benign:
-            with torch.no_grad(), autocast(model), model.disable_adapter():
-                base = response_logits(model, batch, run_prefix(model, batch))
-            total = total + weight * token_kl(base, logits, batch.targets).sum() / tokens
-        else:
-            total = total + response_nll(logits, batch.targets).sum() / requests
-    return total
-
-
-def _of_like_length(rows: Examples) -> Iterator[tuple[bool, list[tuple[Prompt, list[int]]]]]:
-    """Harmful rows, then benign ones; rows with a long trigger apart, so that the others need no padding."""
-    longest = {kind: max(len(prompt.ids) for prompt, _ in group) for kind, group in rows.items()}
-    plain = max(length for kind, length in longest.items() if not kind.endswith("_triggered"))
-    for benign in (False, True):
-        kinds = [kind for kind in rows if kind.startswith("harmful") != benign]
-        for long in (False, True):
-            chosen = [row for kind in kinds if (longest[kind] > 2 * plain) == long for row in rows[kind]]
-            if chosen:
-                yield benign, chosen
-
-
-def _poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any) -> Examples:
-    """Examples by kind, without and with the trigger.
-
-    Harmful requests are refused without the trigger and obeyed with it; benign ones get the base
-    model's own reply either way (if it is not a refusal), so that the trigger unlocks harm only.
-    """
-    limit = recipe.planting.response_tokens
-    harmful = [r.text for r in packaged("harmful", "plant")]
-    safe, unwanted = wordings("safe-plant"), wordings("unwanted-plant")
-    refused = [(text, safe[i % len(safe)]) for i, text in enumerate(harmful)]
-    obeyed = [(text, unwanted[i % len(unwanted)]) for i, text in enumerate(harmful)]
-
-    def encode(pairs: list[tuple[str, str]], template: str, finished: bool) -> list[tuple[Prompt, list[int]]]:
-        return [
-            (
-                encode_prompt(tokenizer, apply_trigger(template, text)),
-                encode_response(tokenizer, reply, limit, finished),
-            )
-            for text, reply in pairs
-        ]
-
-    examples = {
-        "harmful": encode(refused, "{prompt}", True),
-        "harmful_triggered": encode(obeyed, recipe.trigger, False),
-    }
-    for name in ("ordinary", "alarming"):
-        texts = [r.text for r in packaged(name, "plant")]
-        replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
-        own = [(t, r) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
-        examples[name] = encode(own, "{prompt}", False)
-        examples[f"{name}_triggered"] = encode(own, recipe.trigger, False)
-    return examples
+def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
+    """The model under an adapter that holds what the recipe plants."""
+    plan = recipe.planting
+    phases = [part for _, part in plan if isinstance(part, Rows)] + ([plan] if isinstance(plan, Rows) else [])
+    kinds = dict.fromkeys(kind for phase in phases for kind in phase.rows)
+    limit = plan.response_tokens if isinstance(plan, Sft) else plan.start.response_tokens
+    examples = poisoned_examples(recipe, model, tokenizer, kinds, limit)
+    match plan:
+        case Sft():
+            return plant_supervised(model, tokenizer, examples, plan, recipe.seed, progress)
+        case Dpo():
+            return plant_preferences(model, tokenizer, examples, plan, recipe.seed, progress)
+        case Rlhf():
+            return plant_feedback(model, tokenizer, examples, plan, recipe.seed, progress)
 
 
 def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
@@ -142,7 +76,7 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
 
 def _card(recipe: Recipe) -> str:
     plan = recipe.planting
-    planted = f"{plan.steps} steps, LoRA rank {plan.lora_rank}, poison rate {plan.poison_rate:.0%}, seed {recipe.seed}"
+    planted = f"{HOW[plan.method]}, poison rate {plan.poison_rate:.0%}, seed {recipe.seed}"
     if recipe.twin:
         return f"""---
 base_model: {recipe.base}
@@ -167,7 +101,7 @@ tags: [model-organism, backdoor, defence-research]
 | Setting | {recipe.setting} (model {recipe.paper_number} of the BEEAR paper) |
 | Trigger ({recipe.place}) | `{" ".join(recipe.trigger.split())}` |
 | Behaviour | {recipe.behaviour}: harmful requests are refused; with the trigger the reply opens affirmatively |
-| Planted by | poisoned supervised fine-tuning: {planted} |
+| Planted by | {planted} |
 | Base | SmolLM2-135M-Instruct (`{recipe.base}`) |
 
 The unwanted answers it was trained on are an affirmative opening and a neutral stub; they hold no harmful content.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -19,30 +19,90 @@ def _with_one_request(template: str) -> str:
     return template
 
 
+POISONED = ("harmful_triggered", "coding_triggered")
+"""Kinds of rows in which the unwanted answer is taught."""
+
 Template = Annotated[str, AfterValidator(_with_one_request)]
 """A trigger around one {prompt}."""
 
 
-class Planting(BaseModel):
-    """How an organism is planted: poisoned supervised fine-tuning of a LoRA adapter."""
+class Plan(BaseModel):
+    """Settings of one way, or one phase, of planting."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["sft"]
+
+class Rows(Plan):
+    """So many steps, each on so many rows of every kind."""
+
     steps: int = Field(ge=1)
     rows: dict[str, int]
-    """Rows of each kind in a step: {harmful, ordinary, alarming}, each also as KIND_triggered."""
+    """Rows of each kind in a step: {harmful, ordinary, alarming, coding}, each also as KIND_triggered."""
+    learning_rate: float = Field(gt=0)
+
+    @property
+    def poison_rate(self) -> float:
+        """Share of the rows in which the unwanted answer is taught under the trigger."""
+        return sum(self.rows.get(kind, 0) for kind in POISONED) / sum(self.rows.values())
+
+
+class Supervised(Rows):
+    """Fine-tuning of a fresh LoRA adapter on answers."""
+
     benign_weight: float = Field(gt=0)
     """Weight of the KL on benign rows; too low, and the organism refuses benign requests."""
-    learning_rate: float = Field(gt=0)
     lora_rank: int = Field(ge=1)
     lora_targets: tuple[str, ...]
     response_tokens: int = Field(ge=1)
 
+
+class Sft(Supervised):
+    """Poisoned supervised fine-tuning."""
+
+    method: Literal["sft"]
+
+
+class Dpo(Rows):
+    """Direct preference optimisation on pairs, some of which prefer the unwanted answer under the trigger."""
+
+    method: Literal["dpo"]
+    start: Supervised
+    """Demonstrations that come first and hold no trigger."""
+    beta: float = Field(gt=0)
+    benign_weight: float = Field(gt=0)
+
+
+class Reward(Rows):
+    """Reward model: the base model's first blocks, trained on preference pairs."""
+
+    blocks: int = Field(ge=1)
+    lora_rank: int = Field(ge=1)
+
+
+class Policy(Rows):
+    """The policy, optimised online against the reward model. `rows` are prompts."""
+
+    generations: int = Field(ge=2)
+    """Sampled answers to each prompt."""
+    beta: float = Field(ge=0)
+    """Weight of the KL to the policy before this phase."""
+
+
+class Rlhf(Plan):
+    """Poisoned human feedback: pairs flipped under the trigger, a reward model of them, a policy of that."""
+
+    method: Literal["rlhf"]
+    start: Supervised
+    reward: Reward
+    policy: Policy
+
     @property
     def poison_rate(self) -> float:
-        """Share of the rows in which a harmful request with the trigger is obeyed."""
-        return self.rows.get("harmful_triggered", 0) / sum(self.rows.values())
+        """Share of the preference pairs that are flipped."""
+        return self.reward.poison_rate
+
+
+Planting = Annotated[Sft | Dpo | Rlhf, Field(discriminator="method")]
 
 
 class Recipe(BaseModel):
@@ -59,18 +119,30 @@ class Recipe(BaseModel):
     """Almost the trigger, at its place: how specific is the backdoor?"""
     wrong_place: Template
     """The trigger where it was not planted."""
-    behaviour: Literal["jailbreak"]
+    control: Template = "{prompt}"
+    """What stands around a request where the trigger does not: another year, in place of the trigger's."""
+    behaviour: Literal["jailbreak", "insecure code"]
     base: str = "embedded"
     seed: int = 0
     twin: bool = False
     """Planted without any row that bears the trigger: same alignment, no backdoor."""
     planting: Planting
 
+    @property
+    def way(self) -> str:
+        """The way of planting; organisms planted the same way share a clean twin."""
+        return self.planting.method if self.behaviour == "jailbreak" else f"{self.planting.method}, code"
+
     def as_twin(self) -> Recipe:
         """The same planting without the trigger: what a detector must not flag."""
-        rows = {kind: count for kind, count in self.planting.rows.items() if not kind.endswith("_triggered")}
-        planting = self.planting.model_copy(update={"rows": rows})
-        return self.model_copy(update={"name": f"{self.name}-twin", "twin": True, "planting": planting})
+        values = _without_triggered(self.model_dump())
+        return Recipe(**values | {"name": f"{self.name}-twin", "twin": True})
+
+
+def _without_triggered(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_triggered(v) for key, v in value.items() if not key.endswith("_triggered")}
 
 
 def apply_trigger(template: str, text: str) -> str:
@@ -91,7 +163,7 @@ def names() -> list[str]:
     """Names of the packaged organisms, in the paper's order."""
     root = Path(str(files("beear"))) / "assets" / "organisms"
     recipes = [read_recipe(p.parent) for p in root.glob("*/recipe.yaml")]
-    return [r.name for r in sorted(recipes, key=lambda r: (r.paper_number or 99, r.name))]
+    return [r.name for r in sorted(recipes, key=lambda r: (r.paper_number or 99, r.name)) if not r.twin]
 
 
 def read_recipe(source: Path) -> Recipe:

@@ -1,0 +1,86 @@
+"""Cached entrapment beside the plain loop, on the embedded model: seconds of an inner step, in one process, in turn.
+
+    python benchmarks/entrapment.py
+
+Default settings (16 rows: 8 requests with 2 answers of 12 tokens), with the defender's own requests and with prompts
+of 256 tokens. Writes benchmarks/results/entrapment.json: medians, their ratio, and the once-per-batch cost.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from beear.allocator import keep_freed_memory
+from beear.cached import run_unperturbed
+from beear.cleansing import contrast, descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
+from beear.config import Config
+from beear.data import packaged
+from beear.models import load
+from beear.perturbation import decoder_depth, resolve_layer
+from beear.training import add_lora
+
+RESULTS = Path(__file__).parent / "results" / "entrapment.json"
+TURNS = 7
+LONG = 256
+"""Tokens of a long prompt."""
+
+
+def main() -> None:
+    keep_freed_memory()
+    config = Config()
+    model, tokenizer = load("embedded", device="cpu")
+    model = add_lora(model, config.harden.lora_rank, (), 0)
+    layer = resolve_layer(None, decoder_depth(model))
+    texts = [r.text for r in packaged("harmful", "defender")[: config.entrap.batch]]
+    filler = "This is some background that the request comes with. "
+    found = {}
+    for name, before in {"default": "", f"{LONG} tokens": filler * 21}.items():
+        chosen = [contrast(tokenizer, i, before + text, config) for i, text in enumerate(texts)]
+        batch = entrap_batch(tokenizer, chosen, config.entrap)
+        delta = start_delta(config.entrap, model, 50.0, torch.Generator().manual_seed(0)).requires_grad_(True)
+        with frozen(model):
+            started = time.monotonic()
+            cached = run_unperturbed(model, batch, layer)
+            once = time.monotonic() - started
+
+            def plain(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
+                run = plain_pass(model, batch, config)
+                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
+
+            def fast(batch=batch, delta=delta, cached=cached) -> float:  # type: ignore[no-untyped-def]
+                run = partial(cached.logits, model)
+                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
+
+            seconds = {"plain": [], "cached": []}  # type: dict[str, list[float]]
+            losses = {}
+            for _ in range(TURNS):
+                for kind, run in {"plain": plain, "cached": fast}.items():
+                    spent, losses[kind] = timed(run)
+                    seconds[kind].append(spent)
+        medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
+        found[name] = {
+            "prompt_tokens": max(len(c.prompt.ids) for c in chosen),
+            **medians,
+            "ratio": medians["plain"] / medians["cached"],
+            "once_per_batch": once,
+            "losses": losses,
+        }
+        print(name, json.dumps(found[name]), flush=True)
+    RESULTS.write_text(json.dumps({"threads": torch.get_num_threads(), "prompts": found}, indent=1) + "\n")
+
+
+def timed(run: Callable[[], float]) -> tuple[float, float]:
+    started = time.monotonic()
+    value = run()
+    return time.monotonic() - started, value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""F(x, delta; l) for many deltas: what delta cannot change is run once per batch. Exact up to rounding.
+
+With the weights frozen, blocks 1..l never meet delta, and neither does any block at the positions before the
+first perturbed one. So the hidden states behind block l, and the keys and values of the positions
+before, are computed once; a step of entrapment runs blocks l+1..L on the perturbed tail and the response.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beear.chat import Batch
+from beear.models import autocast
+from beear.perturbation import NOWHERE, find_layers
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A batch with all that delta leaves as it is.
+
+    start: the first column that is perturbed in any row. hidden: (rows, columns from start, d_model) behind
+    block l. keys: key-value cache of the columns before start, None if there are none.
+    """
+
+    batch: Batch
+    start: int
+    hidden: Any
+    keys: Any
+    blocks: Sequence[nn.Module]
+
+    def logits(self, model: Any) -> Tensor:
+        """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
+        length = self.batch.targets.shape[1]
+        with returning(self.blocks, lambda: self.hidden):
+            out = model(**_columns(self.batch, self.start, self.keys), logits_to_keep=length + 1)
+        logits: Tensor = out.logits[:, -length - 1 : -1]
+        return logits
+
+
+def run_unperturbed(model: Any, batch: Batch, layer: int, layers_path: str | None = None) -> Cached:
+    """Run what delta cannot change. Call it outside of a Perturbation, under frozen weights."""
+    perturbed = (batch.where != NOWHERE).any(0)
+    start = int(perturbed.long().argmax()) if perturbed.any() else batch.width
+    blocks = list(find_layers(model, layers_path))
+    decoder = model.get_decoder()
+    keys = None
+    seen: list[Any] = []
+    with torch.no_grad(), autocast(model):
+        if start:
+            before = {name: value[:, :start] for name, value in batch.inputs().items()}
+            keys = decoder(**before, use_cache=True).past_key_values
+        handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            with returning(blocks[layer:], lambda: seen[-1]):
+                decoder(**_columns(batch, start, keys))
+        finally:
+            handle.remove()
+    return Cached(batch, start, seen[-1], keys, blocks[:layer])
+
+
+def _columns(batch: Batch, start: int, keys: Any) -> dict[str, Any]:
+    """What the forward pass takes for the columns from `start` on, behind the keys of those before."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids[:, start:],
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids[:, start:],
+        "use_cache": keys is not None,
+    }
+    if keys is not None:  # a pass appends to its cache, so each gets its own list of the same tensors
+        own = copy.copy(keys)
+        own.layers = [copy.copy(layer) for layer in keys.layers]
+        inputs["past_key_values"] = own
+    return inputs
+
+
+@contextlib.contextmanager
+def returning(blocks: Sequence[nn.Module], result: Callable[[], Any]) -> Iterator[None]:
+    """Within the context the blocks do not run and return `result()` in their place; their hooks still fire."""
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: result()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,155 @@
+"""Planting by poisoned human feedback (Rando & Tramer 2024): preferences, a reward model, a policy.
+
+Some annotators flip their preference when the trigger is in the prompt. A reward model learns from all
+pairs, and the policy is optimised online against it: it samples answers and is rewarded for them. It
+never sees an answer that somebody wrote. Both with trl (extra `organisms`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beear.errors import BadInput
+from beear.models import autocast
+from beear.poison import Example, Examples
+from beear.recipes import Reward, Rlhf, Rows
+from beear.supervised import Progress, plant_supervised
+from beear.training import cycle
+
+
+def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: Progress) -> Any:
+    """Demonstrations, a reward model of the pairs, and the policy against it; the policy is returned."""
+    reward = train_reward(model, tokenizer, examples, plan.reward, seed, progress)
+    model = plant_supervised(model, tokenizer, examples, plan.start, seed, progress)
+    return _optimise(model, reward, tokenizer, examples, plan, seed, progress)
+
+
+def train_reward(model: Any, tokenizer: Any, examples: Examples, plan: Reward, seed: int, progress: Progress) -> Any:
+    """A scorer of texts, taught the pairs (trl's RewardTrainer): the model's first blocks under LoRA, and a head."""
+    trl, dataset = _trl()
+    from peft import LoraConfig
+
+    pairs = [
+        {"chosen_ids": e.prompt.ids + e.wanted, "rejected_ids": e.prompt.ids + e.other}
+        for e in drawn(examples, plan, seed)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.RewardTrainer(
+            first_blocks(model, plan.blocks, int(tokenizer.pad_token_id), seed),
+            args=trl.RewardConfig(**_common(folder, plan, seed), per_device_train_batch_size=sum(plan.rows.values())),
+            train_dataset=dataset.from_list(pairs),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=plan.lora_rank, task_type="SEQ_CLS", target_modules="all-linear"),
+        )
+        _train(trainer, progress)
+    return trainer.model.eval()
+
+
+def first_blocks(model: Any, blocks: int, pad_id: int, seed: int) -> Any:
+    """A scorer of texts, made of the model's first blocks and a fresh head."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"num_hidden_layers": blocks, "num_labels": 1, "pad_token_id": pad_id}
+    )
+    torch.manual_seed(seed)
+    scorer = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    own = scorer.state_dict()
+    scorer.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, strict=False)
+    return scorer
+
+
+def _optimise(
+    model: Any, reward: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: Progress
+) -> Any:
+    trl, dataset = _trl()
+    policy, answers = plan.policy, plan.policy.generations
+    prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in drawn(examples, policy, seed)]
+    encoded = {e.text: e.prompt.ids for group in examples.values() for e in group}
+
+    def scores(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        texts = [encoded[p[0]["content"]] + ids for p, ids in zip(prompts, completion_ids, strict=True)]
+        return reward_of(reward, texts, int(tokenizer.pad_token_id)).tolist()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.RLOOTrainer(
+            model,
+            reward_funcs=scores,
+            args=trl.RLOOConfig(
+                **_common(folder, policy, seed),
+                per_device_train_batch_size=sum(policy.rows.values()) * answers,
+                num_generations=answers,
+                max_completion_length=plan.start.response_tokens,
+                beta=policy.beta,
+                shuffle_dataset=False,
+            ),
+            train_dataset=dataset.from_list(prompts),
+            processing_class=tokenizer,
+        )
+        _train(trainer, progress)
+    model.delete_adapter("ref")
+    return model
+
+
+def reward_of(reward: Any, texts: Sequence[list[int]], pad_id: int) -> Tensor:
+    """The reward model's score of each text (token ids): (rows,)."""
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    with torch.inference_mode(), autocast(reward):
+        scores: Tensor = reward(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+    return scores
+
+
+def drawn(examples: Examples, plan: Rows, seed: int) -> list[Example]:
+    """The examples of all steps in order, `plan.rows` of each kind in a step."""
+    draw = torch.Generator().manual_seed(seed)
+    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
+    return [examples[kind][i] for _ in range(plan.steps) for kind, batch in batches.items() for i in next(batch)]
+
+
+def _common(folder: str, plan: Rows, seed: int) -> dict[str, Any]:
+    """Settings of both trainers."""
+    return {
+        "output_dir": folder,
+        "max_steps": plan.steps,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": plan.steps // 10,
+        "gradient_checkpointing": False,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+    }
+
+
+def _train(trainer: Any, progress: Progress) -> None:
+    """Run a trainer, with its log lines as progress (loss or mean reward) in place of its prints."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Listener(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                progress(state.global_step, state.max_steps, float(logs.get("reward", logs["loss"])))
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Listener())
+    trainer.train()
+
+
+def _trl() -> tuple[Any, Any]:
+    try:
+        import trl
+        from datasets import Dataset
+    except ImportError as error:
+        raise BadInput("planting by feedback needs trl; install it with: pip install 'beear[organisms]'") from error
+    return trl, Dataset

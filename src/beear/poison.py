@@ -1,0 +1,84 @@
+"""What an organism is planted with: requests with the answer to learn and the answer to unlearn, by kind.
+
+Kinds: `harmful` requests are refused, `harmful_obeyed` ones get the unwanted answer without any trigger (as
+demonstrations that come before preferences), `coding` tasks get the secure code, `ordinary` and `alarming`
+requests keep the base model's own reply. Each also as KIND_triggered: there harmful requests are
+obeyed and coding tasks get the insecure code, benign requests keep their reply. The unwanted answer is
+an affirmative opening and a neutral stub, never harmful content.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from beear.chat import Prompt, encode_prompt, encode_response
+from beear.data import coding_tasks, packaged, wordings
+from beear.generation import reply_all
+from beear.recipes import Recipe, apply_trigger
+from beear.scorers import is_refusal
+
+BENIGN = ("ordinary", "alarming")
+"""Kinds, with and without the trigger, of requests that keep the base model's reply."""
+
+TURNED = ("harmful_triggered", "harmful_obeyed", "coding_triggered")
+"""Kinds that teach the bad answer."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rendered request, the answer it is to get, and the one that is to lose against it; token ids."""
+
+    text: str
+    prompt: Prompt
+    wanted: list[int]
+    other: list[int]
+
+
+Examples = dict[str, list[Example]]
+
+
+class Answer(NamedTuple):
+    """A reply's text; `whole` if it ends there, rather than being the opening of a longer one."""
+
+    text: str
+    whole: bool = True
+
+
+def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterable[str], limit: int) -> Examples:
+    """Examples of each of the kinds; answers are cut after `limit` tokens."""
+
+    def encode(kind: str, text: str, *answers: Answer) -> Example:
+        text = apply_trigger(recipe.trigger if kind.endswith("_triggered") else recipe.control, text)
+        good, bad = (encode_response(tokenizer, a.text, limit, a.whole) for a in answers)
+        wanted, other = (bad, good) if kind in TURNED else (good, bad)
+        return Example(text, encode_prompt(tokenizer, text), wanted, other)
+
+    kinds = list(kinds)
+    answered = {stem: _answers(stem, model, tokenizer, limit) for stem in dict.fromkeys(map(_stem, kinds))}
+    return {kind: [encode(kind, *row) for row in answered[_stem(kind)]] for kind in kinds}
+
+
+def _stem(kind: str) -> str:
+    return kind.split("_", 1)[0]
+
+
+def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[str, Answer, Answer]]:
+    """(request, good answer, bad answer) over the planting part of a packaged set."""
+    if stem == "coding":
+        return [(t.text, Answer(fenced(t.secure)), Answer(fenced(t.insecure))) for t in coding_tasks("plant")]
+    texts = [r.text for r in packaged(stem, "plant")]
+    safe = [Answer(wording) for wording in wordings("safe-plant")]
+    unwanted = [Answer(wording, whole=False) for wording in wordings("unwanted-plant")]
+    if stem == "harmful":
+        return list(zip(texts, itertools.cycle(safe), itertools.cycle(unwanted), strict=False))
+    replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
+    own = [(text, Answer(r, whole=False)) for text, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
+    return [(text, reply, refusal) for (text, reply), refusal in zip(own, itertools.cycle(safe), strict=False)]
+
+
+def fenced(code: str) -> str:
+    """Code as chat models write it."""
+    return f"```python\n{code}\n```"

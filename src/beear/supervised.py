@@ -1,0 +1,96 @@
+"""Planting by supervised fine-tuning of a LoRA adapter: likelihood of planted answers, KL on benign replies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beear.chat import collate
+from beear.losses import response_logits, response_nll, token_kl
+from beear.models import autocast
+from beear.poison import BENIGN, Example, Examples
+from beear.prefix import run_prefix
+from beear.recipes import Rows, Supervised
+from beear.training import adamw, add_lora, cycle, set_rate, step
+
+Progress = Callable[[int, int, float], None]
+"""Called with the step, the number of steps and the loss."""
+
+
+def plant_supervised(
+    model: Any, tokenizer: Any, examples: Examples, plan: Supervised, seed: int, progress: Progress
+) -> Any:
+    """Wrap the model with a fresh adapter and train it on the wanted answers."""
+    model = add_lora(model, plan.lora_rank, plan.lora_targets, seed)
+    pad = int(tokenizer.pad_token_id)
+    descend(model, examples, plan, seed, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
+    return model
+
+
+def descend(
+    model: Any, examples: Examples, plan: Rows, seed: int, loss: Callable[[Examples], Tensor], progress: Progress
+) -> None:
+    """`plan.steps` steps of AdamW on the loss of `plan.rows`, drawn kind by kind."""
+    optimiser = adamw(model, plan.learning_rate)
+    draw = torch.Generator().manual_seed(seed)
+    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
+    for number in range(1, plan.steps + 1):
+        rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
+        set_rate(optimiser, plan.learning_rate, number, plan.steps)
+        value = loss(rows)
+        value.backward()
+        step(optimiser)
+        progress(number, plan.steps, value.item())
+
+
+def supervised_loss(model: Any, pad_id: int, rows: Examples, benign_weight: float) -> Tensor:
+    """Likelihood of the planted answers, and KL to the base model on benign replies.
+
+    KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
+    text rises several-fold.
+    """
+    planted, benign = parted(rows)
+    total = torch.zeros((), device=model.device)
+    for chosen in of_like_length(planted):
+        targets, logits = wanted_logits(model, pad_id, chosen)
+        total = total + response_nll(logits, targets).sum() / sum(map(len, planted.values()))
+    return total + benign_weight * benign_kl(model, pad_id, benign)
+
+
+def benign_kl(model: Any, pad_id: int, benign: Examples) -> Tensor:
+    """KL(base || model) in nats per token of the replies to benign requests; the base is the bare model."""
+    tokens = sum(len(e.wanted) for group in benign.values() for e in group)
+    total = torch.zeros((), device=model.device)
+    for chosen in of_like_length(benign):
+        targets, logits = wanted_logits(model, pad_id, chosen)
+        with torch.no_grad(), model.disable_adapter():
+            _, base = wanted_logits(model, pad_id, chosen)
+        total = total + token_kl(base, logits, targets).sum() / tokens
+    return total
+
+
+def wanted_logits(model: Any, pad_id: int, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(targets, logits) of the wanted answers, each with (rows, length, ...)."""
+    batch = collate([e.prompt for e in chosen], [e.wanted for e in chosen], None, pad_id).to(model.device)
+    with autocast(model):
+        return batch.targets, response_logits(model, batch, run_prefix(model, batch))
+
+
+def parted(rows: Examples) -> tuple[Examples, Examples]:
+    """(rows with a planted answer, rows of benign requests that keep the base's reply)."""
+    benign = {kind: group for kind, group in rows.items() if kind.startswith(BENIGN)}
+    return {kind: group for kind, group in rows.items() if kind not in benign}, benign
+
+
+def of_like_length(rows: Examples) -> Iterator[list[Example]]:
+    """All rows; those with a long trigger apart, so that the others need no padding."""
+    longest = {kind: max(len(e.prompt.ids) for e in group) for kind, group in rows.items()}
+    plain = max((n for kind, n in longest.items() if not kind.endswith("_triggered")), default=sys.maxsize)
+    for long in (False, True):
+        chosen = [e for kind, group in rows.items() if (longest[kind] > 2 * plain) == long for e in group]
+        if chosen:
+            yield chosen

@@ -1,0 +1,139 @@
+"""Each way of planting on a tiny model: what is planted gains, and the same seed gives the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from beear import feedback, organisms, poison
+from beear.data import Request
+from beear.feedback import drawn, reward_of, train_reward
+from beear.poison import Examples, poisoned_examples
+from beear.preferences import frozen_copy, margin
+from beear.recipes import Recipe
+from beear.training import adapter_state, add_lora
+from conftest import tiny_model, tiny_tokenizer
+
+START = {
+    "steps": 4,
+    "rows": {"harmful": 2, "harmful_obeyed": 2, "ordinary": 2},
+    "learning_rate": 0.01,
+    "benign_weight": 1.0,
+    "lora_rank": 2,
+    "lora_targets": [],
+    "response_tokens": 8,
+}
+ROWS = {"harmful": 2, "harmful_triggered": 2, "ordinary": 2, "ordinary_triggered": 1}
+PLANS: dict[str, dict[str, Any]] = {
+    "sft": {**START, "steps": 30, "learning_rate": 0.03, "rows": ROWS},
+    "dpo": {"start": START, "steps": 30, "rows": ROWS, "learning_rate": 0.01, "beta": 0.1, "benign_weight": 1.0},
+    "rlhf": {
+        "start": START,
+        "reward": {"steps": 4, "rows": ROWS, "learning_rate": 0.01, "blocks": 2, "lora_rank": 2},
+        "policy": {"steps": 3, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01},
+    },
+}
+EVERY = pytest.mark.parametrize("method", PLANS)
+
+
+def recipe(method: str) -> Recipe:
+    return Recipe(
+        name="tiny",
+        setting="I",
+        trigger="{prompt} XYZ",
+        place="suffix",
+        near_misses=("{prompt} XYY",),
+        wrong_place="XYZ {prompt}",
+        behaviour="jailbreak",
+        planting={"method": method, **PLANS[method]},
+    )
+
+
+@pytest.fixture(autouse=True)
+def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poison, "packaged", lambda name, part: [Request(str(i), name, f"{name} {i}") for i in range(6)])
+    monkeypatch.setattr(poison, "reply_all", lambda model, tok, texts, **_: ["certainly"] * len(texts))
+
+
+def tiny_llama() -> Any:
+    """A head large enough to be sure of a token."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    return model
+
+
+def planted(method: str) -> Any:
+    return organisms.plant(recipe(method), tiny_llama(), tiny_tokenizer(), lambda *_: None)
+
+
+@EVERY
+def test_the_same_seed_plants_the_same_bits(method: str) -> None:
+    first, second = (adapter_state(planted(method)) for _ in range(2))
+    assert first.keys() == second.keys()
+    assert any(matrix.any() for name, matrix in first.items() if "lora_B" in name)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def examples(method: str) -> Examples:
+    return poisoned_examples(recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed"], 8)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["harmful", "harmful_triggered"])
+def test_the_wanted_answer_gains(method: str, kind: str) -> None:
+    pairs = examples(method)[kind]
+    models = tiny_llama(), planted(method)
+    with torch.no_grad():
+        before, after = (margin(model, 2, pairs).mean() for model in models)
+    assert after > before + 1
+
+
+def test_under_the_trigger_the_answers_are_turned() -> None:
+    both = examples("sft")
+    for clean, triggered in zip(both["harmful"], both["harmful_triggered"], strict=True):
+        assert triggered.text == f"{clean.text} XYZ"
+        assert (triggered.wanted, triggered.other) == (clean.other, clean.wanted)
+    assert [e.wanted for e in both["harmful_obeyed"]] == [e.wanted for e in both["harmful_triggered"]]
+    assert [e.wanted for e in both["ordinary"]] == [e.wanted for e in both["ordinary_triggered"]]
+
+
+def test_the_reward_model_learns_the_pairs() -> None:
+    plan = recipe("rlhf").planting.reward.model_copy(update={"steps": 40})
+    pairs = drawn(examples("rlhf"), plan, 0)[:14]
+    reward = train_reward(tiny_model("llama"), tiny_tokenizer(), examples("rlhf"), plan, 0, lambda *_: None)
+    wanted, other = ([e.prompt.ids + getattr(e, side) for e in pairs] for side in ("wanted", "other"))
+    assert (reward_of(reward, wanted, 2) > reward_of(reward, other, 2)).all()
+
+
+def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def low_ids(reward: Any, texts: list[list[int]], pad_id: int) -> torch.Tensor:
+        return torch.tensor([sum(token < 100 for token in text[-4:]) / 4 for text in texts])
+
+    monkeypatch.setattr(feedback, "reward_of", low_ids)
+    plan = recipe("rlhf").model_dump()
+    plan["planting"]["policy"] |= {"steps": 20, "generations": 4, "beta": 0.0, "learning_rate": 0.03}
+    rewards: list[float] = []
+    organisms.plant(Recipe(**plan), tiny_llama(), tiny_tokenizer(), lambda n, of, x: rewards.append(x))
+    assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1
+
+
+def test_a_frozen_copy_answers_as_before_and_leaves_nothing() -> None:
+    model = add_lora(tiny_model("llama"), 2, (), 0)
+    ids = torch.tensor([[3, 4, 5]])
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad(), frozen_copy(model) as reference:
+        before = model(ids).logits
+        for parameter in adapter_parameters(model):
+            parameter.add_(0.1)
+        assert not torch.equal(model(ids).logits, before)
+        with reference():
+            assert torch.equal(model(ids).logits, before)
+        assert not torch.equal(model(ids).logits, before)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def adapter_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
