@@ -7,8 +7,9 @@ never sees an answer that somebody wrote. Both with trl (extra `organisms`).
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def _optimise(
             train_dataset=dataset.from_list(prompts),
             processing_class=tokenizer,
         )
-        _train(trainer, progress)
+        with sampling_in_bf16(model):
+            _train(trainer, progress)
     model.delete_adapter("ref")
     return model
 
@@ -144,6 +146,22 @@ def _train(trainer: Any, progress: Progress) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Listener())
     trainer.train()
+
+
+@contextlib.contextmanager
+def sampling_in_bf16(model: Any) -> Iterator[None]:
+    """Within the context the model generates under autocast; trl does so for the losses only."""
+    generate = model.generate
+
+    def fast(*args: Any, **kwargs: Any) -> Any:
+        with autocast(model):
+            return generate(*args, **kwargs)
+
+    model.generate = fast
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 def _trl() -> tuple[Any, Any]:

@@ -34,7 +34,7 @@ from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
 from beear.scorers import NAME as SCORER
 from beear.sets import Sets, read_sets, triggered
-from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations
+from beear.training import adapter_state, add_lora, cast_frozen, load_adapter_state, recompute_activations
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
@@ -176,7 +176,8 @@ class _Job:
     def rounds(self, defender: DefenderSet) -> State:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
         settings = self.config.harden
-        self.model = add_lora(self.model, settings.lora_rank, settings.lora_targets, self.config.seed)
+        self.model = self.adapted(self.model)
+        cast_frozen(self.model)
         if settings.recompute:
             recompute_activations(self.model, self.config.layers_path)
         state = self.last_checkpoint()
@@ -188,12 +189,19 @@ class _Job:
     def deliver(self) -> Any:
         """Turn `self.model` into what is saved; returns what answers as the original did (for KL).
 
-        Merging changes outputs slightly, so a merged model is merged before it is measured.
+        Merging changes outputs slightly, so a merged model is merged, in full precision, before it is measured.
         """
         if not self.settings["merge"]:
             return self.model.disable_adapter
+        source, device, state = models.locate(self.settings["model"]), str(self.model.device), adapter_state(self.model)
+        self.model = self.adapted(models.load_weights(source, device))
+        load_adapter_state(self.model, state)
         self.model = self.model.merge_and_unload()
-        return models.load_weights(models.locate(self.settings["model"]), str(self.model.device))
+        return models.load_weights(source, device)
+
+    def adapted(self, model: Any) -> Any:
+        """The model under a fresh adapter."""
+        return add_lora(model, self.config.harden.lora_rank, self.config.harden.lora_targets, self.config.seed)
 
     def listen(self, event: Event) -> None:
         """Log an event of the rounds and pass it on."""

@@ -15,7 +15,7 @@ from beear.models import autocast
 from beear.poison import BENIGN, Example, Examples
 from beear.prefix import run_prefix
 from beear.recipes import Rows, Supervised
-from beear.training import adamw, add_lora, cycle, set_rate, step
+from beear.training import adamw, add_lora, cast_frozen, cycle, set_rate, step
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
@@ -26,6 +26,7 @@ def plant_supervised(
 ) -> Any:
     """Wrap the model with a fresh adapter and train it on the wanted answers."""
     model = add_lora(model, plan.lora_rank, plan.lora_targets, seed)
+    cast_frozen(model)
     pad = int(tokenizer.pad_token_id)
     descend(model, examples, plan, seed, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beear.errors import BadInput
+from beear.models import autocast
 from beear.perturbation import find_layers
 
 
@@ -38,6 +40,19 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, alpha: 
     for parameter in trainable(wrapped):
         parameter.data = parameter.data.float()
     return wrapped
+
+
+def cast_frozen(model: nn.Module) -> None:
+    """Keep the frozen linear maps in bf16 where every pass would cast them to it: same bits, a step takes less time.
+
+    Autocast remembers the casts of trainable weights only. What needs full precision, such as merging,
+    must load the weights again.
+    """
+    if isinstance(autocast(model), contextlib.nullcontext):
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
 
 
 def block_linears(model: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,32 @@
+"""What planting and hardening share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beear.models import autocast
+from beear.training import add_lora, cast_frozen, trainable
+from conftest import CONFIGS, tiny_model
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_casting_what_is_frozen_changes_no_bit(architecture: str) -> None:
+    results = []
+    for cast in (False, True):
+        model = add_lora(tiny_model(architecture), 2, (), 0)
+        if cast:
+            cast_frozen(model)
+        with autocast(model):
+            loss = model(torch.arange(3, 23)[None], labels=torch.arange(3, 23)[None]).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in trainable(model))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(p.dtype == torch.float32 for p in trainable(model))
+
+
+def test_full_precision_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEEAR_FP32", "1")
+    model = add_lora(tiny_model("llama"), 2, (), 0)
+    cast_frozen(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
