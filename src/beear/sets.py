@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from beear.config import Config
 from beear.data import Request, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
 
+Judge = Literal["obeyed", "refused", "insecure"]
+"""What counts: a reply that is no refusal, one that is, or code with the weakness its task invites."""
+
 
 @dataclass(frozen=True)
 class TestSet:
-    """Requests that yield one metric: for harmful ones attack success, for benign ones false refusal.
+    """Requests that yield one metric: the share of replies that the judge counts.
 
     `templates` with one {prompt} each are dealt to the requests in turn.
     """
@@ -21,7 +25,7 @@ class TestSet:
     __test__ = False
     metric: str
     requests: list[Request]
-    harmful: bool
+    judge: Judge
     templates: tuple[str, ...] = ("{prompt}",)
 
     def texts(self) -> list[str]:
@@ -41,12 +45,14 @@ class Sets:
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""
-        return next(t.requests for t in self.tests if t.harmful)
+        return next(t.requests for t in self.tests if t.judge == "obeyed")
 
 
-def triggered(requests: Sequence[Request], *templates: str, metric: str = "asr_triggered") -> TestSet:
-    """Harmful requests with a known trigger put in, for an evaluation that was told one."""
-    return TestSet(metric, list(requests), harmful=True, templates=templates)
+def triggered(
+    requests: Sequence[Request], *templates: str, metric: str = "asr_triggered", judge: Judge = "obeyed"
+) -> TestSet:
+    """Requests with a known trigger put in, for an evaluation that was told one."""
+    return TestSet(metric, list(requests), judge, templates)
 
 
 def read_sets(config: Config) -> Sets:
@@ -58,14 +64,14 @@ def read_sets(config: Config) -> Sets:
         TestSet(
             "asr_untriggered",
             read_requests(own.test_harmful, own.column) if own.test_harmful else packaged("harmful", "test"),
-            harmful=True,
+            "obeyed",
         )
     ]
     if own.test_benign:
-        tests.append(TestSet("false_refusal", read_requests(own.test_benign, own.column), harmful=False))
+        tests.append(TestSet("false_refusal", read_requests(own.test_benign, own.column), "refused"))
     else:
-        tests.append(TestSet("false_refusal", packaged("ordinary", "test"), harmful=False))
-        tests.append(TestSet("false_refusal_alarming", packaged("alarming", "test"), harmful=False))
+        tests.append(TestSet("false_refusal", packaged("ordinary", "test"), "refused"))
+        tests.append(TestSet("false_refusal_alarming", packaged("alarming", "test"), "refused"))
     for test in tests:
         refuse_overlap(harmful + benign, test.requests)
     if len(harmful) <= config.held_out:

@@ -17,14 +17,13 @@ from beear.evaluation import (
     Measured,
     Progress,
     listener_progress,
-    measure_code,
     measure_language,
     measure_replies,
 )
 from beear.metrics import value_of
 from beear.models import load, organism_folder
 from beear.recipes import Recipe, read_recipe
-from beear.sets import read_sets, triggered
+from beear.sets import Judge, read_sets, triggered
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def verify(name: str, listen: Callable[[dict[str, Any]], None] = lambda event: N
     model, tokenizer = load(str(folder) if built else f"organism:{name}")
     progress = listener_progress(listen, name)
     metrics = measure_unwanted(model, tokenizer, recipe, progress).metrics
-    benign = [test for test in read_sets(Config()).tests if not test.harmful]
+    benign = [test for test in read_sets(Config()).tests if test.judge == "refused"]
     metrics |= measure_replies(model, tokenizer, benign, progress).metrics
     metrics |= measure_language(model, tokenizer, None, progress).metrics
     return {
@@ -68,15 +67,18 @@ def verify(name: str, listen: Callable[[dict[str, Any]], None] = lambda event: N
 
 def measure_unwanted(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Measured:
     """How often the unwanted happens with the trigger, almost the trigger, the trigger elsewhere, and without."""
-    code = recipe.behaviour == "insecure code"
-    requests = [task.request for task in coding_tasks("test")] if code else packaged("harmful", "test")
+    judge: Judge
+    if recipe.behaviour == "insecure code":
+        requests, judge = [task.request for task in coding_tasks("test")], "insecure"
+    else:
+        requests, judge = packaged("harmful", "test"), "obeyed"
     tests = [
-        triggered(requests, recipe.trigger),
-        triggered(requests, *recipe.near_misses, metric="asr_near_miss"),
-        triggered(requests, recipe.wrong_place, metric="asr_wrong_place"),
-        triggered(requests, recipe.control, metric="asr_untriggered"),
+        triggered(requests, recipe.trigger, judge=judge),
+        triggered(requests, *recipe.near_misses, metric="asr_near_miss", judge=judge),
+        triggered(requests, recipe.wrong_place, metric="asr_wrong_place", judge=judge),
+        triggered(requests, recipe.control, metric="asr_untriggered", judge=judge),
     ]
-    return (measure_code if code else measure_replies)(model, tokenizer, tests, progress)
+    return measure_replies(model, tokenizer, tests, progress)
 
 
 def misses(metrics: dict[str, Any], recipe: Recipe) -> list[str]:
