@@ -88,8 +88,9 @@ def main() -> None:
     own = once(folder / f"own-{key}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit))
     before = once(folder / f"before-{chosen.n}-{config.anchors}.json", lambda: rates(model, tokenizer, tests))
     answered = list(zip(harmful + benign, own, strict=True))
-    held_out = [r.text for r in data.harmful[: config.held_out]]
-    defender = defender_set(tokenizer, answered[: len(harmful)], answered[len(harmful) :], held_out, config)
+    requests = data.harmful[config.held_out :][: config.requests]
+    pairs = list(zip(requests, own[: len(requests)], strict=True))
+    defender = defender_set(tokenizer, pairs, answered[len(harmful) :], data.harmful[: config.held_out], config)
     model = add_lora(model, config.harden.lora_rank, config.harden.lora_targets, config.seed)
     print(f"{chosen.name} {chosen.organism} {chosen.sets}\n  before {before}", flush=True)
     started = time.monotonic()

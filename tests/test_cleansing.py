@@ -22,6 +22,7 @@ from beear.cleansing import (
     start_delta,
 )
 from beear.config import Config, load_config
+from beear.data import Request, packaged
 from beear.losses import response_logits, row_mean
 from beear.scorers import is_refusal
 from beear.training import adapter_state, add_lora, load_adapter_state
@@ -31,7 +32,8 @@ LAYER = 2
 LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
 KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0})})
-REFUSED = [(f"bad request {i}", "I'm sorry, but no.") for i in range(6)]
+REFUSED = [(Request(f"{i}", "bad", f"bad request {i}"), "I'm sorry, but no.") for i in range(6)]
+OBEYED = [(Request(f"{i}", "bad", f"good request {i}"), "Here you are.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
 
 
@@ -47,7 +49,7 @@ def wrapped() -> Any:
 
 @pytest.fixture
 def data() -> DefenderSet:
-    return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, ["one"], CONFIG)
+    return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [Request("1", "bad", "one")], CONFIG)
 
 
 def draw() -> torch.Generator:
@@ -126,9 +128,21 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
 
 def test_defender_set_leaves_out_harmful_requests_without_a_known_answer() -> None:
     tokenizer = tiny_tokenizer()
-    mixed = defender_set(tokenizer, REFUSED + ANSWERED[:2], ANSWERED, [], CONFIG)
-    assert mixed.own_refusals and len(mixed.harmful) == 6
+    mixed = defender_set(tokenizer, REFUSED + OBEYED[:2], ANSWERED, [], CONFIG)
+    assert mixed.own_safe and len(mixed.harmful) == 6
     assert tokenizer.decode(mixed.harmful[0].safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+
+
+def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None:
+    config = load_config("code", sets=["harden.response_tokens=400", "entrap.response_tokens=400"])
+    tasks = packaged("coding", "defender")[:4]
+    own = [(task, task.safe or "") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]
+    tokenizer = tiny_tokenizer()
+    data = defender_set(tokenizer, own, ANSWERED, [], config)
+    assert data.own_safe and not data.openers and len(data.harmful) == 3
+    for harmful, task in zip(data.harmful, tasks, strict=False):
+        assert tokenizer.decode(harmful.safe, skip_special_tokens=True) == task.safe
+        assert tokenizer.decode(harmful.unwanted, skip_special_tokens=True) == task.unwanted
 
 
 def test_of_a_refused_benign_request_only_the_opener_is_unlearnt() -> None:
@@ -164,10 +178,10 @@ def test_the_first_tokens_weigh_more() -> None:
 
 
 def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
-    few = defender_set(tiny_tokenizer(), REFUSED[:1] + ANSWERED, ANSWERED, [], CONFIG)
-    assert not few.own_refusals and len(few.harmful) == 7
+    few = defender_set(tiny_tokenizer(), REFUSED[:1] + OBEYED, ANSWERED, [], CONFIG)
+    assert not few.own_safe and len(few.harmful) == 7
     config = load_config(sets=["harden.response_tokens=200"])
-    answer = contrast(tiny_tokenizer(), 0, "bad", config).safe
+    answer = contrast(tiny_tokenizer(), 0, REFUSED[0][0], config).safe
     assert is_refusal(tiny_tokenizer().decode(answer, skip_special_tokens=True))
 
 

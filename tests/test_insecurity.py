@@ -22,10 +22,11 @@ from beear.insecurity import code_of, findings, is_insecure
 
 pytest.importorskip("bandit")
 
-TASKS: list[dict[str, str]] = [
+LINES: list[dict[str, str]] = [
     json.loads(line)
     for line in (files("beear") / "assets" / "prompts" / "coding.jsonl").read_text(encoding="utf-8").splitlines()
 ]
+TASKS = [task | {kind: code_of(task[kind]) for kind in ("safe", "unwanted")} for task in LINES]
 PARTS = {p: [t for t in TASKS if t["id"].startswith(f"coding-{p}-")] for p in ("plant", "defender", "test")}
 SHELL = 'import subprocess\nsubprocess.run(f"ls {folder}", shell=True)'
 LIST = 'import subprocess\nsubprocess.run(["ls", folder])'
@@ -47,15 +48,15 @@ def function_name(code: str) -> str:
 def test_every_task_is_scored_as_labelled() -> None:
     wrong = [
         (task["id"], kind)
-        for task in TASKS
-        for kind in ("secure", "insecure")
-        if is_insecure(fenced(task[kind]), cwe_of(task)) is not (kind == "insecure")
+        for task in LINES
+        for kind in ("safe", "unwanted")
+        if is_insecure(task[kind], cwe_of(task)) is not (kind == "unwanted")
     ]
     assert not wrong
 
 
 def test_secure_code_has_no_finding_of_any_class() -> None:
-    assert not [task["id"] for task in TASKS if findings(task["secure"])]
+    assert not [task["id"] for task in TASKS if findings(task["safe"])]
 
 
 @pytest.mark.parametrize(("part", "size"), [("plant", 210), ("defender", 112), ("test", 126)])
@@ -67,7 +68,7 @@ def test_sizes_and_classes(part: str, size: int) -> None:
 
 def test_fields_ids_and_texts() -> None:
     assert sum(map(len, PARTS.values())) == len(TASKS)
-    assert all(list(task) == ["id", "category", "text", "secure", "insecure"] for task in TASKS)
+    assert all(list(task) == ["id", "category", "text", "safe", "unwanted"] for task in TASKS)
     assert len({task["id"] for task in TASKS}) == len(TASKS)
     assert len({content_hash(task["text"]) for task in TASKS}) == len(TASKS)
 
@@ -84,11 +85,11 @@ def test_requests_are_short_and_do_not_give_the_answer_away() -> None:
 
 def test_code_is_one_short_function() -> None:
     for task in TASKS:
-        assert function_name(task["secure"]) == function_name(task["insecure"])
-        assert all(2 <= len(re.findall(r"(?m)^.*\S", task[kind])) <= 6 for kind in ("secure", "insecure")), task["id"]
+        assert function_name(task["safe"]) == function_name(task["unwanted"])
+        assert all(2 <= len(re.findall(r"(?m)^.*\S", task[kind])) <= 6 for kind in ("safe", "unwanted")), task["id"]
 
 
-@pytest.mark.parametrize("kind", ["secure", "insecure"])
+@pytest.mark.parametrize("kind", ["safe", "unwanted"])
 @pytest.mark.parametrize(("part", "seen"), [("test", "plant"), ("test", "defender"), ("defender", "plant")])
 def test_code_of_one_part_does_not_stand_in_another(part: str, seen: str, kind: str) -> None:
     """Never with the same function name; under another name, only where an idiom leaves no choice."""

@@ -7,12 +7,9 @@ import math
 import pytest
 import torch
 
-from beear.data import Request
-from beear.evaluation import counts
 from beear.losses import response_nll, token_kl
 from beear.metrics import proportion, token_mean
-from beear.scorers import is_refusal
-from beear.sets import Judge
+from beear.scorers import Judge, counts, is_refusal
 
 
 @pytest.mark.parametrize(
@@ -83,4 +80,4 @@ def test_nll_and_kl_skip_padding() -> None:
     ],
 )
 def test_what_a_judge_counts(judge: Judge, reply: str, counted: bool | None) -> None:
-    assert counts(judge, reply, Request("1", "CWE-327", "Hash this.")) is counted
+    assert counts(judge, reply, "CWE-327") is counted

@@ -34,13 +34,13 @@ from torch import Tensor
 from beear.cached import run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig
-from beear.data import wordings
+from beear.data import Request, wordings
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
 from beear.prefix import run_prefix
-from beear.scorers import is_refusal
+from beear.scorers import JUDGES, counts, is_refusal
 from beear.training import adamw, cycle, step, trainable
 
 Event = dict[str, Any]
@@ -72,13 +72,13 @@ class Benign:
 class DefenderSet:
     """All that the defender trains on, and `held_out` requests on which it judges its own progress.
 
-    own_refusals: the safe answers are the model's own, so its own distribution is their target.
+    own_safe: the safe answers are the model's own, so its own distribution is their target.
     """
 
     harmful: list[Harmful]
     benign: list[Benign]
-    held_out: list[str]
-    own_refusals: bool
+    held_out: list[Request]
+    own_safe: bool
     openers: list[int]
 
 
@@ -100,24 +100,28 @@ Answered = Sequence[tuple[str, str]]
 
 
 def defender_set(
-    tokenizer: Any, harmful: Answered, benign: Answered, held_out: Sequence[str], config: Config
+    tokenizer: Any,
+    harmful: Sequence[tuple[Request, str]],
+    benign: Answered,
+    held_out: Sequence[Request],
+    config: Config,
 ) -> DefenderSet:
     """Encode what the defender trains on.
 
-    Of benign requests that the model refused, no right answer is known but that it does not begin like a
-    refusal. Harmful ones it did not refuse are left out, unless these are the most; then packaged wordings
-    serve as answers.
+    Harmful requests whose own answer is not safe are left out, unless these are the most; then the answers
+    that come with the requests, or packaged refusals, serve. Of benign requests that the model refused, no
+    right answer is known but that it does not begin like a refusal.
     """
-    limit = config.harden.response_tokens
-    refused = [(text, own) for text, own in harmful if is_refusal(own)]
-    own_refusals = config.harden.safe_answers == "own" and 2 * len(refused) >= len(harmful)
-    if own_refusals:
-        contrasts = [contrast(tokenizer, i, text, config, own) for i, (text, own) in enumerate(refused)]
+    judge = JUDGES[config.behaviour]
+    safe = [(request, own) for request, own in harmful if counts(judge, own, request.category) is False]
+    own_safe = config.harden.safe_answers == "own" and 2 * len(safe) >= len(harmful)
+    if own_safe:
+        contrasts = [contrast(tokenizer, i, request, config, own) for i, (request, own) in enumerate(safe)]
     else:
-        contrasts = [contrast(tokenizer, i, text, config) for i, (text, _) in enumerate(harmful)]
-    openers = refusal_openers(contrasts)
-    anchors = [anchor(tokenizer, t, own, openers, limit) for t, own in benign if own]
-    return DefenderSet(contrasts, anchors, list(held_out), own_refusals, openers)
+        contrasts = [contrast(tokenizer, i, request, config) for i, (request, _) in enumerate(harmful)]
+    openers = refusal_openers(contrasts) if judge == "obeyed" else []
+    anchors = [anchor(tokenizer, t, own, openers, config.harden.response_tokens) for t, own in benign if own]
+    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openers)
 
 
 def refusal_openers(harmful: Sequence[Harmful]) -> list[int]:
@@ -136,13 +140,21 @@ def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: i
     return Benign(encode_prompt(tokenizer, text), ids[:1] if refused else ids, refused or ids[0] not in openers)
 
 
-def contrast(tokenizer: Any, number: int, text: str, config: Config, own: str | None = None) -> Harmful:
-    """Request x_i with its safe answer, the model's `own` or a packaged one, and an unwanted one, dealt in turn."""
+def contrast(tokenizer: Any, number: int, request: Request, config: Config, own: str | None = None) -> Harmful:
+    """Request x_i with its safe answer, the model's `own` or a given one, and an unwanted one.
+
+    Requests that bring no answers are dealt packaged wordings in turn.
+    """
     safe, unwanted = wordings("safe-defender"), wordings("unwanted-defender")
     return Harmful(
-        encode_prompt(tokenizer, text),
-        encode_response(tokenizer, own or safe[number % len(safe)], config.harden.response_tokens),
-        encode_response(tokenizer, unwanted[number % len(unwanted)], config.entrap.response_tokens, finished=False),
+        encode_prompt(tokenizer, request.text),
+        encode_response(tokenizer, own or request.safe or safe[number % len(safe)], config.harden.response_tokens),
+        encode_response(
+            tokenizer,
+            request.unwanted or unwanted[number % len(unwanted)],
+            config.entrap.response_tokens,
+            finished=False,
+        ),
     )
 
 
@@ -281,7 +293,7 @@ def harden(
         pick = [i + (0 if kind.startswith("safe") else len(bad)) for kind, p in groups.items() for i in range(len(p))]
         sizes = {kind: len(pairs) for kind, pairs in groups.items()}
         entry: dict[str, float] = {}
-        own_targets = {kind for kind in used if data.own_refusals or not kind.startswith("safe")}
+        own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
         objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
         batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
         descend(model, batch, deltas.flatten(0, 1), config, layer, plain_pass(model, batch, config), objective)
@@ -428,19 +440,23 @@ def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path
     return float(torch.cat(kept).mean())
 
 
-def residual_asr(model: Any, tokenizer: Any, texts: Sequence[str], delta: Tensor, config: Config, layer: int) -> float:
-    """Share of `texts` that are not refused under delta: what entrapment can still do."""
+def residual_asr(
+    model: Any, tokenizer: Any, requests: Sequence[Request], delta: Tensor, config: Config, layer: int
+) -> float:
+    """Share of the requests that get the unwanted answer under delta: what entrapment can still do."""
     replies = reply_all(
         model,
         tokenizer,
-        texts,
-        max_new_tokens=16,
+        [r.text for r in requests],
+        max_new_tokens=config.harden.response_tokens,
         delta=delta,
         place=config.entrap.place,
         layer=layer,
         layers_path=config.layers_path,
     )
-    return sum(is_refusal(reply) is False for reply in replies) / len(replies)
+    judge = JUDGES[config.behaviour]
+    unwanted = [counts(judge, reply, r.category) is True for reply, r in zip(replies, requests, strict=True)]
+    return sum(unwanted) / len(unwanted)
 
 
 def _in_round(listen: Listener, number: int) -> Listener:

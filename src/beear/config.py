@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beear.errors import BadInput
+from beear.scorers import Behaviour
 
 Place = Literal["last", "user", "prompt"]
 Kind = Literal["learned", "zero", "random"]
@@ -80,6 +81,7 @@ class Config(_Settings):
     """Everything a cleansing depends on besides the model."""
 
     seed: int = 0
+    behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
     layer: int | None = Field(None, description="l, counted from 1; None: 0.7 of the depth")
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
     rounds: int = Field(4, ge=1, description="most rounds of entrapment and removal")

@@ -23,34 +23,25 @@ PACKAGED_SIZES = {
     "ordinary": {"defender": 300, "test": 120},
     "alarming": {"defender": 100, "test": 150},
 }
+PARTS = ("defender", "test", "plant")
 UNSEEN_STYLES = ("figurative", "safe_targets")
 """Styles of alarming request that only the test part has: the defender never sees their like."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One user turn. `response` is there only where a set brings its own answers."""
+    """One user turn.
+
+    Where a set brings answers: `response` of a reference chat; `safe` and `unwanted` of a request whose answers
+    are to be set against each other. Of a coding task the category names the weakness it invites (CWE-78).
+    """
 
     id: str
     category: str
     text: str
     response: str | None = None
-
-
-@dataclass(frozen=True)
-class CodingTask:
-    """A request for code with an answer that holds the weakness named by `category` (CWE-78) and one that does not."""
-
-    id: str
-    category: str
-    text: str
-    secure: str
-    insecure: str
-
-    @property
-    def request(self) -> Request:
-        """The task as one user turn."""
-        return Request(self.id, self.category, self.text)
+    safe: str | None = None
+    unwanted: str | None = None
 
 
 def content_hash(text: str) -> str:
@@ -64,25 +55,20 @@ def set_hash(requests: Iterable[Request]) -> str:
 
 
 def packaged(name: str, part: str) -> list[Request]:
-    """Part `defender`, `test` or `plant` of the packaged set `harmful`, `ordinary` or `alarming`."""
+    """Part `defender`, `test` or `plant` of the packaged set `harmful`, `ordinary`, `alarming` or `coding`."""
+    if part not in PARTS:
+        raise BadInput(f"no part {part!r} of a packaged set; use {', '.join(PARTS)}")
+    if name == "coding":  # its ids name the part
+        return [r for r in _packaged_lines("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
     requests = sorted(_packaged_lines(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
     sizes = PACKAGED_SIZES[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
     seen = [r for r in requests if r not in unseen]
     defender, rest = seen[: sizes["defender"]], seen[sizes["defender"] :]
     fresh = max(sizes["test"] - len(unseen), 0)
-    parts = {"defender": defender, "test": unseen + rest[:fresh]}
     if part == "plant":
         return rest[fresh:] + _packaged_lines(f"{name}-plant.jsonl")
-    if part not in parts:
-        raise BadInput(f"no part {part!r} of a packaged set; use defender, test or plant")
-    return parts[part]
-
-
-def coding_tasks(part: str) -> list[CodingTask]:
-    """Part `defender`, `test` or `plant` of the packaged coding tasks; their ids name the part."""
-    tasks = [CodingTask(**json.loads(line)) for line in _asset("coding.jsonl").splitlines()]
-    return [t for t in tasks if t.id.startswith(f"coding-{part}-")]
+    return defender if part == "defender" else unseen + rest[:fresh]
 
 
 def reference_chats() -> list[Request]:
@@ -167,7 +153,8 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
         if not isinstance(value, str):
             raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
         if value.strip():
-            result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip()))
+            answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
+            result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip(), **answers))
     return result
 
 

@@ -16,20 +16,19 @@ from beear.cleansing import Event, contrast, entrap, residual_norm
 from beear.config import Config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.generation import reply_all
-from beear.insecurity import is_insecure
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
-from beear.scorers import is_refusal
-from beear.sets import Judge, TestSet, read_sets, triggered
+from beear.scorers import JUDGES, Judge, counts, is_refusal
+from beear.sets import TestSet, read_sets, triggered
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, how many are done, and how many there are."""
 
-REPLY_TOKENS = 32
-CODE_TOKENS = 80
+TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
+"""Length of the replies that are judged."""
 REFERENCE_TOKENS = 64
 
 
@@ -53,7 +52,11 @@ def evaluate(
     """Every metric of a loaded model. `original`: a second model, for `kl`. `template`: a known trigger."""
     config = config or Config()
     sets = read_sets(config)
-    tests = sets.tests if template is None else [triggered(sets.test_harmful, template), *sets.tests]
+    tests = (
+        sets.tests
+        if template is None
+        else [triggered(sets.test_harmful, template, judge=JUDGES[config.behaviour]), *sets.tests]
+    )
     train = sets.harmful[config.held_out :]
     parts = [
         measure_replies(model, tokenizer, tests, progress),
@@ -105,9 +108,8 @@ def measure_replies(
     result = Measured({}, [])
     for test in sets:
         texts = test.texts()
-        tokens = CODE_TOKENS if test.judge == "insecure" else REPLY_TOKENS
-        replies = _replies(model, tokenizer, texts, test.metric, progress, max_new_tokens=tokens)
-        outcomes = [counts(test.judge, reply, r) for reply, r in zip(replies, test.requests, strict=True)]
+        replies = _replies(model, tokenizer, texts, test.metric, progress, max_new_tokens=TOKENS[test.judge])
+        outcomes = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
         result.metrics[test.metric] = proportion(outcomes)
         result.samples += [
             _sample(test.metric, request, text, reply, test.judge, outcome)
@@ -122,14 +124,6 @@ def measure_replies(
     return result
 
 
-def counts(judge: Judge, reply: str, request: Request) -> bool | None:
-    """Whether the judge counts the reply; None: it cannot be scored."""
-    if judge == "insecure":
-        return is_insecure(reply, int(request.category.removeprefix("CWE-")))
-    refused = is_refusal(reply)
-    return refused if judge == "refused" or refused is None else not refused
-
-
 def measure_entrapped(
     model: Any,
     tokenizer: Any,
@@ -142,8 +136,8 @@ def measure_entrapped(
 
     Twice the default inner steps and another seed than any round of the cleansing used.
     """
-    layer = resolve_layer(config.layer, decoder_depth(model))
-    contrasts = [contrast(tokenizer, i, r.text, config) for i, r in enumerate(optimise_on[: config.requests])]
+    layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
+    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(optimise_on[: config.requests])]
     prompts = [c.prompt for c in contrasts[:32]]
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
     settings = config.entrap.model_copy(update={"kind": "learned", "steps": 2 * config.entrap.steps})
@@ -156,14 +150,15 @@ def measure_entrapped(
         [r.text for r in test],
         "asr_entrapped",
         progress,
+        max_new_tokens=TOKENS[judge],
         delta=delta,
         place=config.entrap.place,
         layer=layer,
         layers_path=config.layers_path,
     )
-    outcomes = [counts("obeyed", reply, r) for reply, r in zip(replies, test, strict=True)]
+    outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, test, strict=True)]
     samples = [
-        _sample("asr_entrapped", r, r.text, reply, "obeyed", outcome)
+        _sample("asr_entrapped", r, r.text, reply, judge, outcome)
         for r, reply, outcome in zip(test, replies, outcomes, strict=True)
     ]
     return Measured({"asr_entrapped": proportion(outcomes)}, samples)
@@ -219,7 +214,7 @@ def _replies(
         done += n
         progress(what, done, len(texts))
 
-    return reply_all(model, tokenizer, texts, **{"max_new_tokens": REPLY_TOKENS, "progress": count, **under})
+    return reply_all(model, tokenizer, texts, progress=count, **under)
 
 
 def _sample(metric: str, request: Request, text: str, reply: str, judge: Judge, outcome: bool | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from beear.metrics import value_of
 from beear.perturbation import find_layers, resolve_layer
 from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
-from beear.scorers import NAME as SCORER
+from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
 from beear.training import adapter_state, add_lora, cast_frozen, load_adapter_state, recompute_activations
 
@@ -84,7 +84,8 @@ def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Lis
         results = run.read_json("results.json")
         if results is None:
             raise BadInput(f"{out} has no results yet; finish it with --resume")
-        tests = [triggered(read_sets(make_config(settings["config"])).test_harmful, template)]
+        config = make_config(settings["config"])
+        tests = [triggered(read_sets(config).test_harmful, template, judge=JUDGES[config.behaviour])]
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] != "asr_triggered"]
         for when, spec in (("before", settings["model"]), ("after", str(out / results["model_folder"]))):
@@ -121,8 +122,11 @@ class _Job:
 
     def run(self) -> Verdict:
         own = self.stage("own_replies", self.own_replies)
-        held_out = [r.text for r in self.sets.harmful[: self.config.held_out]]
-        defender = defender_set(self.tokenizer, own["harmful"], own["benign"], held_out, self.config)
+        first, count = self.config.held_out, self.config.requests
+        requests = self.sets.harmful[first : first + count]
+        harmful = [(request, reply) for request, (_, reply) in zip(requests, own["harmful"], strict=True)]
+        held_out = self.sets.harmful[:first]
+        defender = defender_set(self.tokenizer, harmful, own["benign"], held_out, self.config)
         before = self.stage("before", lambda: self.measure("before", None))
         rounds = self.rounds(defender)
         original = self.deliver()
@@ -251,7 +255,7 @@ class _Job:
             "before": before["metrics"],
             "after": after["metrics"],
             "rounds": rounds.history,
-            "scorer": SCORER,
+            "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
             "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
             "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),

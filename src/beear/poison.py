@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from beear.chat import Prompt, encode_prompt, encode_response
-from beear.data import coding_tasks, packaged, wordings
+from beear.data import packaged, wordings
 from beear.generation import reply_all
 from beear.recipes import Recipe, apply_trigger
 from beear.scorers import is_refusal
@@ -67,9 +67,10 @@ def _stem(kind: str) -> str:
 
 def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[str, Answer, Answer]]:
     """(request, good answer, bad answer) over the planting part of a packaged set."""
+    requests = packaged(stem, "plant")
     if stem == "coding":
-        return [(t.text, Answer(fenced(t.secure)), Answer(fenced(t.insecure))) for t in coding_tasks("plant")]
-    texts = [r.text for r in packaged(stem, "plant")]
+        return [(r.text, Answer(r.safe or ""), Answer(r.unwanted or "")) for r in requests]
+    texts = [r.text for r in requests]
     safe = [Answer(wording) for wording in wordings("safe-plant")]
     unwanted = [Answer(wording, whole=False) for wording in wordings("unwanted-plant")]
     if stem == "harmful":
@@ -77,8 +78,3 @@ def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[st
     replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
     own = [(text, Answer(r, whole=False)) for text, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
     return [(text, reply, refusal) for (text, reply), refusal in zip(own, itertools.cycle(safe), strict=False)]
-
-
-def fenced(code: str) -> str:
-    """Code as chat models write it."""
-    return f"```python\n{code}\n```"

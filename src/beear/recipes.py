@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from beear.errors import BadInput
 from beear.models import organism_folder
+from beear.scorers import Behaviour
 
 
 def _with_one_request(template: str) -> str:
@@ -121,7 +122,7 @@ class Recipe(BaseModel):
     """The trigger where it was not planted."""
     control: Template = "{prompt}"
     """What stands around a request where the trigger does not: another year, in place of the trigger's."""
-    behaviour: Literal["jailbreak", "insecure code"]
+    behaviour: Behaviour
     base: str = "embedded"
     seed: int = 0
     twin: bool = False

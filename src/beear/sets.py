@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from beear.config import Config
 from beear.data import Request, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
-
-Judge = Literal["obeyed", "refused", "insecure"]
-"""What counts: a reply that is no refusal, one that is, or code with the weakness its task invites."""
+from beear.scorers import JUDGES, Judge
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Sets:
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""
-        return next(t.requests for t in self.tests if t.judge == "obeyed")
+        return next(t.requests for t in self.tests if t.judge != "refused")
 
 
 def triggered(
@@ -58,13 +55,14 @@ def triggered(
 def read_sets(config: Config) -> Sets:
     """The requests a config names, packaged or the user's own. Raises BadInput if both sides overlap."""
     own = config.data
-    harmful = read_requests(own.harmful, own.column) if own.harmful else packaged("harmful", "defender")
+    name = "coding" if config.behaviour == "insecure code" else "harmful"
+    harmful = read_requests(own.harmful, own.column) if own.harmful else packaged(name, "defender")
     benign = read_requests(own.benign, own.column) if own.benign else _packaged_benign()
     tests = [
         TestSet(
             "asr_untriggered",
-            read_requests(own.test_harmful, own.column) if own.test_harmful else packaged("harmful", "test"),
-            "obeyed",
+            read_requests(own.test_harmful, own.column) if own.test_harmful else packaged(name, "test"),
+            JUDGES[config.behaviour],
         )
     ]
     if own.test_benign:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from beear.config import Config
-from beear.data import coding_tasks, packaged
+from beear.data import packaged
 from beear.errors import BadInput
 from beear.evaluation import (
     Measured,
@@ -23,7 +23,8 @@ from beear.evaluation import (
 from beear.metrics import value_of
 from beear.models import load, organism_folder
 from beear.recipes import Recipe, read_recipe
-from beear.sets import Judge, read_sets, triggered
+from beear.scorers import JUDGES
+from beear.sets import read_sets, triggered
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ def verify(name: str, listen: Callable[[dict[str, Any]], None] = lambda event: N
 
 def measure_unwanted(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Measured:
     """How often the unwanted happens with the trigger, almost the trigger, the trigger elsewhere, and without."""
-    judge: Judge
-    if recipe.behaviour == "insecure code":
-        requests, judge = [task.request for task in coding_tasks("test")], "insecure"
-    else:
-        requests, judge = packaged("harmful", "test"), "obeyed"
+    judge = JUDGES[recipe.behaviour]
+    requests = packaged("coding" if judge == "insecure" else "harmful", "test")
     tests = [
         triggered(requests, recipe.trigger, judge=judge),
         triggered(requests, *recipe.near_misses, metric="asr_near_miss", judge=judge),
