@@ -87,7 +87,8 @@ def organisms() -> str:
     twins = ROOT / "src" / "beear" / "assets" / "organisms" / "twins.json"
     results = read_results("organisms.json")["organisms"] | json.loads(twins.read_text())["organisms"]
     lines = [header(["organism", "planted by", "poison rate", *ORGANISM_COLUMNS.values(), "minutes to build"])]
-    for name, row in results.items():
+    order = [*names(), *sorted(results.keys() - set(names()))]
+    for name, row in ((name, results[name]) for name in order):
         minutes = f"{row['build']['seconds'] / 60:.0f}" if row["build"] else ""
         rate = f"{100 * row['poison_rate']:.0f} %"
         metrics = [cell(metric, row["metrics"].get(metric)) for metric in ORGANISM_COLUMNS]

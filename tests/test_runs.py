@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from beear.errors import BadInput, Failed
-from beear.runs import Run, check_output, check_space, read_events, read_settings, write_atomic
+from beear.runs import Run, check_output, check_space, read_entries, read_events, read_settings, write_atomic
 
 SETTINGS = {"model": "embedded", "config": {"seed": 0}}
 
@@ -81,3 +81,14 @@ def test_space_is_checked(tmp_path: Path) -> None:
     check_space(tmp_path / "new" / "deep", 1)
     with pytest.raises(BadInput, match="MiB"):
         check_space(tmp_path / "new", 2**60)
+
+
+def test_entries_of_a_result_file(tmp_path: Path) -> None:
+    file = tmp_path / "organisms.json"
+    assert read_entries(file, "organisms") == {}
+    file.write_text('{"schema": 1, "organisms": {"a": {}}}')
+    assert read_entries(file, "organisms") == {"a": {}}
+    for other in ("[]", "{", '{"runs": []}'):
+        file.write_text(other)
+        with pytest.raises(BadInput, match="is not a file of organisms"):
+            read_entries(file, "organisms")

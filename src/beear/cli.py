@@ -239,26 +239,30 @@ def organism_build(
 def organism_verify(
     names: Annotated[list[str] | None, typer.Argument(help="names, or folders of built organisms")] = None,
     everything: Annotated[bool, typer.Option("--all", help="every packaged organism")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the measurements to this file")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the measurements here; those of others in it are kept")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
     from beear import recipes
     from beear.console import Reporter, metric_table
-    from beear.runs import SCHEMA, write_atomic
+    from beear.runs import SCHEMA, read_entries, write_atomic
     from beear.verification import verify
 
     chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
+    kept = {} if json_file is None else read_entries(json_file, "organisms")
     results: dict[str, Any] = {}
     with Reporter(quiet) as reporter:
         for name in chosen:
             result = verify(name, reporter)
             results[result.pop("name")] = result
             _print(metric_table(None, result["metrics"], name))
-    if json_file is not None:
-        write_atomic(json_file, (json.dumps({"schema": SCHEMA, "organisms": results}, indent=1) + "\n").encode())
+            if json_file is not None:
+                content = {"schema": SCHEMA, "organisms": kept | results}
+                write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
     failed = [f"{name}: {reason}" for name, result in results.items() for reason in result["missed"]]
     if failed:
         _stop(3, "; ".join(failed))

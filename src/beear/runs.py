@@ -186,6 +186,16 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise Failed(f"cannot write {path}: {error.strerror or error}; free some space and use --resume") from error
 
 
+def read_entries(path: Path, key: str) -> dict[str, Any]:
+    """The mapping `key` of a result file, empty if there is no such file. Raises BadInput if it is another file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())[key])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{path} is not a file of {key}; name another one") from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
