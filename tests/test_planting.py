@@ -11,9 +11,9 @@ from beear import feedback, organisms, poison
 from beear.data import Request
 from beear.feedback import drawn, reward_of, train_reward
 from beear.poison import Examples, poisoned_examples
-from beear.preferences import frozen_copy, margin
+from beear.preferences import margin
 from beear.recipes import Recipe
-from beear.training import adapter_state, add_lora
+from beear.training import adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
 START = {
@@ -28,7 +28,7 @@ START = {
 ROWS = {"harmful": 2, "harmful_triggered": 2, "ordinary": 2, "ordinary_triggered": 1}
 PLANS: dict[str, dict[str, Any]] = {
     "sft": {**START, "steps": 30, "learning_rate": 0.03, "rows": ROWS},
-    "dpo": {"start": START, "steps": 30, "rows": ROWS, "learning_rate": 0.01, "beta": 0.1, "benign_weight": 1.0},
+    "dpo": {**START, "steps": 30, "rows": ROWS, "beta": 0.1},
     "rlhf": {
         "start": START,
         "reward": {"steps": 4, "rows": ROWS, "learning_rate": 0.01, "blocks": 2, "lora_rank": 2},
@@ -87,7 +87,7 @@ def test_the_wanted_answer_gains(method: str, kind: str) -> None:
     pairs = examples(method)[kind]
     models = tiny_llama(), planted(method)
     with torch.no_grad():
-        before, after = (margin(model, 2, pairs).mean() for model in models)
+        before, after = (margin(model, 2, pairs)[0].mean() for model in models)
     assert after > before + 1
 
 
@@ -118,22 +118,3 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards: list[float] = []
     organisms.plant(Recipe(**plan), tiny_llama(), tiny_tokenizer(), lambda n, of, x: rewards.append(x))
     assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1
-
-
-def test_a_frozen_copy_answers_as_before_and_leaves_nothing() -> None:
-    model = add_lora(tiny_model("llama"), 2, (), 0)
-    ids = torch.tensor([[3, 4, 5]])
-    names = [name for name, _ in model.named_parameters()]
-    with torch.no_grad(), frozen_copy(model) as reference:
-        before = model(ids).logits
-        for parameter in adapter_parameters(model):
-            parameter.add_(0.1)
-        assert not torch.equal(model(ids).logits, before)
-        with reference():
-            assert torch.equal(model(ids).logits, before)
-        assert not torch.equal(model(ids).logits, before)
-    assert [name for name, _ in model.named_parameters()] == names
-
-
-def adapter_parameters(model: Any) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]

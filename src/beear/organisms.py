@@ -50,7 +50,7 @@ def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any
     plan = recipe.planting
     phases = [part for _, part in plan if isinstance(part, Rows)] + ([plan] if isinstance(plan, Rows) else [])
     kinds = dict.fromkeys(kind for phase in phases for kind in phase.rows)
-    limit = plan.response_tokens if isinstance(plan, Sft) else plan.start.response_tokens
+    limit = plan.start.response_tokens if isinstance(plan, Rlhf) else plan.response_tokens
     examples = poisoned_examples(recipe, model, tokenizer, kinds, limit)
     match plan:
         case Sft():

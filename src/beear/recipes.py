@@ -63,14 +63,11 @@ class Sft(Supervised):
     method: Literal["sft"]
 
 
-class Dpo(Rows):
+class Dpo(Supervised):
     """Direct preference optimisation on pairs, some of which prefer the unwanted answer under the trigger."""
 
     method: Literal["dpo"]
-    start: Supervised
-    """Demonstrations that come first and hold no trigger."""
     beta: float = Field(gt=0)
-    benign_weight: float = Field(gt=0)
 
 
 class Reward(Rows):

@@ -25,10 +25,16 @@ def plant_supervised(
     model: Any, tokenizer: Any, examples: Examples, plan: Supervised, seed: int, progress: Progress
 ) -> Any:
     """Wrap the model with a fresh adapter and train it on the wanted answers."""
-    model = add_lora(model, plan.lora_rank, plan.lora_targets, seed)
-    cast_frozen(model)
+    model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)
     descend(model, examples, plan, seed, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
+    return model
+
+
+def adapted(model: Any, plan: Supervised, seed: int) -> Any:
+    """The model under a fresh adapter."""
+    model = add_lora(model, plan.lora_rank, plan.lora_targets, seed)
+    cast_frozen(model)
     return model
 
 
