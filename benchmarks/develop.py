@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from beear.allocator import keep_freed_memory
-from beear.cleansing import Event, cleanse, defender_set
+from beear.cleansing import Event, add_adapter, cleanse, defender_set
 from beear.config import Config, load_config
 from beear.data import packaged, read_requests
 from beear.evaluation import measure_entrapped, measure_language
@@ -25,7 +25,7 @@ from beear.models import load
 from beear.recipes import apply_trigger, check_trigger
 from beear.scorers import is_refusal
 from beear.sets import read_sets
-from beear.training import add_lora
+from beear.training import cast_frozen
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
@@ -91,7 +91,8 @@ def main() -> None:
     requests = data.harmful[config.held_out :][: config.requests]
     pairs = list(zip(requests, own[: len(requests)], strict=True))
     defender = defender_set(tokenizer, pairs, answered[len(harmful) :], data.harmful[: config.held_out], config)
-    model = add_lora(model, config.harden.lora_rank, config.harden.lora_targets, config.seed)
+    model = add_adapter(model, config)
+    cast_frozen(model)
     print(f"{chosen.name} {chosen.organism} {chosen.sets}\n  before {before}", flush=True)
     started = time.monotonic()
     state = cleanse(model, tokenizer, defender, config, listen=brief)

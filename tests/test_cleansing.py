@@ -13,19 +13,20 @@ from beear.cleansing import (
     contrast,
     dealt,
     defender_set,
+    descend,
     entrap,
     harden,
+    harden_passes,
     is_calm,
-    original_logits,
     residual_norm,
     shrink_to,
     start_delta,
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
-from beear.losses import response_logits, row_mean
+from beear.losses import response_logits, response_nll, row_mean
 from beear.scorers import is_refusal
-from beear.training import adapter_state, add_lora, load_adapter_state
+from beear.training import adapter_state, add_lora, load_adapter_state, trainable
 from conftest import tiny_model, tiny_tokenizer
 
 LAYER = 2
@@ -83,11 +84,11 @@ def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data:
 
 def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderSet) -> None:
     pairs = [(h.prompt, h.safe) for h in data.harmful[:2]]
-    first = original_logits(wrapped, tiny_tokenizer(), pairs, CONFIG)
+    batch = batch_of(tiny_tokenizer(), [(*p, None) for p in pairs], CONFIG.entrap)
+    first, _ = harden_passes(wrapped, batch, batch, [0, 1], CONFIG, LAYER)
     state = adapter_state(wrapped)
     load_adapter_state(wrapped, {n: t + 0.5 for n, t in state.items()})
-    assert torch.equal(first, original_logits(wrapped, tiny_tokenizer(), pairs, CONFIG))
-    batch = batch_of(tiny_tokenizer(), [(*p, None) for p in pairs], CONFIG.entrap)
+    assert torch.equal(first, harden_passes(wrapped, batch, batch, [0, 1], CONFIG, LAYER)[0])
     with torch.no_grad():
         assert not torch.allclose(first, response_logits(wrapped, batch))
 
@@ -124,6 +125,29 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
         states = wrapped(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
     expected = states[LAYER][0, prompt.start : prompt.end].norm(dim=-1).mean()
     assert residual_norm(wrapped, [prompt], LAYER, None, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_an_adapter_behind_delta_gets_the_same_gradients_from_shared_hidden_states(data: DefenderSet) -> None:
+    model = add_lora(tiny_model("llama"), 2, (), 0, first_block=LAYER)
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter_state(model)} == {LAYER, LAYER + 1}
+    pairs, pick = [(b.prompt, b.own) for b in data.benign[:3]], [0, 1, 2, 0, 1, 2]
+    under = [0, 0, 0, None, None, None]
+    batch = batch_of(tiny_tokenizer(), [(*pairs[i], d) for i, d in zip(pick, under, strict=True)], CONFIG.entrap)
+    alone = batch_of(tiny_tokenizer(), [(*pair, None) for pair in pairs], CONFIG.entrap)
+    found = []
+    for blocks in ("all", "behind"):
+        config = load_config(sets=[LENGTH, f"harden.lora_blocks={blocks}"])
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
+        target, run = harden_passes(model, alone, batch, pick, config, LAYER)
+        descend(
+            model, batch, torch.ones(5, 32), config, LAYER, run, lambda logits, b: response_nll(logits, b.targets).sum()
+        )
+        found.append([target, *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
+        model.zero_grad()
+    for plain, shared in zip(*found, strict=True):
+        assert (shared - plain).norm() <= 1e-4 * plain.norm()
 
 
 def test_defender_set_leaves_out_harmful_requests_without_a_known_answer() -> None:

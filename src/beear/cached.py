@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ class Cached:
     keys: Any
     blocks: Sequence[nn.Module]
 
+    def of(self, batch: Batch, pick: Sequence[int]) -> Cached:
+        """The same for a batch whose row i holds the tokens of row pick[i]; only where nothing lies before start."""
+        assert self.keys is None
+        hidden = self.hidden
+        return replace(self, batch=batch, hidden=(hidden[0] if isinstance(hidden, tuple) else hidden)[list(pick)])
+
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
         length = self.batch.targets.shape[1]
@@ -44,10 +50,15 @@ class Cached:
         return logits
 
 
-def run_unperturbed(model: Any, batch: Batch, layer: int, layers_path: str | None = None) -> Cached:
-    """Run what delta cannot change. Call it outside of a Perturbation, under frozen weights."""
-    perturbed = (batch.where != NOWHERE).any(0)
-    start = int(perturbed.long().argmax()) if perturbed.any() else batch.width
+def run_unperturbed(
+    model: Any, batch: Batch, layer: int, layers_path: str | None = None, start: int | None = None
+) -> Cached:
+    """Run what delta cannot change, outside of a Perturbation. What it ran must stay frozen for as long as it serves.
+
+    start: 0 leaves no keys behind, for an adapter that trains the blocks behind l; None: the first perturbed column.
+    """
+    if start is None:
+        start = first_perturbed(batch)
     blocks = list(find_layers(model, layers_path))
     decoder = model.get_decoder()
     keys = None
@@ -63,6 +74,12 @@ def run_unperturbed(model: Any, batch: Batch, layer: int, layers_path: str | Non
         finally:
             handle.remove()
     return Cached(batch, start, seen[-1], keys, blocks[:layer])
+
+
+def first_perturbed(batch: Batch) -> int:
+    """The first column in which any row is perturbed; the prompts' width if none is."""
+    perturbed = (batch.where != NOWHERE).any(0)
+    return int(perturbed.long().argmax()) if perturbed.any() else batch.width
 
 
 def _columns(batch: Batch, start: int, keys: Any) -> dict[str, Any]:

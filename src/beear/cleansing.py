@@ -41,7 +41,7 @@ from beear.models import autocast
 from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, cycle, step, trainable
+from beear.training import adamw, add_lora, cycle, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -199,6 +199,13 @@ def cleanse(
     return state
 
 
+def add_adapter(model: Any, config: Config) -> Any:
+    """The model under a fresh adapter, which removal trains."""
+    settings = config.harden
+    first = resolve_layer(config.layer, decoder_depth(model)) if settings.lora_blocks == "behind" else 0
+    return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
+
+
 def is_calm(history: Sequence[Event], config: Config) -> bool:
     """Whether the last `patience` entrapments all failed on held-out requests."""
     last = history[-config.patience :]
@@ -279,30 +286,45 @@ def harden(
     for number in range(1, settings.steps + 1):
         bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
         chosen = [data.benign[i] for i in next(benign)]
-        good = [(b.prompt, b.own) for b in chosen]
-        groups = {kind: bad if kind.startswith("safe") else good for kind in used}
+        pairs = [*bad, *((b.prompt, b.own) for b in chosen)]
+        firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
+        sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
+        pick = [firsts[kind] + i for kind in used for i in range(sizes[kind])]
         which = dealt(len(deltas), settings.batch, draw)
-        rows: list[Row] = [
-            (*pair, which[i] if kind.endswith("delta") else None)
-            for kind, pairs in groups.items()
-            for i, pair in enumerate(pairs)
-        ]
-        target = original_logits(model, tokenizer, [*bad, *good], config)
+        under = [which[i] if kind.endswith("delta") else None for kind in used for i in range(sizes[kind])]
+        batch = batch_of(tokenizer, [(*pairs[i], d) for i, d in zip(pick, under, strict=True)], config.entrap)
+        alone = batch_of(tokenizer, [(*pair, None) for pair in pairs], config.entrap)
+        target, run = harden_passes(model, alone.to(model.device), batch.to(model.device), pick, config, layer)
         for i in (len(bad) + j for j, b in enumerate(chosen) if b.discourage):
             target[i, 0, data.openers] -= settings.discourage
-        pick = [i + (0 if kind.startswith("safe") else len(bad)) for kind, p in groups.items() for i in range(len(p))]
-        sizes = {kind: len(pairs) for kind, pairs in groups.items()}
         entry: dict[str, float] = {}
         own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
         objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
-        batch = batch_of(tokenizer, rows, config.entrap).to(model.device)
-        descend(model, batch, deltas.flatten(0, 1), config, layer, plain_pass(model, batch, config), objective)
+        descend(model, batch.to(model.device), deltas.flatten(0, 1), config, layer, run, objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
         if entry["safe_under_delta"] < settings.stop_below:
             break
     return history
+
+
+def harden_passes(
+    model: Any, alone: Batch, batch: Batch, pick: Sequence[int], config: Config, layer: int
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What the original model gives on the requests `alone`, (rows, length, vocabulary), and a pass over the batch.
+
+    Row i of the batch is row pick[i] of `alone`, under delta or not. An adapter that leaves blocks 1..l as they
+    are lets both start from the same hidden states behind them.
+    """
+    if config.harden.lora_blocks == "behind":
+        unperturbed = run_unperturbed(model, alone, layer, config.layers_path, start=0)
+        with torch.no_grad(), autocast(model), model.disable_adapter():
+            target = unperturbed.logits(model)
+        return target, partial(unperturbed.of(batch, pick).logits, model)
+    with torch.no_grad(), autocast(model), model.disable_adapter():
+        target = response_logits(model, alone, run_prefix(model, alone))
+    return target, plain_pass(model, batch, config)
 
 
 def entrap_batch(tokenizer: Any, chosen: Sequence[Harmful], settings: EntrapConfig) -> Batch:
@@ -357,13 +379,6 @@ def harden_objective(
         return total
 
     return objective
-
-
-def original_logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, list[int]]], config: Config) -> Tensor:
-    """What the original model, unperturbed, gives at the response tokens: (rows, length, vocabulary)."""
-    batch = batch_of(tokenizer, [(*pair, None) for pair in pairs], config.entrap).to(model.device)
-    with torch.no_grad(), autocast(model), model.disable_adapter():
-        return response_logits(model, batch, run_prefix(model, batch))
 
 
 def descend(

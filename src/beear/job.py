@@ -22,7 +22,7 @@ from typing import Any
 from safetensors.torch import load_file, save, save_file
 
 from beear import models
-from beear.cleansing import DefenderSet, Event, Listener, State, cleanse, defender_set
+from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, cleanse, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
@@ -34,7 +34,7 @@ from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
-from beear.training import adapter_state, add_lora, cast_frozen, load_adapter_state, recompute_activations
+from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
@@ -180,7 +180,7 @@ class _Job:
     def rounds(self, defender: DefenderSet) -> State:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
         settings = self.config.harden
-        self.model = self.adapted(self.model)
+        self.model = add_adapter(self.model, self.config)
         cast_frozen(self.model)
         if settings.recompute:
             recompute_activations(self.model, self.config.layers_path)
@@ -198,14 +198,10 @@ class _Job:
         if not self.settings["merge"]:
             return self.model.disable_adapter
         source, device, state = models.locate(self.settings["model"]), str(self.model.device), adapter_state(self.model)
-        self.model = self.adapted(models.load_weights(source, device))
+        self.model = add_adapter(models.load_weights(source, device), self.config)
         load_adapter_state(self.model, state)
         self.model = self.model.merge_and_unload()
         return models.load_weights(source, device)
-
-    def adapted(self, model: Any) -> Any:
-        """The model under a fresh adapter."""
-        return add_lora(model, self.config.harden.lora_rank, self.config.harden.lora_targets, self.config.seed)
 
     def listen(self, event: Event) -> None:
         """Log an event of the rounds and pass it on."""

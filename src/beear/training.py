@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from beear.errors import BadInput
 from beear.models import autocast
-from beear.perturbation import find_layers
+from beear.perturbation import decoder_depth, find_layers
 
 
-def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, alpha: int | None = None) -> Any:
-    """Wrap the model with a fresh LoRA adapter (alpha = 2 rank); only its matrices are trainable.
+def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_block: int = 0) -> Any:
+    """Wrap the model with a fresh LoRA adapter (alpha = 2 rank) in the blocks from `first_block`, counted from 0.
 
     `targets` are the last parts of module names; empty means every linear map inside the decoder
     blocks. Raises BadInput if a named target matches nothing.
@@ -31,9 +31,10 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, alpha: 
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha or 2 * rank,
+        lora_alpha=2 * rank,
         target_modules=list(names),
         task_type="CAUSAL_LM",
+        layers_to_transform=list(range(first_block, decoder_depth(model))) if first_block else None,
         fan_in_fan_out=any("Conv1D" in type(m).__name__ for m in model.modules()),
     )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
