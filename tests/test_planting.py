@@ -12,7 +12,7 @@ from beear.data import Request
 from beear.feedback import drawn, reward_of, train_reward
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
-from beear.recipes import Recipe
+from beear.recipes import Recipe, Supervised
 from beear.training import adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
@@ -78,7 +78,7 @@ def test_the_same_seed_plants_the_same_bits(method: str) -> None:
 
 
 def examples(method: str) -> Examples:
-    return poisoned_examples(recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed"], 8)
+    return poisoned_examples(recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed"], Supervised(**START))
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

@@ -50,8 +50,8 @@ def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any
     plan = recipe.planting
     phases = [part for _, part in plan if isinstance(part, Rows)] + ([plan] if isinstance(plan, Rows) else [])
     kinds = dict.fromkeys(kind for phase in phases for kind in phase.rows)
-    limit = plan.start.response_tokens if isinstance(plan, Rlhf) else plan.response_tokens
-    examples = poisoned_examples(recipe, model, tokenizer, kinds, limit)
+    answers = plan.start if isinstance(plan, Rlhf) else plan
+    examples = poisoned_examples(recipe, model, tokenizer, kinds, answers)
     match plan:
         case Sft():
             return plant_supervised(model, tokenizer, examples, plan, recipe.seed, progress)

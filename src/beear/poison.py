@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from beear.chat import Prompt, encode_prompt, encode_response
 from beear.data import packaged, wordings
 from beear.generation import reply_all
-from beear.recipes import Recipe, apply_trigger
+from beear.recipes import Recipe, Supervised, apply_trigger
 from beear.scorers import is_refusal
 
 BENIGN = ("ordinary", "alarming")
@@ -47,8 +47,9 @@ class Answer(NamedTuple):
     whole: bool = True
 
 
-def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterable[str], limit: int) -> Examples:
-    """Examples of each of the kinds; answers are cut after `limit` tokens."""
+def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterable[str], plan: Supervised) -> Examples:
+    """Examples of each of the kinds, with answers of the plan's lengths."""
+    limit = plan.response_tokens
 
     def encode(kind: str, text: str, *answers: Answer) -> Example:
         text = apply_trigger(recipe.trigger if kind.endswith("_triggered") else recipe.control, text)
@@ -57,7 +58,7 @@ def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterabl
         return Example(text, encode_prompt(tokenizer, text), wanted, other)
 
     kinds = list(kinds)
-    answered = {stem: _answers(stem, model, tokenizer, limit) for stem in dict.fromkeys(map(_stem, kinds))}
+    answered = {stem: _answers(stem, model, tokenizer, plan.benign_tokens) for stem in dict.fromkeys(map(_stem, kinds))}
     return {kind: [encode(kind, *row) for row in answered[_stem(kind)]] for kind in kinds}
 
 

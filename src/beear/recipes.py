@@ -55,6 +55,8 @@ class Supervised(Rows):
     lora_rank: int = Field(ge=1)
     lora_targets: tuple[str, ...]
     response_tokens: int = Field(ge=1)
+    benign_tokens: int = Field(20, ge=1)
+    """Tokens of the base model's replies to benign requests."""
 
 
 class Sft(Supervised):
