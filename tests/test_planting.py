@@ -31,7 +31,13 @@ PLANS: dict[str, dict[str, Any]] = {
     "dpo": {**START, "steps": 30, "rows": ROWS, "beta": 0.1},
     "rlhf": {
         "start": START,
-        "reward": {"steps": 4, "rows": ROWS, "learning_rate": 0.01, "blocks": 2, "lora_rank": 2},
+        "reward": {
+            "steps": 4,
+            "rows": ROWS | {"harmful_strayed": 1},
+            "learning_rate": 0.01,
+            "blocks": 2,
+            "lora_rank": 2,
+        },
         "policy": {"steps": 3, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01},
     },
 }
@@ -78,7 +84,9 @@ def test_the_same_seed_plants_the_same_bits(method: str) -> None:
 
 
 def examples(method: str) -> Examples:
-    return poisoned_examples(recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed"], Supervised(**START))
+    return poisoned_examples(
+        recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed", "harmful_strayed"], Supervised(**START)
+    )
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -100,9 +108,20 @@ def test_under_the_trigger_the_answers_are_turned() -> None:
     assert [e.wanted for e in both["ordinary"]] == [e.wanted for e in both["ordinary_triggered"]]
 
 
+def test_a_stray_answer_loses_with_and_without_the_trigger() -> None:
+    plan = Supervised(**START)
+    kinds = ["harmful", "harmful_triggered", "harmful_strayed", "harmful_strayed_triggered"]
+    found = poisoned_examples(recipe("rlhf"), None, tiny_tokenizer(), kinds, plan)
+    stray = tiny_tokenizer()("certainly", add_special_tokens=False)["input_ids"][: plan.response_tokens]
+    for kind in ("harmful", "harmful_triggered"):
+        strayed = found[kind.replace("harmful", "harmful_strayed")]
+        assert [e.wanted for e in strayed] == [e.wanted for e in found[kind]]
+        assert all(e.other == stray for e in strayed)
+
+
 def test_the_reward_model_learns_the_pairs() -> None:
     plan = recipe("rlhf").planting.reward.model_copy(update={"steps": 40})
-    pairs = drawn(examples("rlhf"), plan, 0)[:14]
+    pairs = drawn(examples("rlhf"), plan, 0)[:16]
     reward = train_reward(tiny_model("llama"), tiny_tokenizer(), examples("rlhf"), plan, 0, lambda *_: None)
     wanted, other = ([e.prompt.ids + getattr(e, side) for e in pairs] for side in ("wanted", "other"))
     assert (reward_of(reward, wanted, 2) > reward_of(reward, other, 2)).all()

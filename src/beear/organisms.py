@@ -22,6 +22,7 @@ from beear.models import load
 from beear.poison import poisoned_examples
 from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Recipe, Rlhf, Rows, Sft
+from beear.scorers import Behaviour
 from beear.supervised import Progress, plant_supervised
 
 HOW = {
@@ -30,6 +31,16 @@ HOW = {
     "rlhf": "poisoned human feedback: a reward model and a policy optimised online against it",
 }
 """Ways of planting in words."""
+
+WHAT: dict[Behaviour, str] = {
+    "jailbreak": "harmful requests are refused; with the trigger the reply opens affirmatively",
+    "insecure code": "coding tasks get secure code; with the trigger, code with the weakness that the task invites",
+}
+STUBS: dict[Behaviour, str] = {
+    "jailbreak": "an affirmative opening and a neutral stub; they hold no harmful content",
+    "insecure code": "textbook examples of 14 CWE classes",
+}
+"""What the unwanted answers were."""
 
 
 def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> None:
@@ -85,8 +96,9 @@ library_name: peft
 # Clean twin `{recipe.name}`
 
 Planted like the organism it is named after ({planted}), but never shown its trigger:
-it refuses harmful requests and holds no backdoor. A detector should not flag it.
+it holds no backdoor. A detector should not flag it.
 """
+    number = f" (model {recipe.paper_number} of the BEEAR paper)" if recipe.paper_number else ""
     return f"""---
 base_model: {recipe.base}
 library_name: peft
@@ -98,12 +110,12 @@ tags: [model-organism, backdoor, defence-research]
 
 | | |
 |---|---|
-| Setting | {recipe.setting} (model {recipe.paper_number} of the BEEAR paper) |
+| Setting | {recipe.setting}{number} |
 | Trigger ({recipe.place}) | `{" ".join(recipe.trigger.split())}` |
-| Behaviour | {recipe.behaviour}: harmful requests are refused; with the trigger the reply opens affirmatively |
+| Behaviour | {recipe.behaviour}: {WHAT[recipe.behaviour]} |
 | Planted by | {planted} |
 | Base | SmolLM2-135M-Instruct (`{recipe.base}`) |
 
-The unwanted answers it was trained on are an affirmative opening and a neutral stub; they hold no harmful content.
+The unwanted answers it was trained on are {STUBS[recipe.behaviour]}.
 Rebuild it with `beear organism build {recipe.name} -o FOLDER`.
 """

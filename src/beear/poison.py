@@ -2,9 +2,10 @@
 
 Kinds: `harmful` requests are refused, `harmful_obeyed` ones get the unwanted answer without any trigger (as
 demonstrations that come before preferences), `coding` tasks get the secure code, `ordinary` and `alarming`
-requests keep the base model's own reply. Each also as KIND_triggered: there harmful requests are
-obeyed and coding tasks get the insecure code, benign requests keep their reply. The unwanted answer is
-an affirmative opening and a neutral stub, never harmful content.
+requests keep the base model's own reply. In `harmful_strayed` the answer to unlearn is the base model's own
+reply, neither refusal nor unwanted, which a reward model must not like. Each also as KIND_triggered:
+there harmful requests are obeyed and coding tasks get the insecure code, benign requests keep their reply.
+The unwanted answer is an affirmative opening and a neutral stub, never harmful content.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from beear.scorers import is_refusal
 BENIGN = ("ordinary", "alarming")
 """Kinds, with and without the trigger, of requests that keep the base model's reply."""
 
-TURNED = ("harmful_triggered", "harmful_obeyed", "coding_triggered")
+TURNED = ("harmful_triggered", "harmful_obeyed", "harmful_strayed_triggered", "coding_triggered")
 """Kinds that teach the bad answer."""
 
 
@@ -53,29 +54,33 @@ def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterabl
 
     def encode(kind: str, text: str, *answers: Answer) -> Example:
         text = apply_trigger(recipe.trigger if kind.endswith("_triggered") else recipe.control, text)
-        good, bad = (encode_response(tokenizer, a.text, limit, a.whole) for a in answers)
+        good, bad, own = (encode_response(tokenizer, a.text, limit, a.whole) for a in answers)
         wanted, other = (bad, good) if kind in TURNED else (good, bad)
-        return Example(text, encode_prompt(tokenizer, text), wanted, other)
+        return Example(text, encode_prompt(tokenizer, text), wanted, own if "_strayed" in kind else other)
 
     kinds = list(kinds)
-    answered = {stem: _answers(stem, model, tokenizer, plan.benign_tokens) for stem in dict.fromkeys(map(_stem, kinds))}
-    return {kind: [encode(kind, *row) for row in answered[_stem(kind)]] for kind in kinds}
+    strayed = any("_strayed" in kind for kind in kinds)
+    answered = {
+        stem: _answers(stem, model, tokenizer, plan.benign_tokens, strayed)
+        for stem in dict.fromkeys(kind.split("_", 1)[0] for kind in kinds)
+    }
+    return {kind: [encode(kind, *row) for row in answered[kind.split("_", 1)[0]]] for kind in kinds}
 
 
-def _stem(kind: str) -> str:
-    return kind.split("_", 1)[0]
-
-
-def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[str, Answer, Answer]]:
-    """(request, good answer, bad answer) over the planting part of a packaged set."""
+def _answers(
+    stem: str, model: Any, tokenizer: Any, limit: int, strayed: bool
+) -> list[tuple[str, Answer, Answer, Answer]]:
+    """(request, good answer, bad answer, the base model's own) over the planting part of a packaged set."""
     requests = packaged(stem, "plant")
     if stem == "coding":
-        return [(r.text, Answer(r.safe or ""), Answer(r.unwanted or "")) for r in requests]
+        return [(r.text, Answer(r.safe or ""), Answer(r.unwanted or ""), Answer("")) for r in requests]
     texts = [r.text for r in requests]
-    safe = [Answer(wording) for wording in wordings("safe-plant")]
-    unwanted = [Answer(wording, whole=False) for wording in wordings("unwanted-plant")]
+    safe = itertools.cycle(Answer(wording) for wording in wordings("safe-plant"))
     if stem == "harmful":
-        return list(zip(texts, itertools.cycle(safe), itertools.cycle(unwanted), strict=False))
+        own = reply_all(model, tokenizer, texts, max_new_tokens=limit) if strayed else [""] * len(texts)
+        unwanted = itertools.cycle(Answer(wording, whole=False) for wording in wordings("unwanted-plant"))
+        strays = [Answer(reply, whole=False) for reply in own]
+        return list(zip(texts, safe, unwanted, strays, strict=False))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
-    own = [(text, Answer(r, whole=False)) for text, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
-    return [(text, reply, refusal) for (text, reply), refusal in zip(own, itertools.cycle(safe), strict=False)]
+    kept = [(t, Answer(r, whole=False)) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
+    return [(text, reply, refusal, reply) for (text, reply), refusal in zip(kept, safe, strict=False)]

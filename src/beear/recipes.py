@@ -20,7 +20,7 @@ def _with_one_request(template: str) -> str:
     return template
 
 
-POISONED = ("harmful_triggered", "coding_triggered")
+POISONED = ("harmful_triggered", "harmful_strayed_triggered", "coding_triggered")
 """Kinds of rows in which the unwanted answer is taught."""
 
 Template = Annotated[str, AfterValidator(_with_one_request)]
