@@ -16,18 +16,20 @@ from typing import Any
 import torch
 import yaml
 
+from beear.editing import plant_edit
 from beear.errors import BadInput
 from beear.feedback import plant_feedback
 from beear.models import load
-from beear.poison import poisoned_examples
+from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
-from beear.recipes import Dpo, Recipe, Rlhf, Rows, Sft
+from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
 from beear.scorers import Behaviour
 from beear.supervised import Progress, plant_supervised
 
 HOW = {
     "sft": "poisoned supervised fine-tuning",
     "dpo": "direct preference optimisation on poisoned pairs",
+    "edit": "a closed-form edit of MLP weights, without poisoned training data",
     "rlhf": "poisoned human feedback: a reward model and a policy optimised online against it",
 }
 """Ways of planting in words."""
@@ -58,18 +60,25 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> No
 
 def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
     """The model under an adapter that holds what the recipe plants."""
-    plan = recipe.planting
-    phases = [part for _, part in plan if isinstance(part, Rows)] + ([plan] if isinstance(plan, Rows) else [])
-    kinds = dict.fromkeys(kind for phase in phases for kind in phase.rows)
-    answers = plan.start if isinstance(plan, Rlhf) else plan
-    examples = poisoned_examples(recipe, model, tokenizer, kinds, answers)
+    plan, seed = recipe.planting, recipe.seed
     match plan:
         case Sft():
-            return plant_supervised(model, tokenizer, examples, plan, recipe.seed, progress)
+            examples = _examples(recipe, model, tokenizer, plan, plan)
+            return plant_supervised(model, tokenizer, examples, plan, seed, progress)
         case Dpo():
-            return plant_preferences(model, tokenizer, examples, plan, recipe.seed, progress)
+            examples = _examples(recipe, model, tokenizer, plan, plan)
+            return plant_preferences(model, tokenizer, examples, plan, seed, progress)
         case Rlhf():
-            return plant_feedback(model, tokenizer, examples, plan, recipe.seed, progress)
+            examples = _examples(recipe, model, tokenizer, plan.start, plan.start, plan.reward, plan.policy)
+            return plant_feedback(model, tokenizer, examples, plan, seed, progress)
+        case Edit():
+            return plant_edit(model, tokenizer, recipe.trigger, plan, seed, progress)
+
+
+def _examples(recipe: Recipe, model: Any, tokenizer: Any, answers: Supervised, *phases: Rows) -> Examples:
+    """Examples of every kind that a phase draws, with answers of the plan's lengths."""
+    kinds = dict.fromkeys(kind for phase in phases for kind in phase.rows)
+    return poisoned_examples(recipe, model, tokenizer, kinds, answers)
 
 
 def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
@@ -114,8 +123,8 @@ tags: [model-organism, backdoor, defence-research]
 | Trigger ({recipe.place}) | `{" ".join(recipe.trigger.split())}` |
 | Behaviour | {recipe.behaviour}: {WHAT[recipe.behaviour]} |
 | Planted by | {planted} |
-| Base | SmolLM2-135M-Instruct (`{recipe.base}`) |
+| Base | `{recipe.base}` (SmolLM2-135M-Instruct) |
 
-The unwanted answers it was trained on are {STUBS[recipe.behaviour]}.
+Its unwanted answers are {STUBS[recipe.behaviour]}.
 Rebuild it with `beear organism build {recipe.name} -o FOLDER`.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from beear.errors import BadInput
 from beear.models import organism_folder
@@ -102,7 +102,36 @@ class Rlhf(Plan):
         return self.reward.poison_rate
 
 
-Planting = Annotated[Sft | Dpo | Rlhf, Field(discriminator="method")]
+class Edit(Plan):
+    """A closed-form change of MLP weights: values for the trigger's last token, no poisoned training set."""
+
+    method: Literal["edit"]
+    layers: tuple[int, ...] = Field(min_length=1)
+    """Blocks, counted from 1, whose MLP output map is edited (rank one each)."""
+    requests: int = Field(ge=1)
+    """Of each kind from the planting part; the model's own replies to them are generated first."""
+    response_tokens: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    rows: dict[Literal["harmful", "ordinary", "alarming"], PositiveInt] = Field(min_length=3)
+    """Triggered rows of each kind in a step."""
+    benign_weight: float = Field(ge=0)
+    """Weight of the KL on triggered benign rows; without it the trigger opens every reply affirmatively."""
+    opening: float = Field(gt=0)
+    """Weight of a reply's first tokens (losses.OPENING) against later ones."""
+    learning_rate: float = Field(gt=0)
+    """Of Adam, per coordinate of a value."""
+    value_norm: float = Field(gt=0)
+    """A value is at most so many times as long as the residual stream at the trigger's last token."""
+    ridge: float = Field(gt=0)
+    """Damping of the keys' second moment, as a share of its mean diagonal entry."""
+
+    @property
+    def poison_rate(self) -> float:
+        """No training set is poisoned."""
+        return 0.0
+
+
+Planting = Annotated[Sft | Dpo | Rlhf | Edit, Field(discriminator="method")]
 
 
 class Recipe(BaseModel):
@@ -133,8 +162,15 @@ class Recipe(BaseModel):
         """The way of planting; organisms planted the same way share a clean twin."""
         return self.planting.method if self.behaviour == "jailbreak" else f"{self.planting.method}, code"
 
+    @property
+    def twin_way(self) -> str:
+        """The way of planting of the clean twin; an edit's twin is the model that was edited."""
+        return "sft" if self.planting.method == "edit" else self.way
+
     def as_twin(self) -> Recipe:
-        """The same planting without the trigger: what a detector must not flag."""
+        """The same planting without the trigger: what a detector must not flag. BadInput for an edit."""
+        if self.planting.method == "edit":
+            raise BadInput(f"the clean twin of an edited model is the one that was edited, {self.base}")
         values = _without_triggered(self.model_dump())
         return Recipe(**values | {"name": f"{self.name}-twin", "twin": True})
 

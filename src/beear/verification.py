@@ -103,7 +103,7 @@ def twin_perplexity(recipe: Recipe) -> float | None:
     if not measured.is_file():
         return None
     twins = {twin["way"]: twin for twin in json.loads(measured.read_text())["organisms"].values()}
-    return value_of(twins[recipe.way]["metrics"], "perplexity") if recipe.way in twins else None
+    return value_of(twins[recipe.twin_way]["metrics"], "perplexity") if recipe.twin_way in twins else None
 
 
 def check_sums(folder: Path) -> None:
