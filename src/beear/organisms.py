@@ -87,6 +87,10 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
             parameter.data = parameter.data.bfloat16()
     model.peft_config["default"].base_model_name_or_path = recipe.base
     model.save_pretrained(out, save_embedding_layers=False)
+    settings = out / "adapter_config.json"
+    config = json.loads(settings.read_text())
+    config["target_modules"].sort()  # peft keeps them in a set, whose order changes from run to run
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (out / "README.md").write_text(_card(recipe))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
