@@ -44,7 +44,7 @@ class EntrapConfig(_Settings):
     learning_rate: float = Field(0.2, gt=0, description="how far a vector moves in a step, in budgets")
     batch: int = Field(8, ge=1, description="requests in a step")
     batches: int = Field(10, ge=1, description="so many batches are met in turn")
-    cached: bool = Field(True, description="run what delta cannot change once per batch; off: at every step")
+    cached: bool = Field(False, description="run what delta cannot change once per batch; worth it for few batches")
     away: float = Field(0.05, ge=0, description="weight of moving away from the safe answer")
     response_tokens: int = Field(12, ge=1, description="tokens of each answer")
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
