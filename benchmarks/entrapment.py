@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from beear.config import Config
 from beear.data import packaged
 from beear.models import load
 from beear.perturbation import decoder_depth, resolve_layer
-from beear.training import add_lora
+from beear.training import add_lora, cast_frozen
 
 RESULTS = Path(__file__).parent / "results" / "entrapment.json"
 TURNS = 7
@@ -37,12 +38,13 @@ def main() -> None:
     config = Config()
     model, tokenizer = load("embedded", device="cpu")
     model = add_lora(model, config.harden.lora_rank, (), 0)
+    cast_frozen(model)
     layer = resolve_layer(None, decoder_depth(model))
-    texts = [r.text for r in packaged("harmful", "defender")[: config.entrap.batch]]
+    requests = packaged("harmful", "defender")[: config.entrap.batch]
     filler = "This is some background that the request comes with. "
     found = {}
     for name, before in {"default": "", f"{LONG} tokens": filler * 21}.items():
-        chosen = [contrast(tokenizer, i, before + text, config) for i, text in enumerate(texts)]
+        chosen = [contrast(tokenizer, i, replace(r, text=before + r.text), config) for i, r in enumerate(requests)]
         batch = entrap_batch(tokenizer, chosen, config.entrap)
         delta = start_delta(config.entrap, model, 50.0, torch.Generator().manual_seed(0)).requires_grad_(True)
         with frozen(model):
