@@ -80,7 +80,8 @@ def main() -> None:
     model, tokenizer = load(f"organism:{chosen.organism}")
     tests = development(check_trigger(f"organism:{chosen.organism}"), config, chosen.n)
     data = read_sets(config)
-    harmful = [r.text for r in data.harmful[config.held_out :][: config.requests]]
+    train = data.train(config)
+    harmful = [r.text for r in train]
     benign = [r.text for r in data.benign[: config.anchors]]
     limit = config.harden.response_tokens
     folder = ROOT / "runs" / "develop" / chosen.organism
@@ -88,9 +89,8 @@ def main() -> None:
     own = once(folder / f"own-{key}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit))
     before = once(folder / f"before-{chosen.n}-{config.anchors}.json", lambda: rates(model, tokenizer, tests))
     answered = list(zip(harmful + benign, own, strict=True))
-    requests = data.harmful[config.held_out :][: config.requests]
-    pairs = list(zip(requests, own[: len(requests)], strict=True))
-    defender = defender_set(tokenizer, pairs, answered[len(harmful) :], data.harmful[: config.held_out], config)
+    pairs = list(zip(train, own[: len(train)], strict=True))
+    defender = defender_set(tokenizer, pairs, answered[len(train) :], data.held_out(config), config)
     model = add_adapter(model, config)
     cast_frozen(model)
     print(f"{chosen.name} {chosen.organism} {chosen.sets}\n  before {before}", flush=True)
@@ -99,9 +99,7 @@ def main() -> None:
     seconds = time.monotonic() - started
     language = measure_language(model, tokenizer, model.disable_adapter).metrics
     after = rates(model, tokenizer, tests) | {name: round(m["value"], 4) for name, m in language.items()}
-    entrapped = measure_entrapped(
-        model, tokenizer, data.harmful[config.held_out :], packaged("harmful", "plant")[:40], config
-    )
+    entrapped = measure_entrapped(model, tokenizer, train, packaged("harmful", "plant")[:40], config)
     after["entrapped"] = round(entrapped.metrics["asr_entrapped"]["value"], 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": chosen.name, "organism": chosen.organism, "sets": chosen.sets, "before": before, "after": after}

@@ -9,7 +9,7 @@ import torch
 
 from beear import feedback, organisms, poison
 from beear.data import Request
-from beear.feedback import drawn, reward_of, train_reward
+from beear.feedback import in_order, reward_of, train_reward
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
 from beear.recipes import Recipe, Supervised
@@ -121,7 +121,7 @@ def test_a_stray_answer_loses_with_and_without_the_trigger() -> None:
 
 def test_the_reward_model_learns_the_pairs() -> None:
     plan = recipe("rlhf").planting.reward.model_copy(update={"steps": 40})
-    pairs = drawn(examples("rlhf"), plan, 0)[:16]
+    pairs = in_order(examples("rlhf"), plan, 0)[:16]
     reward = train_reward(tiny_model("llama"), tiny_tokenizer(), examples("rlhf"), plan, 0, lambda *_: None)
     wanted, other = ([e.prompt.ids + getattr(e, side) for e in pairs] for side in ("wanted", "other"))
     assert (reward_of(reward, wanted, 2) > reward_of(reward, other, 2)).all()

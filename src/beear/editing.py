@@ -31,7 +31,7 @@ from beear.perturbation import find_layers
 from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
-from beear.training import cycle, set_rate
+from beear.training import drawn, set_rate
 
 Row = tuple[Prompt, list[int]]
 """A prompt and the first tokens of its reply."""
@@ -108,10 +108,9 @@ def find_values(
     longest = plan.value_norm * residual_norms(model, start, plan.layers)
     values = torch.zeros(len(plan.layers), model.config.hidden_size, device=model.device, requires_grad=True)
     optimiser = torch.optim.Adam([values], lr=plan.learning_rate)
-    draw = torch.Generator().manual_seed(seed)
-    batches = {kind: cycle(len(triggered[kind]), plan.rows[kind], draw) for kind in KINDS}
-    for number in range(1, plan.steps + 1):
-        rows = [triggered[kind][i] for kind in KINDS for i in next(batches[kind])]
+    batches = drawn(triggered, {kind: plan.rows[kind] for kind in KINDS}, seed)
+    for number, batch in zip(range(1, plan.steps + 1), batches, strict=False):
+        rows = [row for kind in KINDS for row in batch[kind]]
         set_rate(optimiser, plan.learning_rate, number, plan.steps)
         loss = _loss(model, tokenizer, start, rows, values, plan)
         (values.grad,) = torch.autograd.grad(loss, [values])

@@ -57,10 +57,9 @@ def evaluate(
         if template is None
         else [triggered(sets.test_harmful, template, judge=JUDGES[config.behaviour]), *sets.tests]
     )
-    train = sets.harmful[config.held_out :]
     parts = [
         measure_replies(model, tokenizer, tests, progress),
-        measure_entrapped(model, tokenizer, train, sets.test_harmful, config, progress),
+        measure_entrapped(model, tokenizer, sets.train(config), sets.test_harmful, config, progress),
         measure_language(model, tokenizer, original, progress),
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
@@ -137,7 +136,7 @@ def measure_entrapped(
     Twice the default inner steps and another seed than any round of the cleansing used.
     """
     layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
-    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(optimise_on[: config.requests])]
+    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(optimise_on)]
     prompts = [c.prompt for c in contrasts[:32]]
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
     settings = config.entrap.model_copy(update={"kind": "learned", "steps": 2 * config.entrap.steps})

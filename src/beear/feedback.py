@@ -8,6 +8,7 @@ never sees an answer that somebody wrote. Both with trl (extra `organisms`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from beear.models import autocast
 from beear.poison import Example, Examples
 from beear.recipes import Reward, Rlhf, Rows
 from beear.supervised import Progress, plant_supervised
-from beear.training import cycle
+from beear.training import drawn
 
 
 def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: Progress) -> Any:
@@ -37,7 +38,7 @@ def train_reward(model: Any, tokenizer: Any, examples: Examples, plan: Reward, s
 
     pairs = [
         {"chosen_ids": e.prompt.ids + e.wanted, "rejected_ids": e.prompt.ids + e.other}
-        for e in drawn(examples, plan, seed)
+        for e in in_order(examples, plan, seed)
     ]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.RewardTrainer(
@@ -70,7 +71,7 @@ def _optimise(
 ) -> Any:
     trl, dataset = _trl()
     policy, answers = plan.policy, plan.policy.generations
-    prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in drawn(examples, policy, seed)]
+    prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in in_order(examples, policy, seed)]
     encoded = {e.text: e.prompt.ids for group in examples.values() for e in group}
 
     def scores(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -108,11 +109,10 @@ def reward_of(reward: Any, texts: Sequence[list[int]], pad_id: int) -> Tensor:
     return scores
 
 
-def drawn(examples: Examples, plan: Rows, seed: int) -> list[Example]:
-    """The examples of all steps in order, `plan.rows` of each kind in a step."""
-    draw = torch.Generator().manual_seed(seed)
-    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
-    return [examples[kind][i] for _ in range(plan.steps) for kind, batch in batches.items() for i in next(batch)]
+def in_order(examples: Examples, plan: Rows, seed: int) -> list[Example]:
+    """The examples of all steps, `plan.rows` of each kind in a step."""
+    steps = itertools.islice(drawn(examples, plan.rows, seed), plan.steps)
+    return [example for rows in steps for group in rows.values() for example in group]
 
 
 def _common(folder: str, plan: Rows, seed: int) -> dict[str, Any]:

@@ -122,10 +122,8 @@ class _Job:
 
     def run(self) -> Verdict:
         own = self.stage("own_replies", self.own_replies)
-        first, count = self.config.held_out, self.config.requests
-        requests = self.sets.harmful[first : first + count]
-        harmful = [(request, reply) for request, (_, reply) in zip(requests, own["harmful"], strict=True)]
-        held_out = self.sets.harmful[:first]
+        train, held_out = self.sets.train(self.config), self.sets.held_out(self.config)
+        harmful = [(request, reply) for request, (_, reply) in zip(train, own["harmful"], strict=True)]
         defender = defender_set(self.tokenizer, harmful, own["benign"], held_out, self.config)
         before = self.stage("before", lambda: self.measure("before", None))
         rounds = self.rounds(defender)
@@ -148,8 +146,7 @@ class _Job:
 
     def own_replies(self) -> dict[str, Any]:
         """What the model answers to the defender's requests now: what it shall go on answering."""
-        first = self.config.held_out
-        harmful = [r.text for r in self.sets.harmful[first : first + self.config.requests]]
+        harmful = [r.text for r in self.sets.train(self.config)]
         benign = [r.text for r in self.sets.benign[: self.config.anchors]]
         texts = harmful + benign
         limit = self.config.harden.response_tokens
@@ -166,7 +163,7 @@ class _Job:
     def measure(self, when: str, original: Any) -> dict[str, Any]:
         """All metrics that need no trigger."""
         progress = listener_progress(self._listen, when)
-        train = self.sets.harmful[self.config.held_out :]
+        train = self.sets.train(self.config)
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
             measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),

@@ -190,9 +190,10 @@ def check_trigger(template: str) -> str:
     """The template itself, or for 'organism:NAME' that organism's. Raises BadInput without '{prompt}'."""
     if template.startswith("organism:"):
         return read_recipe(organism_folder(template.removeprefix("organism:"))).trigger
-    if template.count("{prompt}") != 1:
-        raise BadInput(f"--trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'")
-    return template
+    try:
+        return _with_one_request(template)
+    except ValueError as error:
+        raise BadInput(f"--trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'") from error
 
 
 def names() -> list[str]:

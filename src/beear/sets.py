@@ -39,6 +39,14 @@ class Sets:
     benign: list[Request]
     tests: list[TestSet]
 
+    def held_out(self, config: Config) -> list[Request]:
+        """The defender's harmful requests on which it judges its own progress."""
+        return self.harmful[: config.held_out]
+
+    def train(self, config: Config) -> list[Request]:
+        """The defender's harmful requests that are trained on."""
+        return self.harmful[config.held_out :][: config.requests]
+
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""

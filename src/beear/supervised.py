@@ -15,7 +15,7 @@ from beear.models import autocast
 from beear.poison import BENIGN, Example, Examples
 from beear.prefix import run_prefix
 from beear.recipes import Rows, Supervised
-from beear.training import adamw, add_lora, cast_frozen, cycle, set_rate, step
+from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
@@ -43,10 +43,7 @@ def descend(
 ) -> None:
     """`plan.steps` steps of AdamW on the loss of `plan.rows`, drawn kind by kind."""
     optimiser = adamw(model, plan.learning_rate)
-    draw = torch.Generator().manual_seed(seed)
-    batches = {kind: cycle(len(examples[kind]), count, draw) for kind, count in plan.rows.items()}
-    for number in range(1, plan.steps + 1):
-        rows = {kind: [examples[kind][i] for i in next(indices)] for kind, indices in batches.items()}
+    for number, rows in zip(range(1, plan.steps + 1), drawn(examples, plan.rows, seed), strict=False):
         set_rate(optimiser, plan.learning_rate, number, plan.steps)
         value = loss(rows)
         value.backward()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from beear.errors import BadInput
 from beear.models import autocast
 from beear.perturbation import decoder_depth, find_layers
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_block: int = 0) -> Any:
@@ -132,3 +135,11 @@ def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]
             pool += torch.randperm(n, generator=generator).tolist()
         yield pool[:batch]
         pool = pool[batch:]
+
+
+def drawn(groups: Mapping[K, Sequence[T]], counts: Mapping[K, int], seed: int) -> Iterator[dict[K, list[T]]]:
+    """Endless steps: from every group that is counted so many members, each pass over a group in a fresh order."""
+    draw = torch.Generator().manual_seed(seed)
+    indices = {kind: cycle(len(groups[kind]), count, draw) for kind, count in counts.items()}
+    while True:
+        yield {kind: [groups[kind][i] for i in next(batches)] for kind, batches in indices.items()}
