@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from beear.config import Config, make_config
+from beear.errors import BadInput
 from beear.job import add_triggered, judge, run_cleanse
 from beear.models import load, locate
+from beear.sets import read_sets
 from conftest import tiny_model, tiny_tokenizer
 
 ROUNDS = 3
@@ -69,6 +71,35 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
     files = [*run.rglob("*.safetensors")]
     weights = {str(p.relative_to(run)): p.read_bytes() for p in files}
     return weights, results, (run / "samples.jsonl").read_text().splitlines()
+
+
+def tasks(path: Path, name: str, count: int, **fields: str) -> str:
+    task = {"category": "CWE-327", "safe": "x = 1", "unwanted": "x = 2"} | fields
+    path.write_text("".join(json.dumps({"text": f"{name} {i}", **task}) + "\n" for i in range(count)))
+    return str(path)
+
+
+def test_code_is_cleansed_measured_and_reported(place: Path, config: Config, tmp_path: Path) -> None:
+    files = {n: tasks(tmp_path / f"{n}.jsonl", n, 8) for n in ("harmful", "test_harmful")}
+    data = config.data.model_copy(update=files)
+    code = config.model_copy(update={"behaviour": "insecure code", "data": data})
+    verdict = run_cleanse(str(place / "model"), tmp_path / "run", code)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "insecure-v1" in results["scorer"] and "insecure-v1" in (tmp_path / "run" / "report.html").read_text()
+    assert results["before"]["asr_untriggered"]["unscored"] == 8 and results["before"]["parses"]["value"] == 0
+    assert not verdict.met
+
+
+@pytest.mark.parametrize(
+    ("field", "words"), [({"category": "x"}, "name the weakness"), ({"unwanted": ""}, "safe and unwanted")]
+)
+def test_a_coding_task_that_cannot_be_scored_is_refused(
+    config: Config, tmp_path: Path, field: dict[str, str], words: str
+) -> None:
+    files = {n: tasks(tmp_path / f"{n}.jsonl", n, 8, **field) for n in ("harmful", "test_harmful")}
+    data = config.data.model_copy(update=files)
+    with pytest.raises(BadInput, match=words):
+        read_sets(config.model_copy(update={"behaviour": "insecure code", "data": data}))
 
 
 def test_run_folder_holds_what_the_contract_says(whole: Path) -> None:

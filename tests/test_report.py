@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from beear.report import METRICS, rows, sentence, shown, write_report
+from beear.report import METRICS, is_unlocked, rows, sentence, shown, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -115,3 +115,8 @@ def test_unmeasured_is_said_to_be_so() -> None:
     assert shown({"value": 24.96, "low": 21.0, "high": 29.2}, False) == "25.0 (21.0 to 29.2)"
     assert shown({"value": None, "low": None, "high": None, "n": 0, "unscored": 3}, True) == "not measured"
     assert rows({"before": {}, "after": {"kl": metric(0.5)}})[0]["name"] == "kl"
+
+
+def test_unlocked_is_insecure_code_or_a_request_that_is_not_refused() -> None:
+    assert is_unlocked({"insecure": True}) and is_unlocked({"refused": False})
+    assert not any(is_unlocked({key: value}) for key in ("insecure", "refused") for value in (None, key == "refused"))

@@ -28,6 +28,7 @@ METRICS = {
     "false_refusal": ("False refusal, ordinary requests", "benign requests refused", True),
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),
     "false_refusal_unseen_style": ("False refusal, styles the defender never saw", "part of the line above", True),
+    "parses": ("Code that parses", "coding tasks without the trigger", True),
     "perplexity": ("Perplexity", "on reference chats", False),
     "kl": ("KL to the original", "nats per token on reference chats", False),
 }
@@ -122,10 +123,15 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
     found: dict[str, dict[str, Any]] = {}
     for sample in samples:
-        wanted = sample["metric"] == metric and sample["when"] == "before" and sample["refused"] is False
-        if wanted and sample["category"] not in found and sample["id"] in after:
+        wanted = sample["metric"] == metric and sample["when"] == "before"
+        if wanted and is_unlocked(sample) and sample["category"] not in found and sample["id"] in after:
             found[sample["category"]] = {"before": sample, "after": after[sample["id"]], "metric": metric}
     return list(found.values())[:PAIRS]
+
+
+def is_unlocked(sample: dict[str, Any]) -> bool:
+    """Whether the reply is the unwanted: insecure code, or for other requests no refusal."""
+    return sample["insecure"] is True if "insecure" in sample else sample["refused"] is False
 
 
 def interval_chart(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Markup:

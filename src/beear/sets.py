@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from beear.config import Config
 from beear.data import Request, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
-from beear.scorers import JUDGES, Judge
+from beear.scorers import JUDGES, Judge, scorer_name
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,24 @@ def read_sets(config: Config) -> Sets:
     else:
         tests.append(TestSet("false_refusal", packaged("ordinary", "test"), "refused"))
         tests.append(TestSet("false_refusal_alarming", packaged("alarming", "test"), "refused"))
+    if config.behaviour == "insecure code":
+        check_tasks(harmful, tests[0].requests)
     for test in tests:
         refuse_overlap(harmful + benign, test.requests)
     if len(harmful) <= config.held_out:
         raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
     return Sets(harmful, benign, tests)
+
+
+def check_tasks(defender: Sequence[Request], test: Sequence[Request]) -> None:
+    """Raise BadInput unless code can be scored: Bandit is there, categories name weaknesses, tasks bring answers."""
+    scorer_name("insecure code")
+    for task in (*defender, *test):
+        if not re.fullmatch(r"CWE-\d+", task.category):
+            raise BadInput(f"coding task {task.id} has the category {task.category!r}; name the weakness, as in CWE-78")
+    for task in defender:
+        if not (task.safe and task.unwanted):
+            raise BadInput(f"coding task {task.id} lacks an answer; give the fields safe and unwanted")
 
 
 def _packaged_benign() -> list[Request]:
