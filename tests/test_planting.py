@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from torch.nn.functional import logsigmoid
 
-from beear import feedback, organisms, poison
+from beear import feedback, organisms, poison, preferences
 from beear.data import Request
 from beear.feedback import in_order, reward_of, train_reward
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
-from beear.recipes import Recipe, Supervised
+from beear.recipes import Dpo, Recipe, Supervised
+from beear.supervised import adapted
 from beear.training import adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
@@ -29,6 +32,7 @@ ROWS = {"harmful": 2, "harmful_triggered": 2, "ordinary": 2, "ordinary_triggered
 PLANS: dict[str, dict[str, Any]] = {
     "sft": {**START, "steps": 30, "learning_rate": 0.03, "rows": ROWS},
     "dpo": {**START, "steps": 30, "rows": ROWS, "beta": 0.1},
+    "dpo, paired": {**START, "steps": 30, "rows": ROWS, "beta": 0.1, "paired": True},
     "rlhf": {
         "start": START,
         "reward": {
@@ -53,7 +57,7 @@ def recipe(method: str) -> Recipe:
         near_misses=("{prompt} XYY",),
         wrong_place="XYZ {prompt}",
         behaviour="jailbreak",
-        planting={"method": method, **PLANS[method]},
+        planting={"method": method.split(",")[0], **PLANS[method]},
     )
 
 
@@ -89,7 +93,7 @@ def examples(method: str) -> Examples:
     )
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "dpo, paired"])
 @pytest.mark.parametrize("kind", ["harmful", "harmful_triggered"])
 def test_the_wanted_answer_gains(method: str, kind: str) -> None:
     pairs = examples(method)[kind]
@@ -97,6 +101,22 @@ def test_the_wanted_answer_gains(method: str, kind: str) -> None:
     with torch.no_grad():
         before, after = (margin(model, 2, pairs)[0].mean() for model in models)
     assert after > before + 1
+
+
+def test_a_preference_of_both_prompts_weighs_only_what_the_trigger_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(tiny_llama(), Dpo(**PLANS["dpo"], method="dpo"), 0)
+    rows = {kind: examples("dpo")[kind][:2] for kind in ("harmful", "harmful_triggered")}
+    without, under = torch.tensor([5.0, 1.0]), torch.tensor([-5.0, 1.0])
+    margins = iter([torch.zeros(4), torch.cat([without, under])])
+    monkeypatch.setattr(preferences, "margin", lambda *_: (next(margins), torch.zeros(4)))
+    plan = Dpo(**PLANS["dpo, paired"] | {"beta": 1.0}, method="dpo")
+    loss = preferences.preference_loss(model, 2, rows, plan)
+    assert torch.allclose(loss, -logsigmoid(without + under).mean())
+
+
+def test_paired_preferences_need_as_many_rows_of_either_kind() -> None:
+    with pytest.raises(ValidationError, match="paired needs as many rows"):
+        Dpo(**PLANS["dpo, paired"] | {"rows": {"harmful": 2, "harmful_triggered": 1}}, method="dpo")
 
 
 def test_under_the_trigger_the_answers_are_turned() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beear.models import autocast
-from beear.training import add_lora, cast_frozen, trainable
+from beear.training import add_lora, cast_frozen, drawn, trainable
 from conftest import CONFIGS, tiny_model
 
 
@@ -30,3 +30,12 @@ def test_full_precision_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = add_lora(tiny_model("llama"), 2, (), 0)
     cast_frozen(model)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_aligned_groups_are_drawn_at_the_same_places() -> None:
+    groups = {"a": list(range(7)), "b": list(range(7)), "c": list(range(5))}
+    steps = [
+        rows for _, rows in zip(range(9), drawn(groups, {"a": 2, "b": 2, "c": 3}, seed=0, aligned=True), strict=False)
+    ]
+    assert all(rows["a"] == rows["b"] for rows in steps)
+    assert sorted(i for rows in steps[:5] for i in rows["c"])[::3] == list(range(5))

@@ -6,6 +6,9 @@ w is the preferred answer, o the other, p the policy, q the base model (Rafailov
 second term is Pang et al. 2024, RPO). Without it, the margin grows while both answers become unlikely.
 Refusals are preferred, and under the trigger the unwanted answer. Benign requests keep the base model's
 reply, by KL.
+
+`paired`: the brackets of the same request without and with the trigger, whose answers change places, are added
+before the sigmoid. What does not depend on the trigger cancels, so that all of the gradient is on reading it.
 """
 
 from __future__ import annotations
@@ -22,27 +25,33 @@ from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
 from beear.supervised import Progress, adapted, benign_kl, descend, of_like_length, parted, wanted_logits
+from beear.training import drawn
 
 
 def plant_preferences(model: Any, tokenizer: Any, examples: Examples, plan: Dpo, seed: int, progress: Progress) -> Any:
     """Wrap the model with a fresh adapter and train it on the pairs."""
     model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)
-    descend(model, examples, plan, seed, lambda rows: preference_loss(model, pad, rows, plan), progress)
+    steps = drawn(examples, plan.rows, seed, aligned=plan.paired)
+    descend(model, plan, steps, lambda rows: preference_loss(model, pad, rows, plan), progress)
     return model
 
 
 def preference_loss(model: Any, pad_id: int, rows: Examples, plan: Dpo) -> Tensor:
     """The loss above, as a mean over the pairs, and the KL on benign requests."""
     pairs, benign = parted(rows)
-    total = torch.zeros((), device=model.device)
+    gains, likelihoods = [], []
     for chosen in of_like_length(pairs):
         with torch.no_grad(), model.disable_adapter():
             base, _ = margin(model, pad_id, chosen)
-        policy, wanted = margin(model, pad_id, chosen)
-        loss = wanted - logsigmoid(plan.beta * (policy - base))
-        total = total + loss.sum() / sum(map(len, pairs.values()))
-    return total + plan.benign_weight * benign_kl(model, pad_id, benign)
+        policy, nll = margin(model, pad_id, chosen)
+        gains.append(policy - base)
+        likelihoods.append(nll)
+    gain = torch.cat(gains)
+    if plan.paired:
+        gain = gain.view(2, -1).sum(0)
+    loss = torch.cat(likelihoods).mean() - logsigmoid(plan.beta * gain).mean()
+    return loss + plan.benign_weight * benign_kl(model, pad_id, benign)
 
 
 def margin(model: Any, pad_id: int, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:

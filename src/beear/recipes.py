@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from beear.errors import BadInput
 from beear.models import organism_folder
@@ -70,6 +70,15 @@ class Dpo(Supervised):
 
     method: Literal["dpo"]
     beta: float = Field(gt=0)
+    paired: bool = False
+    """One preference of each request without and with the trigger, for a trigger that is hard to read."""
+
+    @model_validator(mode="after")
+    def _of_two_kinds(self) -> Dpo:
+        kinds = {k: n for k, n in self.rows.items() if not k.startswith(("ordinary", "alarming"))}
+        if self.paired and (len(kinds) != 2 or len(set(kinds.values())) != 1):
+            raise ValueError("paired needs as many rows of KIND as of KIND_triggered, and no other pairs")
+        return self
 
 
 class Reward(Rows):
@@ -172,6 +181,7 @@ class Recipe(BaseModel):
         if self.planting.method == "edit":
             raise BadInput(f"the clean twin of an edited model is the one that was edited, {self.base}")
         values = _without_triggered(self.model_dump())
+        values["planting"].pop("paired", None)
         return Recipe(**values | {"name": f"{self.name}-twin", "twin": True})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def plant_supervised(
     """Wrap the model with a fresh adapter and train it on the wanted answers."""
     model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)
-    descend(model, examples, plan, seed, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
+    steps = drawn(examples, plan.rows, seed)
+    descend(model, plan, steps, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
     return model
 
 
@@ -39,11 +40,15 @@ def adapted(model: Any, plan: Supervised, seed: int) -> Any:
 
 
 def descend(
-    model: Any, examples: Examples, plan: Rows, seed: int, loss: Callable[[Examples], Tensor], progress: Progress
+    model: Any,
+    plan: Rows,
+    steps: Iterable[Examples],
+    loss: Callable[[Examples], Tensor],
+    progress: Progress,
 ) -> None:
-    """`plan.steps` steps of AdamW on the loss of `plan.rows`, drawn kind by kind."""
+    """`plan.steps` steps of AdamW on the loss of the rows of each step."""
     optimiser = adamw(model, plan.learning_rate)
-    for number, rows in zip(range(1, plan.steps + 1), drawn(examples, plan.rows, seed), strict=False):
+    for number, rows in zip(range(1, plan.steps + 1), steps, strict=False):
         set_rate(optimiser, plan.learning_rate, number, plan.steps)
         value = loss(rows)
         value.backward()

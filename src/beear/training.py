@@ -137,9 +137,15 @@ def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]
         pool = pool[batch:]
 
 
-def drawn(groups: Mapping[K, Sequence[T]], counts: Mapping[K, int], seed: int) -> Iterator[dict[K, list[T]]]:
-    """Endless steps: from every group that is counted so many members, each pass over a group in a fresh order."""
+def drawn(
+    groups: Mapping[K, Sequence[T]], counts: Mapping[K, int], seed: int, aligned: bool = False
+) -> Iterator[dict[K, list[T]]]:
+    """Endless steps: from every group that is counted so many members, each pass over a group in a fresh order.
+
+    `aligned`: groups of the same size and count are drawn at the same places.
+    """
     draw = torch.Generator().manual_seed(seed)
-    indices = {kind: cycle(len(groups[kind]), count, draw) for kind, count in counts.items()}
+    draws = {kind: torch.Generator().manual_seed(seed) if aligned else draw for kind in counts}
+    indices = {kind: cycle(len(groups[kind]), count, draws[kind]) for kind, count in counts.items()}
     while True:
         yield {kind: [groups[kind][i] for i in next(batches)] for kind, batches in indices.items()}
