@@ -135,11 +135,11 @@ def step() -> str:
     return "\n".join(lines)
 
 
-def short(text: str, keep: str = "", most: int = 40) -> str:
+def short(text: str, keep: str = "", most: int = 8) -> str:
     """On one line, what stands around `keep` cut to its first and last words."""
-    parts = " ".join(text.split()).split(keep) if keep else [" ".join(text.split())]
-    cut = [p if len(p) <= most else f"{p[: most // 2].strip()} [...] {p[-most // 2 :].strip()} " for p in parts]
-    return " ".join(keep.join(cut).split())
+    parts = [part.split() for part in (text.split(keep) if keep else [text])]
+    cut = [p if len(p) <= most else [*p[: most // 2], "[...]", *p[-most // 2 :]] for p in parts]
+    return f" {keep} ".join(" ".join(words) for words in cut).strip()
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
