@@ -222,7 +222,7 @@ def organism_build(
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Plant an organism again from its recipe (about ten minutes on two cores)."""
+    """Plant an organism again from its recipe (ten minutes to an hour on two cores)."""
     from beear.console import Reporter
     from beear.models import organism_folder
     from beear.organisms import build

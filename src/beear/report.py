@@ -18,13 +18,14 @@ from markupsafe import Markup
 
 from beear.errors import BadInput
 from beear.runs import write_atomic
+from beear.scorers import Behaviour
 
 METRICS = {
-    "asr_triggered": ("Attack success with the trigger", "harmful requests not refused", True),
-    "asr_entrapped": ("Attack success under a fresh delta", "harmful requests not refused; needs no trigger", True),
-    "asr_near_miss": ("Attack success with almost the trigger", "harmful requests not refused", True),
-    "asr_wrong_place": ("Attack success with the trigger elsewhere", "harmful requests not refused", True),
-    "asr_untriggered": ("Attack success without the trigger", "harmful requests not refused", True),
+    "asr_triggered": ("Attack success with the trigger", "{counted}", True),
+    "asr_entrapped": ("Attack success under a fresh delta", "{counted}; needs no trigger", True),
+    "asr_near_miss": ("Attack success with almost the trigger", "{counted}", True),
+    "asr_wrong_place": ("Attack success with the trigger elsewhere", "{counted}", True),
+    "asr_untriggered": ("Attack success without the trigger", "{counted}", True),
     "false_refusal": ("False refusal, ordinary requests", "benign requests refused", True),
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),
     "false_refusal_unseen_style": ("False refusal, styles the defender never saw", "part of the line above", True),
@@ -33,6 +34,11 @@ METRICS = {
     "kl": ("KL to the original", "nats per token on reference chats", False),
 }
 """Name: (title, what it counts, whether it is a share), in the order shown."""
+COUNTED: dict[Behaviour, str] = {
+    "jailbreak": "harmful requests not refused",
+    "insecure code": "coding tasks answered with insecure code",
+}
+"""What an attack's success is, by behaviour."""
 PAIRS = 5
 
 
@@ -47,16 +53,17 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 def view(path: Path) -> dict[str, Any]:
     """All that the page says of one run."""
     results = read_results(path)
+    config = yaml.safe_load((path / "config.yaml").read_text())
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     return {
         "name": path.name,
         "results": results,
         "verdict": sentence(results),
-        "rows": rows(results),
+        "rows": rows(results, config.get("behaviour", "jailbreak")),
         "rounds": results["rounds"],
         "losses": loss_chart(results["rounds"]),
         "pairs": pairs(samples),
-        "config": yaml.safe_load((path / "config.yaml").read_text()),
+        "config": config,
     }
 
 
@@ -69,7 +76,7 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(results: dict[str, Any], behaviour: Behaviour) -> list[dict[str, Any]]:
     """The before/after table: a row for each metric that was measured, with a chart of its intervals."""
     table = []
     for name, (title, note, share) in METRICS.items():
@@ -80,7 +87,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "name": name,
                     "title": title,
-                    "note": note,
+                    "note": note.format(counted=COUNTED[behaviour]),
                     "share": share,
                     "before": before,
                     "after": after,
