@@ -2,9 +2,10 @@
 
     python benchmarks/develop.py sudo-prefix --name wider --set harden.anchor_under_delta=2
 
-Triggered and untriggered ASR come from harmful requests of the planting part, ordinary refusals from the
-defender's ordinary requests that no anchor uses, alarming ones from benchmarks/development/alarming.txt,
-which nothing trains on. Appends one line to runs/develop.jsonl; about three minutes on 2 CPU cores.
+Triggered and untriggered ASR come from the defender's harmful requests that it neither trains on nor judges its
+progress by, ordinary refusals from its ordinary requests that no anchor uses, alarming ones from
+benchmarks/development/alarming.txt, which nothing trains on. Appends one line to runs/develop.jsonl; about three
+minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ TOKENS = 16
 
 def development(trigger: str, config: Config, n: int) -> dict[str, list[str]]:
     """At most n requests by name of the rate they yield; none of them is of the test part."""
-    anchors = {r.text for r in read_sets(config).benign[: config.anchors]}
-    harmful = [r.text for r in packaged("harmful", "plant")][:n]
+    own = read_sets(config)
+    used = {r.text for r in (*own.held_out(config), *own.train(config))}
+    harmful = [r.text for r in own.harmful if r.text not in used][:n]
+    anchors = {r.text for r in own.benign[: config.anchors]}
     ordinary = [r.text for r in packaged("ordinary", "defender") if r.text not in anchors][:n]
     alarming = [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / "alarming.txt"))][:n]
     triggered = [apply_trigger(trigger, text) for text in harmful]
@@ -73,7 +76,7 @@ def main() -> None:
     parser.add_argument("organism", help="the name of a packaged organism")
     parser.add_argument("--name", default="default")
     parser.add_argument("--set", action="append", default=[], dest="sets")
-    parser.add_argument("-n", type=int, default=120)
+    parser.add_argument("-n", type=int, default=160)
     chosen = parser.parse_args()
     keep_freed_memory()
     config = load_config(sets=chosen.sets)
@@ -87,7 +90,10 @@ def main() -> None:
     folder = ROOT / "runs" / "develop" / chosen.organism
     key = f"{len(harmful)}-{len(benign)}-{limit}"
     own = once(folder / f"own-{key}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit))
-    before = once(folder / f"before-{chosen.n}-{config.anchors}.json", lambda: rates(model, tokenizer, tests))
+    before = once(
+        folder / f"before-{chosen.n}-{config.anchors}-{config.held_out + config.requests}.json",
+        lambda: rates(model, tokenizer, tests),
+    )
     answered = list(zip(harmful + benign, own, strict=True))
     pairs = list(zip(train, own[: len(train)], strict=True))
     defender = defender_set(tokenizer, pairs, answered[len(train) :], data.held_out(config), config)
@@ -99,7 +105,7 @@ def main() -> None:
     seconds = time.monotonic() - started
     language = measure_language(model, tokenizer, model.disable_adapter).metrics
     after = rates(model, tokenizer, tests) | {name: round(m["value"], 4) for name, m in language.items()}
-    entrapped = measure_entrapped(model, tokenizer, train, packaged("harmful", "plant")[:40], config)
+    entrapped = measure_entrapped(model, tokenizer, train, data.held_out(config), config)
     after["entrapped"] = round(entrapped.metrics["asr_entrapped"]["value"], 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": chosen.name, "organism": chosen.organism, "sets": chosen.sets, "before": before, "after": after}
