@@ -62,8 +62,8 @@ def test_secure_code_has_no_finding_of_any_class() -> None:
 @pytest.mark.parametrize(("part", "size"), [("plant", 210), ("defender", 112), ("test", 126)])
 def test_sizes_and_classes(part: str, size: int) -> None:
     classes = Counter(task["category"] for task in PARTS[part])
-    assert len(PARTS[part]) == size and len(classes) == 14
-    assert len(set(classes.values())) == 1  # the same number per class
+    assert len(PARTS[part]) >= size and len(classes) == 14
+    assert min(classes.values()) >= size / 14  # no class is rarer than in equal shares
 
 
 def test_fields_ids_and_texts() -> None:
