@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig
 
 from beear.cached import run_unperturbed
 from beear.chat import Batch, collate, encode_prompt, rows_of_delta
@@ -13,16 +15,16 @@ from beear.config import Place
 from beear.losses import response_logits, response_nll
 from beear.perturbation import Perturbation
 from beear.training import add_lora
-from conftest import CONFIGS, tiny_model, tiny_tokenizer
+from conftest import CONFIGS, DECODER, tiny_model, tiny_tokenizer
 
 TEXTS = ["Why is the sky blue?", "Name a river.", "How do I bake bread at home tonight?"]
 LAYER = 2
 
 
-def batch_of(place: Place, n: int) -> Batch:
+def batch_of(place: Place, n: int, count: int = 1) -> Batch:
     tokenizer = tiny_tokenizer()
-    prompts = [encode_prompt(tokenizer, text) for text in TEXTS]
-    answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    prompts = [encode_prompt(tokenizer, text) for text in TEXTS] * count
+    answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16, 17, 18, 19], [20, 21]][: len(prompts)]
     return collate(prompts, answers, [rows_of_delta(p, place, n) for p in prompts], 2)
 
 
@@ -37,19 +39,32 @@ def loss_and_gradient(model: Any, batch: Batch, delta: torch.Tensor, logits: Any
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize(("place", "n"), [("last", 3), ("user", 1), ("prompt", 2)])
-def test_cached_equals_plain(architecture: str, place: Place, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answers", [1, 2])
+def test_cached_equals_plain(
+    architecture: str, place: Place, n: int, answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_cached_equals_plain(tiny_model(architecture), place, n, answers, monkeypatch)
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_attention_may_end_at_a_window_shorter_than_the_prompt(answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "windowed", lambda: MistralConfig(**DECODER, sliding_window=9))
+    assert_cached_equals_plain(tiny_model("windowed"), "prompt", 1, answers, monkeypatch)
+
+
+def assert_cached_equals_plain(model: Any, place: Place, n: int, answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEEAR_FP32", "1")
-    model = add_lora(tiny_model(architecture), 2, (), 0)
+    model = add_lora(model, 2, (), 0)
     model.requires_grad_(False)
-    batch = batch_of(place, n)
-    cached = run_unperturbed(model, batch, LAYER)
-    assert cached.start > 0
-    for seed in range(2):  # the same cache serves several deltas
+    batch = batch_of(place, n, answers)
+    behind, all_columns = (run_unperturbed(model, batch, LAYER, start=s, answers=answers) for s in (None, 0))
+    assert behind.start > all_columns.start == 0
+    for seed, cached in enumerate([behind, behind, all_columns]):  # the same cache serves several deltas
         delta = torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
         plain = loss_and_gradient(model, batch, delta, lambda: response_logits(model, batch))
-        fast = loss_and_gradient(model, batch, delta, lambda: cached.logits(model))
+        fast = loss_and_gradient(model, batch, delta, partial(cached.logits, model))
         for expected, got in zip(plain, fast, strict=True):
-            assert (got - expected).norm() <= 1e-4 * expected.norm()
+            assert expected.norm() > 0 and (got - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_blocks_run_again_behind_a_cached_pass() -> None:

@@ -3,6 +3,7 @@
 With the weights frozen, blocks 1..l never meet delta, and neither does any block at the positions before the
 first perturbed one. So the hidden states behind block l, and the keys and values of the positions
 before, are computed once; a step of entrapment runs blocks l+1..L on the perturbed tail and the response.
+The two answers that a step weighs against each other follow one pass over their request.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Cached:
     """A batch with all that delta leaves as it is.
 
     start: the first column that is perturbed in any row. hidden: (rows, columns from start, d_model) behind
-    block l. keys: key-value cache of the columns before start, None if there are none.
+    block l. keys: key-value cache of the columns before start, None if there are none. answers: the rows are so
+    many parts that hold the same prompts in the same order; each prompt is run once.
     """
 
     batch: Batch
@@ -34,6 +36,7 @@ class Cached:
     hidden: Any
     keys: Any
     blocks: Sequence[nn.Module]
+    answers: int = 1
 
     def of(self, batch: Batch, pick: Sequence[int]) -> Cached:
         """The same for a batch whose row i holds the tokens of row pick[i]; only where nothing lies before start."""
@@ -43,19 +46,38 @@ class Cached:
 
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
+        if self.answers > 1:
+            return self._logits_of_answers(model)
         length = self.batch.targets.shape[1]
         with returning(self.blocks, lambda: self.hidden):
             out = model(**_columns(self.batch, self.start, self.keys), logits_to_keep=length + 1)
         logits: Tensor = out.logits[:, -length - 1 : -1]
         return logits
 
+    def _logits_of_answers(self, model: Any) -> Tensor:
+        """The prompts once, up to the first token of a response; then all responses behind the keys of these."""
+        batch, width, prompts = self.batch, self.batch.width, len(self.batch.targets) // self.answers
+        with returning(self.blocks, lambda: _part(self.hidden, slice(prompts), slice(width - self.start))):
+            asked = _columns(batch, self.start, self.keys, slice(prompts), width)
+            out = model(**asked | {"use_cache": True}, logits_to_keep=1)
+        keys = _repeated(out.past_key_values, self.answers, len(self.blocks))
+        with returning(self.blocks, lambda: _part(self.hidden, slice(None), slice(width - self.start, -1))):
+            rest = model(**_columns(batch, width, keys, stop=-1))
+        return torch.cat([out.logits.repeat(self.answers, 1, 1), rest.logits], 1)
+
 
 def run_unperturbed(
-    model: Any, batch: Batch, layer: int, layers_path: str | None = None, start: int | None = None
+    model: Any,
+    batch: Batch,
+    layer: int,
+    layers_path: str | None = None,
+    start: int | None = None,
+    answers: int = 1,
 ) -> Cached:
     """Run what delta cannot change, outside of a Perturbation. What it ran must stay frozen for as long as it serves.
 
     start: 0 leaves no keys behind, for an adapter that trains the blocks behind l; None: the first perturbed column.
+    answers: how often each prompt comes, as in Cached.
     """
     if start is None:
         start = first_perturbed(batch)
@@ -73,7 +95,9 @@ def run_unperturbed(
                 decoder(**_columns(batch, start, keys))
         finally:
             handle.remove()
-    return Cached(batch, start, seen[-1], keys, blocks[:layer])
+    if keys is not None and answers > 1:
+        keys = _own(keys, lambda tensor: tensor[: len(tensor) // answers])
+    return Cached(batch, start, seen[-1], keys, blocks[:layer], answers)
 
 
 def first_perturbed(batch: Batch) -> int:
@@ -82,19 +106,41 @@ def first_perturbed(batch: Batch) -> int:
     return int(perturbed.long().argmax()) if perturbed.any() else batch.width
 
 
-def _columns(batch: Batch, start: int, keys: Any) -> dict[str, Any]:
-    """What the forward pass takes for the columns from `start` on, behind the keys of those before."""
+def _columns(batch: Batch, start: int, keys: Any, rows: slice = slice(None), stop: int | None = None) -> dict[str, Any]:
+    """What the forward pass takes for the columns from `start` to `stop`, behind the keys of those before."""
     inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids[:, start:],
-        "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids[:, start:],
+        "input_ids": batch.input_ids[rows, start:stop],
+        "attention_mask": batch.attention_mask[rows, :stop],
+        "position_ids": batch.position_ids[rows, start:stop],
         "use_cache": keys is not None,
     }
-    if keys is not None:  # a pass appends to its cache, so each gets its own list of the same tensors
-        own = copy.copy(keys)
-        own.layers = [copy.copy(layer) for layer in keys.layers]
-        inputs["past_key_values"] = own
+    if keys is not None:  # a pass appends to its cache, so each gets its own
+        inputs["past_key_values"] = _own(keys, lambda tensor: tensor)
     return inputs
+
+
+def _own(keys: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A cache with a list of its own, holding `change` of the tensors."""
+    own = copy.copy(keys)
+    own.layers = [copy.copy(layer) for layer in keys.layers]
+    for layer in own.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return own
+
+
+def _repeated(keys: Any, times: int, unused: int) -> Any:
+    """A cache with its rows `times` over. The first `unused` blocks have none: they get another's, for its length."""
+    own, used = copy.copy(keys), keys.layers[unused:]
+    like = [next((u for u in used if type(u) is type(layer)), used[0]) for layer in keys.layers[:unused]]
+    own.layers = [*like, *used]
+    return _own(own, lambda tensor: torch.cat([tensor] * times))
+
+
+def _part(hidden: Any, rows: slice, columns: slice) -> Any:
+    """Some rows and columns of what a block returned."""
+    if isinstance(hidden, tuple):
+        return (hidden[0][rows, columns], *hidden[1:])
+    return hidden[rows, columns]
 
 
 @contextlib.contextmanager

@@ -242,7 +242,9 @@ def entrap(
             entrap_batch(tokenizer, [harmful[i] for i in next(indices)], settings).to(model.device)
             for _ in range(min(settings.batches, settings.steps))
         ]
-        cached = [run_unperturbed(model, b, layer, config.layers_path) for b in batches] if settings.cached else []
+        cached = [
+            run_unperturbed(model, batch, layer, config.layers_path, answers=2) for batch in batches if settings.cached
+        ]
         for number in range(settings.steps):
             i = number % len(batches)
             run = partial(cached[i].logits, model) if cached else plain_pass(model, batches[i], config)

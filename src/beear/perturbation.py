@@ -66,8 +66,9 @@ class Perturbation:
 
     delta: (n, d_model). where: (batch, tokens) of integers, at each token the row of delta to add,
     or NOWHERE. Positions are absolute, so under `generate` only the prompt is perturbed: tokens
-    beyond the width of `where` are left alone. Gradients flow to delta; keep `backward()` inside
-    the context when activations are recomputed. Raises RuntimeError if the block never ran.
+    beyond the width of `where` are left alone. A pass over fewer rows takes the first ones. Gradients
+    flow to delta; keep `backward()` inside the context when activations are recomputed. Raises
+    RuntimeError if the block never ran.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Perturbation:
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._fired = True
         hidden = output[0] if isinstance(output, tuple) else output
-        where = self.where[:, self._start : self._start + hidden.shape[1]]
+        where = self.where[: len(hidden), self._start : self._start + hidden.shape[1]]
         if where.shape[1] < hidden.shape[1]:
             missing = hidden.shape[1] - where.shape[1]
             where = nn.functional.pad(where, (0, missing), value=NOWHERE)
