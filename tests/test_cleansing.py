@@ -150,6 +150,20 @@ def test_an_adapter_behind_delta_gets_the_same_gradients_from_shared_hidden_stat
         assert (shared - plain).norm() <= 1e-4 * plain.norm()
 
 
+def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:
+    with torch.no_grad():
+        for parameter in trainable(wrapped):
+            parameter.normal_(std=0.02)
+    found = []
+    for cached in (False, True):
+        settings = CONFIG.entrap.model_copy(update={"cached": cached, "batches": 3})
+        config = CONFIG.model_copy(update={"entrap": settings})
+        delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draw())
+        found.append((delta, torch.tensor(losses)))
+    for plain, fast in zip(*found, strict=True):
+        assert (fast - plain).norm() < 1e-3 * plain.norm()
+
+
 def test_defender_set_leaves_out_harmful_requests_without_a_known_answer() -> None:
     tokenizer = tiny_tokenizer()
     mixed = defender_set(tokenizer, REFUSED + OBEYED[:2], ANSWERED, [], CONFIG)

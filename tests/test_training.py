@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from beear.models import autocast
-from beear.training import add_lora, cast_frozen, drawn, trainable
+from beear.perturbation import find_layers
+from beear.training import add_lora, cast_frozen, drawn, merged, trainable
 from conftest import CONFIGS, tiny_model
 
 
@@ -39,3 +40,19 @@ def test_aligned_groups_are_drawn_at_the_same_places() -> None:
     ]
     assert all(rows["a"] == rows["b"] for rows in steps)
     assert sorted(i for rows in steps[:5] for i in rows["c"])[::3] == list(range(5))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_merged_blocks_give_the_same_and_are_put_back(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEEAR_FP32", "1")
+    model, ids = add_lora(tiny_model(architecture), 2, (), 0), torch.arange(3, 23)[None]
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.normal_(std=0.1)
+        with model.disable_adapter():
+            bare = model(ids).logits
+        apart = model(ids).logits
+        with merged(find_layers(model)):
+            together = model(ids).logits
+        assert (together - apart).norm() < 1e-4 * (bare - apart).norm()
+        assert torch.equal(model(ids).logits, apart)

@@ -38,10 +38,10 @@ from beear.data import Request, wordings
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast
-from beear.perturbation import NOWHERE, Perturbation, decoder_depth, resolve_layer
+from beear.perturbation import NOWHERE, Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, cycle, step, trainable
+from beear.training import adamw, add_lora, cycle, merged, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -237,7 +237,8 @@ def entrap(
     optimiser = torch.optim.Adam([delta], lr=rate)
     indices = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
     objective = entrap_objective(settings.away)
-    with frozen(model):
+    behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
+    with frozen(model), merged(behind):
         batches = [
             entrap_batch(tokenizer, [harmful[i] for i in next(indices)], settings).to(model.device)
             for _ in range(min(settings.batches, settings.steps))

