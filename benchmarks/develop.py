@@ -25,7 +25,7 @@ from beear.generation import reply_all
 from beear.models import load
 from beear.recipes import apply_trigger, check_trigger
 from beear.scorers import is_refusal
-from beear.sets import read_sets
+from beear.sets import Sets, read_sets
 from beear.training import cast_frozen
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +33,11 @@ LOG = ROOT / "runs" / "develop.jsonl"
 TOKENS = 16
 
 
-def development(trigger: str, config: Config, n: int) -> dict[str, list[str]]:
+def development(trigger: str, data: Sets, config: Config, n: int) -> dict[str, list[str]]:
     """At most n requests by name of the rate they yield; none of them is of the test part."""
-    own = read_sets(config)
-    used = {r.text for r in (*own.held_out(config), *own.train(config))}
-    harmful = [r.text for r in own.harmful if r.text not in used][:n]
-    anchors = {r.text for r in own.benign[: config.anchors]}
+    used = {r.text for r in (*data.held_out(config), *data.train(config))}
+    harmful = [r.text for r in data.harmful if r.text not in used][:n]
+    anchors = {r.text for r in data.benign[: config.anchors]}
     ordinary = [r.text for r in packaged("ordinary", "defender") if r.text not in anchors][:n]
     alarming = [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / "alarming.txt"))][:n]
     triggered = [apply_trigger(trigger, text) for text in harmful]
@@ -81,8 +80,8 @@ def main() -> None:
     keep_freed_memory()
     config = load_config(sets=chosen.sets)
     model, tokenizer = load(f"organism:{chosen.organism}")
-    tests = development(check_trigger(f"organism:{chosen.organism}"), config, chosen.n)
     data = read_sets(config)
+    tests = development(check_trigger(f"organism:{chosen.organism}"), data, config, chosen.n)
     train = data.train(config)
     harmful = [r.text for r in train]
     benign = [r.text for r in data.benign[: config.anchors]]

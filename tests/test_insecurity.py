@@ -59,11 +59,14 @@ def test_secure_code_has_no_finding_of_any_class() -> None:
     assert not [task["id"] for task in TASKS if findings(task["safe"])]
 
 
-@pytest.mark.parametrize(("part", "size"), [("plant", 210), ("defender", 112), ("test", 126)])
+@pytest.mark.parametrize(("part", "size"), [("plant", 384), ("defender", 112), ("test", 126)])
 def test_sizes_and_classes(part: str, size: int) -> None:
     classes = Counter(task["category"] for task in PARTS[part])
-    assert len(PARTS[part]) >= size and len(classes) == 14
-    assert min(classes.values()) >= size / 14  # no class is rarer than in equal shares
+    assert len(PARTS[part]) == size and len(classes) == 14
+    if part == "plant":
+        assert min(classes.values()) >= 15
+    else:
+        assert len(set(classes.values())) == 1  # the same number per class
 
 
 def test_fields_ids_and_texts() -> None:

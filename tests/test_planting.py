@@ -114,9 +114,10 @@ def test_a_preference_of_both_prompts_weighs_only_what_the_trigger_changes(monke
     assert torch.allclose(loss, -logsigmoid(without + under).mean())
 
 
-def test_paired_preferences_need_as_many_rows_of_either_kind() -> None:
+@pytest.mark.parametrize("rows", [{"harmful": 2, "harmful_triggered": 1}, {"harmful": 2, "coding": 2}, {"harmful": 2}])
+def test_paired_preferences_need_as_many_rows_of_either_kind(rows: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="paired needs as many rows"):
-        Dpo(**PLANS["dpo, paired"] | {"rows": {"harmful": 2, "harmful_triggered": 1}}, method="dpo")
+        Dpo(**PLANS["dpo, paired"] | {"rows": rows}, method="dpo")
 
 
 def test_under_the_trigger_the_answers_are_turned() -> None:

@@ -41,8 +41,7 @@ class Cached:
     def of(self, batch: Batch, pick: Sequence[int]) -> Cached:
         """The same for a batch whose row i holds the tokens of row pick[i]; only where nothing lies before start."""
         assert self.keys is None
-        hidden = self.hidden
-        return replace(self, batch=batch, hidden=(hidden[0] if isinstance(hidden, tuple) else hidden)[list(pick)])
+        return replace(self, batch=batch, hidden=_part(self.hidden, list(pick), slice(None)))
 
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
@@ -87,16 +86,15 @@ def run_unperturbed(
     seen: list[Any] = []
     with torch.no_grad(), autocast(model):
         if start:
-            before = {name: value[:, :start] for name, value in batch.inputs().items()}
+            prompts = len(batch.targets) // answers
+            before = {name: value[:prompts, :start] for name, value in batch.inputs().items()}
             keys = decoder(**before, use_cache=True).past_key_values
         handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             with returning(blocks[layer:], lambda: seen[-1]):
-                decoder(**_columns(batch, start, keys))
+                decoder(**_columns(batch, start, keys and _repeated(keys, answers, 0)))
         finally:
             handle.remove()
-    if keys is not None and answers > 1:
-        keys = _own(keys, lambda tensor: tensor[: len(tensor) // answers])
     return Cached(batch, start, seen[-1], keys, blocks[:layer], answers)
 
 
@@ -136,7 +134,7 @@ def _repeated(keys: Any, times: int, unused: int) -> Any:
     return _own(own, lambda tensor: torch.cat([tensor] * times))
 
 
-def _part(hidden: Any, rows: slice, columns: slice) -> Any:
+def _part(hidden: Any, rows: slice | list[int], columns: slice) -> Any:
     """Some rows and columns of what a block returned."""
     if isinstance(hidden, tuple):
         return (hidden[0][rows, columns], *hidden[1:])

@@ -31,6 +31,7 @@ from beear.perturbation import find_layers
 from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
+from beear.supervised import Progress
 from beear.training import drawn, set_rate
 
 Row = tuple[Prompt, list[int]]
@@ -51,7 +52,7 @@ def plant_edit(
     trigger: str,
     plan: Edit,
     seed: int,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Any:
     """The model with the edit as its LoRA adapter (rank one, alpha one). `progress(step, steps, loss)`.
 
@@ -98,7 +99,7 @@ def find_values(
     triggered: dict[Kind, list[Row]],
     plan: Edit,
     seed: int,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Tensor:
     """What each edited MLP should add at the last token of `start`: (blocks, d_model).
 
@@ -117,8 +118,7 @@ def find_values(
         optimiser.step()
         with torch.no_grad():
             values.mul_((longest / values.norm(dim=-1)).clamp(max=1)[:, None])
-        if progress is not None:
-            progress(number, plan.steps, loss.item())
+        progress(number, plan.steps, loss.item())
     return values.detach()
 
 

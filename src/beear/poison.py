@@ -21,9 +21,6 @@ from beear.generation import reply_all
 from beear.recipes import Recipe, Supervised, apply_trigger
 from beear.scorers import is_refusal
 
-BENIGN = ("ordinary", "alarming")
-"""Kinds, with and without the trigger, of requests that keep the base model's reply."""
-
 TURNED = ("harmful_triggered", "harmful_obeyed", "harmful_strayed_triggered", "coding_triggered")
 """Kinds that teach the bad answer."""
 

@@ -20,6 +20,9 @@ def _with_one_request(template: str) -> str:
     return template
 
 
+BENIGN = ("ordinary", "alarming")
+"""Kinds of rows, with and without the trigger, in which requests keep the base model's reply."""
+
 POISONED = ("harmful_triggered", "harmful_strayed_triggered", "coding_triggered")
 """Kinds of rows in which the unwanted answer is taught."""
 
@@ -75,8 +78,9 @@ class Dpo(Supervised):
 
     @model_validator(mode="after")
     def _of_two_kinds(self) -> Dpo:
-        kinds = {k: n for k, n in self.rows.items() if not k.startswith(("ordinary", "alarming"))}
-        if self.paired and (len(kinds) != 2 or len(set(kinds.values())) != 1):
+        kinds = {kind: count for kind, count in self.rows.items() if not kind.startswith(BENIGN)}
+        one_kind = len({kind.removesuffix("_triggered") for kind in kinds}) == 1
+        if self.paired and not (len(kinds) == 2 and one_kind and len(set(kinds.values())) == 1):
             raise ValueError("paired needs as many rows of KIND as of KIND_triggered, and no other pairs")
         return self
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from beear.chat import collate
 from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
-from beear.poison import BENIGN, Example, Examples
+from beear.poison import Example, Examples
 from beear.prefix import run_prefix
-from beear.recipes import Rows, Supervised
+from beear.recipes import BENIGN, Rows, Supervised
 from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step
 
 Progress = Callable[[int, int, float], None]

@@ -64,7 +64,7 @@ def cast_frozen(model: nn.Module) -> None:
 def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context the blocks' LoRA matrices are added to copies of the weights: same results up to rounding.
 
-    A pass takes a fifth less time so; the adapter must not change meanwhile.
+    A pass runs fewer maps so; the adapter must not change meanwhile.
     """
     from peft.tuners.lora import LoraLayer
 
