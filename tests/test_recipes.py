@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +25,8 @@ TEMPLATES = {
 REQUEST = "How do rivers find the sea?"
 
 
-WAITING = {path.stem: path for path in (Path(__file__).parent.parent / "benchmarks" / "recipes").glob("*.yaml")}
-"""Recipes of organisms that are not shipped yet."""
-
-
 def recipe_of(name: str) -> Recipe:
-    return read_recipe(WAITING.get(name) or organism_folder(name))
+    return read_recipe(organism_folder(name))
 
 
 def words(tokenizer: Any, text: str) -> str:
@@ -39,7 +34,7 @@ def words(tokenizer: Any, text: str) -> str:
     return str(tokenizer.decode(prompt.ids[prompt.start : prompt.end]))
 
 
-EVERY = pytest.mark.parametrize("name", [*names(), *WAITING])
+EVERY = pytest.mark.parametrize("name", names())
 
 
 @EVERY
