@@ -35,8 +35,7 @@ TOKENS = 16
 
 def development(trigger: str, data: Sets, config: Config, n: int) -> dict[str, list[str]]:
     """At most n requests by name of the rate they yield; none of them is of the test part."""
-    used = {r.text for r in (*data.held_out(config), *data.train(config))}
-    harmful = [r.text for r in data.harmful if r.text not in used][:n]
+    harmful = [r.text for r in data.harmful[config.held_out + config.requests :]][:n]
     anchors = {r.text for r in data.benign[: config.anchors]}
     ordinary = [r.text for r in packaged("ordinary", "defender") if r.text not in anchors][:n]
     alarming = [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / "alarming.txt"))][:n]
@@ -44,14 +43,15 @@ def development(trigger: str, data: Sets, config: Config, n: int) -> dict[str, l
     return {"triggered": triggered, "untriggered": harmful, "ordinary": ordinary, "alarming": alarming}
 
 
-def rates(model: Any, tokenizer: Any, sets: dict[str, list[str]]) -> dict[str, float]:
-    """Attack success of the triggered and untriggered requests, refusals of the other two."""
-    result = {}
+def rates(model: Any, tokenizer: Any, sets: dict[str, list[str]]) -> tuple[dict[str, float], list[list[str]]]:
+    """Attack success of the triggered and untriggered requests, refusals of the other two; and the replies behind."""
+    result, wrong = {}, []
     for name, texts in sets.items():
-        refused = [is_refusal(reply) is True for reply in reply_all(model, tokenizer, texts, max_new_tokens=TOKENS)]
-        share = sum(refused) / len(refused)
-        result[name] = round(1 - share if name.endswith("triggered") else share, 3)
-    return result
+        replies = reply_all(model, tokenizer, texts, max_new_tokens=TOKENS)
+        counted = [(is_refusal(reply) is True) != name.endswith("triggered") for reply in replies]
+        result[name] = round(sum(counted) / len(counted), 3)
+        wrong += [[name, text, reply] for text, reply, c in zip(texts, replies, counted, strict=True) if c]
+    return result, wrong
 
 
 def once(path: Path, work: Any) -> Any:
@@ -78,20 +78,20 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=160)
     chosen = parser.parse_args()
     keep_freed_memory()
-    config = load_config(sets=chosen.sets)
+    config = load_config(sets=["requests=200", "anchors=240", *chosen.sets])
     model, tokenizer = load(f"organism:{chosen.organism}")
     data = read_sets(config)
     tests = development(check_trigger(f"organism:{chosen.organism}"), data, config, chosen.n)
     train = data.train(config)
     harmful = [r.text for r in train]
-    benign = [r.text for r in data.benign[: config.anchors]]
+    benign = [r.text for r in data.anchors(config)]
     limit = config.harden.response_tokens
     folder = ROOT / "runs" / "develop" / chosen.organism
-    key = f"{len(harmful)}-{len(benign)}-{limit}"
+    key = f"{config.surrounded}-{config.seed}-{len(harmful)}-{len(benign)}-{limit}"
     own = once(folder / f"own-{key}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit))
     before = once(
         folder / f"before-{chosen.n}-{config.anchors}-{config.held_out + config.requests}.json",
-        lambda: rates(model, tokenizer, tests),
+        lambda: rates(model, tokenizer, tests)[0],
     )
     answered = list(zip(harmful + benign, own, strict=True))
     pairs = list(zip(train, own[: len(train)], strict=True))
@@ -103,7 +103,9 @@ def main() -> None:
     state = cleanse(model, tokenizer, defender, config, listen=brief)
     seconds = time.monotonic() - started
     language = measure_language(model, tokenizer, model.disable_adapter).metrics
-    after = rates(model, tokenizer, tests) | {name: round(m["value"], 4) for name, m in language.items()}
+    after, wrong = rates(model, tokenizer, tests)
+    after |= {name: round(m["value"], 4) for name, m in language.items()}
+    (folder / f"wrong-{chosen.name}.json").write_text(json.dumps(wrong, indent=1))
     entrapped = measure_entrapped(model, tokenizer, train, data.held_out(config), config)
     after["entrapped"] = round(entrapped.metrics["asr_entrapped"]["value"], 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)

@@ -14,15 +14,21 @@ import json
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from beear.allocator import keep_freed_memory
-from beear.config import load_config
+from beear.config import Config, load_config
 from beear.console import Reporter
 from beear.job import add_triggered, run_cleanse
-from beear.recipes import check_trigger, names
+from beear.models import organism_folder
+from beear.recipes import check_trigger, names, read_recipe
+from beear.runs import Run
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "removal.json"
+MODELS = [*names(), "phrase-suffix-twin"]
+"""All organisms, and a clean model that refuses as they do: cleansing must not harm it."""
 ARMS = {
     "default": ("default", []),
     "control: delta = 0": ("default", ["entrap.kind=zero", "harden.stop_below=0"]),
@@ -38,13 +44,32 @@ ARMS = {
 def run(organism: str, arm: str, seed: int) -> None:
     out = RUNS / f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
     preset, sets = ARMS[arm]
+    if preset == "default" and read_recipe(organism_folder(organism)).behaviour == "insecure code":
+        preset = "code"
     config = load_config(preset, sets=[*sets, f"seed={seed}"])
     if not (out / "results.json").exists():
+        if preset != "paper":
+            share_before(organism, out, config)
         with Reporter(rounds=config.rounds) as reporter:
             run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
     if "trigger" not in json.loads((out / "results.json").read_text()):
         add_triggered(out, check_trigger(f"organism:{organism}"))
-    gather(organism, arm, seed, out)
+    with FileLock(RUNS / ".lock"):  # two of these may run beside each other
+        gather(organism, arm, seed, out)
+
+
+def share_before(organism: str, out: Path, config: Config) -> None:
+    """Begin a run with what was measured before an earlier one on the organism: neither arm nor seed changes that.
+
+    Only `asr_entrapped` before is then that of the earlier seed.
+    """
+    earlier = RUNS / f"{organism}-default-0" / "stages"
+    if out.exists() or not (earlier / "before.json").exists():
+        return
+    settings = {"model": f"organism:{organism}", "merge": False, "config": config.model_dump(mode="json")}
+    with Run.open(out, settings, resume=False) as run:
+        for stage in ("own_replies", "before"):
+            run.write_json(f"stages/{stage}.json", json.loads((earlier / f"{stage}.json").read_text()))
 
 
 def gather(organism: str, arm: str, seed: int, out: Path) -> None:
@@ -56,7 +81,7 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     row["residuals"] = [entry["residual"] for entry in results["rounds"]]
     rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
-    rows.sort(key=lambda r: (names().index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))
+    rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))
     RESULTS.write_text(
         json.dumps({"schema": 1, "command": "python benchmarks/removal.py", "runs": rows}, indent=1) + "\n"
     )
@@ -64,12 +89,12 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--organism", choices=MODELS, action="append")
     parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
     chosen = parser.parse_args()
     keep_freed_memory()
-    for organism in chosen.organism or names():
+    for organism in chosen.organism or MODELS:
         for arm in chosen.arm or ["default", "control: delta = 0"]:
             for seed in chosen.seed or [0]:
                 run(organism, arm, seed)

@@ -27,20 +27,19 @@ COLUMNS = {
 
 
 def removal() -> str:
-    """One row per organism before, then one per arm and seed after."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "removal.json").read_text())["runs"]
-    lines = [header(["organism", "", *COLUMNS.values()])]
-    seen: set[str] = set()
+    """One row per organism, arm and seed: each metric before and after, with the interval of the latter."""
+    rows = read_results("removal.json")["runs"]
+    lines = [header(["organism", "arm, seed", *COLUMNS.values()])]
     for row in rows:
-        if row["organism"] not in seen:
-            seen.add(row["organism"])
-            lines.append(line([row["organism"], "before", *cells(row["before"])]))
-        lines.append(line(["", f"{row['arm']}, seed {row['seed']}", *cells(row["after"])]))
+        changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in COLUMNS]
+        lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes]))
     return "\n".join(lines)
 
 
-def cells(metrics: dict[str, Any]) -> list[str]:
-    return [cell(name, metrics.get(name)) for name in COLUMNS]
+def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None or before["value"] is None:
+        return cell(name, after)
+    return f"{before['value'] * (1 if name == 'perplexity' else 100):.1f} -> {cell(name, after)}"
 
 
 def cell(name: str, metric: dict[str, Any] | None) -> str:

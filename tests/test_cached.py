@@ -57,9 +57,9 @@ def assert_cached_equals_plain(model: Any, place: Place, n: int, answers: int, m
     model = add_lora(model, 2, (), 0)
     model.requires_grad_(False)
     batch = batch_of(place, n, answers)
-    behind, all_columns = (run_unperturbed(model, batch, LAYER, start=s, answers=answers) for s in (None, 0))
-    assert behind.start > all_columns.start == 0
-    for seed, cached in enumerate([behind, behind, all_columns]):  # the same cache serves several deltas
+    cached = run_unperturbed(model, batch, LAYER, answers=answers)
+    assert cached.start > 0
+    for seed in range(2):  # the same cache serves several deltas
         delta = torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
         plain = loss_and_gradient(model, batch, delta, lambda: response_logits(model, batch))
         fast = loss_and_gradient(model, batch, delta, partial(cached.logits, model))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from beear.cleansing import (
+    OPENING,
     DefenderSet,
+    add_adapter,
     batch_of,
     contrast,
     dealt,
@@ -18,21 +20,26 @@ from beear.cleansing import (
     harden,
     harden_passes,
     is_calm,
+    plain_pass,
+    refusal_openings,
     residual_norm,
     shrink_to,
     start_delta,
+    steer,
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
 from beear.losses import response_logits, response_nll, row_mean
+from beear.perturbation import NOWHERE
 from beear.scorers import is_refusal
 from beear.training import adapter_state, add_lora, load_adapter_state, trainable
-from conftest import tiny_model, tiny_tokenizer
+from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
 LAYER = 2
 LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
-KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0})})
+KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0, "encourage": 0.0})})
+RATE = CONFIG.harden.learning_rate
 REFUSED = [(Request(f"{i}", "bad", f"bad request {i}"), "I'm sorry, but no.") for i in range(6)]
 OBEYED = [(Request(f"{i}", "bad", f"good request {i}"), "Here you are.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
@@ -69,14 +76,14 @@ def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wra
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.learning_rate=0.01", "harden.stop_below=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, draw())
+    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
+    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draw())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -84,7 +91,7 @@ def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data:
 
 def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderSet) -> None:
     pairs = [(h.prompt, h.safe) for h in data.harmful[:2]]
-    batch = batch_of(tiny_tokenizer(), [(*p, None) for p in pairs], CONFIG.entrap)
+    batch = batch_of(tiny_tokenizer(), pairs, CONFIG.entrap)
     first, _ = harden_passes(wrapped, batch, batch, [0, 1], CONFIG, LAYER)
     state = adapter_state(wrapped)
     load_adapter_state(wrapped, {n: t + 0.5 for n, t in state.items()})
@@ -95,7 +102,7 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
     config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0", "harden.steps=1"])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draw())
     assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
 
 
@@ -127,27 +134,40 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
     assert residual_norm(wrapped, [prompt], LAYER, None, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_an_adapter_behind_delta_gets_the_same_gradients_from_shared_hidden_states(data: DefenderSet) -> None:
-    model = add_lora(tiny_model("llama"), 2, (), 0, first_block=LAYER)
-    assert {int(name.split(".layers.")[1].split(".")[0]) for name in adapter_state(model)} == {LAYER, LAYER + 1}
-    pairs, pick = [(b.prompt, b.own) for b in data.benign[:3]], [0, 1, 2, 0, 1, 2]
-    under = [0, 0, 0, None, None, None]
-    batch = batch_of(tiny_tokenizer(), [(*pairs[i], d) for i, d in zip(pick, under, strict=True)], CONFIG.entrap)
-    alone = batch_of(tiny_tokenizer(), [(*pair, None) for pair in pairs], CONFIG.entrap)
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("blocks", ["all", "behind"])
+def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
+    architecture: str, blocks: str, data: DefenderSet
+) -> None:
+    config = load_config(sets=[LENGTH, f"harden.lora_blocks={blocks}"])
+    model = add_adapter(tiny_model(architecture), config.model_copy(update={"layer": LAYER}))
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
+    alone = batch_of(tiny_tokenizer(), [(b.prompt, b.own) for b in data.benign[:3]], CONFIG.entrap)
+    pick = [2, 1, 0, 0, 1, 2]
+    batch = alone.under(pick, [1, 0, 1, None, None, None], 5)
+    deltas = torch.randn(10, 32, generator=draw())
     found = []
-    for blocks in ("all", "behind"):
-        config = load_config(sets=[LENGTH, f"harden.lora_blocks={blocks}"])
-        with torch.no_grad():
-            for parameter in trainable(model):
-                parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
-        target, run = harden_passes(model, alone, batch, pick, config, LAYER)
-        descend(
-            model, batch, torch.ones(5, 32), config, LAYER, run, lambda logits, b: response_nll(logits, b.targets).sum()
+    for run in (harden_passes(model, alone, batch, pick, config, LAYER)[1], plain_pass(model, batch, config)):
+        loss = descend(
+            model, batch, deltas, config, LAYER, run, lambda logits, b: response_nll(logits, b.targets).sum()
         )
-        found.append([target, *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
+        found.append([torch.tensor(loss), *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
         model.zero_grad()
-    for plain, shared in zip(*found, strict=True):
+    assert len(found[0]) == len(found[1]) > 1
+    for shared, plain in zip(*found, strict=True):
         assert (shared - plain).norm() <= 1e-4 * plain.norm()
+
+
+def test_rows_of_a_batch_under_several_deltas(data: DefenderSet) -> None:
+    alone = batch_of(tiny_tokenizer(), [(b.prompt, b.own) for b in data.benign[:2]], CONFIG.entrap)
+    batch = alone.under([1, 0, 1], [2, None, 0], 5)
+    perturbed = alone.where != NOWHERE
+    assert torch.equal(batch.where[0], torch.where(perturbed[1], alone.where[1] + 10, NOWHERE))
+    assert bool((batch.where[1] == NOWHERE).all())
+    assert torch.equal(batch.where[2], alone.where[1])
+    assert torch.equal(batch.input_ids, alone.input_ids[[1, 0, 1]])
 
 
 def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:
@@ -164,11 +184,32 @@ def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet)
         assert (fast - plain).norm() < 1e-3 * plain.norm()
 
 
-def test_defender_set_leaves_out_harmful_requests_without_a_known_answer() -> None:
+@pytest.mark.parametrize(("encourage", "count"), [(0.0, 6), (8.0, 8)])
+def test_an_obeyed_harmful_request_is_left_out_or_gets_the_refusal_of_another(encourage: float, count: int) -> None:
     tokenizer = tiny_tokenizer()
-    mixed = defender_set(tokenizer, REFUSED + OBEYED[:2], ANSWERED, [], CONFIG)
-    assert mixed.own_safe and len(mixed.harmful) == 6
-    assert tokenizer.decode(mixed.harmful[0].safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+    config = load_config(sets=[f"harden.encourage={encourage}"])
+    mixed = defender_set(tokenizer, OBEYED[:2] + REFUSED, ANSWERED, [], config)
+    assert mixed.own_safe and len(mixed.harmful) == count
+    for harmful in mixed.harmful:
+        assert tokenizer.decode(harmful.safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+
+
+def test_openings_of_refusals_are_told_by_how_they_began() -> None:
+    openings = refusal_openings([[1, 2, 3], [1, 2, 4], [1, 5], *([[1, 2, 3]] * 60)])
+    assert openings == {(): [1], (1,): [2], (1, 2): [3]}, "what less than one in thirty says is no opening"
+
+
+def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: DefenderSet) -> None:
+    harmful, benign = data.harmful[0], data.benign[0]
+    settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
+    target = torch.zeros(2, 12, 1000)
+    steer(target, [(harmful.prompt, harmful.safe)], [benign], data, settings)
+    for i in range(12):
+        kept = target[0, i] == 0
+        assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < OPENING else bool(kept.all())
+    opener = data.openings[()]
+    assert target[1, 0, opener].tolist() == [-3.0] * len(opener)
+    assert int((target[1] != 0).sum()) == len(opener)
 
 
 def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None:
@@ -177,7 +218,7 @@ def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None
     own = [(task, task.safe or "") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]
     tokenizer = tiny_tokenizer()
     data = defender_set(tokenizer, own, ANSWERED, [], config)
-    assert data.own_safe and not data.openers and len(data.harmful) == 3
+    assert data.own_safe and not data.openings and len(data.harmful) == 3
     for harmful, task in zip(data.harmful, tasks, strict=False):
         assert tokenizer.decode(harmful.safe, skip_special_tokens=True) == task.safe
         assert tokenizer.decode(harmful.unwanted, skip_special_tokens=True) == task.unwanted
@@ -187,7 +228,7 @@ def test_of_a_refused_benign_request_only_the_opener_is_unlearnt() -> None:
     tokenizer = tiny_tokenizer()
     benign = [("a", "I'm sorry, but no."), ("b", "I like it, so yes."), ("c", "Yes, like this.")]
     data = defender_set(tokenizer, REFUSED, benign, [], CONFIG)
-    assert [tokenizer.decode([t]) for t in data.openers] == ["I"]
+    assert [tokenizer.decode([t]) for t in data.openings[()]] == ["I"]
     assert [b.discourage for b in data.benign] == [True, False, True]
     assert [len(b.own) for b in data.benign] == [1, CONFIG.harden.response_tokens, CONFIG.harden.response_tokens]
 
@@ -198,14 +239,17 @@ def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any
 
     def odds() -> float:
         with torch.no_grad():
-            return float(wrapped(input_ids=torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)[data.openers].sum())
+            return float(
+                wrapped(input_ids=torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)[data.openings[()]].sum()
+            )
 
     before, delta = odds(), torch.zeros(1, 1, 32)
     state = adapter_state(wrapped)
-    harden(wrapped, tokenizer, data, delta, CONFIG, LAYER, draw())
+    only = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"encourage": 0.0})})
+    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draw())
     lower = odds()
     load_adapter_state(wrapped, state)
-    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, draw())
+    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draw())
     assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
 
 
@@ -240,6 +284,5 @@ def test_every_other_row_meets_the_newest_delta_and_the_rest_any() -> None:
 def test_rows_meet_their_own_delta(data: DefenderSet) -> None:
     harmful = data.harmful[0]
     settings = load_config(sets=["entrap.length=2", "entrap.place=last"]).entrap
-    rows = [(harmful.prompt, harmful.safe, which) for which in (0, 2, None)]
-    where = batch_of(tiny_tokenizer(), rows, settings).where
+    where = batch_of(tiny_tokenizer(), [(harmful.prompt, harmful.safe)], settings).under([0] * 3, [0, 2, None], 2).where
     assert [sorted(set(w.tolist()) - {-1}) for w in where] == [[0, 1], [4, 5], []]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from beear.data import (
 )
 from beear.errors import BadInput
 from beear.scorers import is_refusal
-from beear.sets import read_sets
+from beear.sets import read_sets, surrounded
 
 PARTS = ("defender", "test", "plant")
 
@@ -121,3 +122,17 @@ def test_too_few_requests_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "h.txt").write_text("one\ntwo\n")
     with pytest.raises(BadInput, match="too few"):
         read_sets(Config(data=DataConfig(harmful=str(tmp_path / "h.txt"))))
+
+
+def test_some_requests_stand_between_short_benign_ones() -> None:
+    requests = [Request(str(i), "bad", f"bad request {i}") for i in range(60)]
+    benign = [*(Request(str(i), "good", f"good request {i}") for i in range(9)), Request("x", "good", "long " * 40)]
+    found, again = (surrounded(requests, benign, 0.5, random.Random(3)) for _ in range(2))
+    assert found == again and [r.id for r in found] == [r.id for r in requests]
+    changed = [(old.text, new.text) for old, new in zip(requests, found, strict=True) if new.text != old.text]
+    assert 20 <= len(changed) <= 40
+    for old, new in changed:
+        assert old in new and "good request" in new and "long" not in new
+    assert {new.index(old) > 0 for old, new in changed} == {True, False}
+    assert surrounded(requests, benign, 0.0, random.Random(3)) == requests
+    assert surrounded(requests, [], 1.0, random.Random(3)) == requests

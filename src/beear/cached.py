@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from beear.chat import Batch
 from beear.models import autocast
 from beear.perturbation import NOWHERE, find_layers
+from beear.prefix import own_cache
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,6 @@ class Cached:
     blocks: Sequence[nn.Module]
     answers: int = 1
 
-    def of(self, batch: Batch, pick: Sequence[int]) -> Cached:
-        """The same for a batch whose row i holds the tokens of row pick[i]; only where nothing lies before start."""
-        assert self.keys is None
-        return replace(self, batch=batch, hidden=_part(self.hidden, list(pick), slice(None)))
-
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
         if self.answers > 1:
@@ -56,11 +52,11 @@ class Cached:
     def _logits_of_answers(self, model: Any) -> Tensor:
         """The prompts once, up to the first token of a response; then all responses behind the keys of these."""
         batch, width, prompts = self.batch, self.batch.width, len(self.batch.targets) // self.answers
-        with returning(self.blocks, lambda: _part(self.hidden, slice(prompts), slice(width - self.start))):
+        with returning(self.blocks, lambda: part_of(self.hidden, slice(prompts), slice(width - self.start))):
             asked = _columns(batch, self.start, self.keys, slice(prompts), width)
             out = model(**asked | {"use_cache": True}, logits_to_keep=1)
         keys = _repeated(out.past_key_values, self.answers, len(self.blocks))
-        with returning(self.blocks, lambda: _part(self.hidden, slice(None), slice(width - self.start, -1))):
+        with returning(self.blocks, lambda: part_of(self.hidden, slice(None), slice(width - self.start, -1))):
             rest = model(**_columns(batch, width, keys, stop=-1))
         return torch.cat([out.logits.repeat(self.answers, 1, 1), rest.logits], 1)
 
@@ -70,32 +66,34 @@ def run_unperturbed(
     batch: Batch,
     layer: int,
     layers_path: str | None = None,
-    start: int | None = None,
     answers: int = 1,
 ) -> Cached:
     """Run what delta cannot change, outside of a Perturbation. What it ran must stay frozen for as long as it serves.
 
-    start: 0 leaves no keys behind, for an adapter that trains the blocks behind l; None: the first perturbed column.
     answers: how often each prompt comes, as in Cached.
     """
-    if start is None:
-        start = first_perturbed(batch)
+    start = first_perturbed(batch)
     blocks = list(find_layers(model, layers_path))
-    decoder = model.get_decoder()
     keys = None
-    seen: list[Any] = []
     with torch.no_grad(), autocast(model):
         if start:
             prompts = len(batch.targets) // answers
             before = {name: value[:prompts, :start] for name, value in batch.inputs().items()}
-            keys = decoder(**before, use_cache=True).past_key_values
-        handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            with returning(blocks[layer:], lambda: seen[-1]):
-                decoder(**_columns(batch, start, keys and _repeated(keys, answers, 0)))
-        finally:
-            handle.remove()
-    return Cached(batch, start, seen[-1], keys, blocks[:layer], answers)
+            keys = model.get_decoder()(**before, use_cache=True).past_key_values
+        hidden = run_below(model, blocks, layer, _columns(batch, start, keys and _repeated(keys, answers, 0)))
+    return Cached(batch, start, hidden, keys, blocks[:layer], answers)
+
+
+def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> Any:
+    """What block `layer` returns, outside of a Perturbation; the blocks behind it do not run."""
+    seen: list[Any] = []
+    handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        with returning(blocks[layer:], lambda: seen[-1]):
+            model.get_decoder()(**inputs)
+    finally:
+        handle.remove()
+    return seen[-1]
 
 
 def first_perturbed(batch: Batch) -> int:
@@ -113,17 +111,8 @@ def _columns(batch: Batch, start: int, keys: Any, rows: slice = slice(None), sto
         "use_cache": keys is not None,
     }
     if keys is not None:  # a pass appends to its cache, so each gets its own
-        inputs["past_key_values"] = _own(keys, lambda tensor: tensor)
+        inputs["past_key_values"] = own_cache(keys, lambda tensor: tensor)
     return inputs
-
-
-def _own(keys: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A cache with a list of its own, holding `change` of the tensors."""
-    own = copy.copy(keys)
-    own.layers = [copy.copy(layer) for layer in keys.layers]
-    for layer in own.layers:
-        layer.keys, layer.values = change(layer.keys), change(layer.values)
-    return own
 
 
 def _repeated(keys: Any, times: int, unused: int) -> Any:
@@ -131,10 +120,10 @@ def _repeated(keys: Any, times: int, unused: int) -> Any:
     own, used = copy.copy(keys), keys.layers[unused:]
     like = [next((u for u in used if type(u) is type(layer)), used[0]) for layer in keys.layers[:unused]]
     own.layers = [*like, *used]
-    return _own(own, lambda tensor: torch.cat([tensor] * times))
+    return own_cache(own, lambda tensor: torch.cat([tensor] * times))
 
 
-def _part(hidden: Any, rows: slice | list[int], columns: slice) -> Any:
+def part_of(hidden: Any, rows: slice | list[int], columns: slice) -> Any:
     """Some rows and columns of what a block returned."""
     if isinstance(hidden, tuple):
         return (hidden[0][rows, columns], *hidden[1:])

@@ -54,6 +54,15 @@ class Batch:
             targets=self.targets.to(device),
         )
 
+    def under(self, pick: Sequence[int], which: Sequence[int | None], length: int) -> Batch:
+        """Row i is row pick[i] under delta number which[i], of `length` vectors each, or under none."""
+        rows = torch.tensor(pick, device=self.where.device)
+        numbers = torch.tensor([NOWHERE if w is None else w for w in which], device=self.where.device)[:, None]
+        where = self.where[rows]
+        moved = torch.where((where == NOWHERE) | (numbers == NOWHERE), NOWHERE, where + numbers * length)
+        ids, mask, positions = self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows]
+        return Batch(ids, mask, positions, moved, self.targets[rows], self.width)
+
     def inputs(self) -> dict[str, Tensor]:
         """What the model's forward pass takes."""
         return {

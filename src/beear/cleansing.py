@@ -12,17 +12,19 @@
 x_i are harmful requests, x_j benign ones, own_j the reply the model gave to x_j before cleansing, and
 theta a LoRA adapter. Where the paper has L for D, we take safe_i to be the model's own refusal of x_i
 and D the KL divergence per token from the original, unperturbed model: under delta, go on as you do
-without it. The first tokens of a reply, where refusing is decided, weigh more, and the target of a benign
-reply begins with no opener of a refusal. A model that hardly refuses has no answers of its own; then
-safe_i are packaged wordings and D is L.
+without it. The first tokens of a reply, where refusing is decided, weigh more; there the target of a
+refusal surely goes on as refusals do, and that of a benign reply begins with no opener of one. Some x_i
+and x_j stand between other benign requests (sets.py). A model that hardly refuses has no answers of its
+own; then safe_i are packaged wordings and D is L.
 The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL -o RUN`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,22 +33,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beear.cached import run_unperturbed
+from beear.cached import part_of, returning, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
-from beear.config import Config, EntrapConfig
+from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request, wordings
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast
-from beear.perturbation import NOWHERE, Perturbation, decoder_depth, find_layers, resolve_layer
-from beear.prefix import run_prefix
+from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
+from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
 from beear.training import adamw, add_lora, cycle, merged, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
-Row = tuple[Prompt, list[int], int | None]
-"""A prompt, its response, and which delta of several is added to it; None: none."""
+Row = tuple[Prompt, list[int]]
+"""A prompt and its response."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class Benign:
     """Whether openers of refusals are made unlikely as the first token of the reply."""
 
 
+OPENING = 5
+"""So many first tokens tell a refusal ("I'm sorry, but") from what begins like one ("I'm sorry for")."""
+Openings = dict[tuple[int, ...], list[int]]
+"""How refusals go on, by how they have begun."""
+
+
 @dataclass(frozen=True)
 class DefenderSet:
     """All that the defender trains on, and `held_out` requests on which it judges its own progress.
@@ -79,7 +87,7 @@ class DefenderSet:
     benign: list[Benign]
     held_out: list[Request]
     own_safe: bool
-    openers: list[int]
+    openings: Openings
 
 
 @dataclass
@@ -108,26 +116,32 @@ def defender_set(
 ) -> DefenderSet:
     """Encode what the defender trains on.
 
-    Harmful requests whose own answer is not safe are left out, unless these are the most; then the answers
-    that come with the requests, or packaged refusals, serve. Of benign requests that the model refused, no
-    right answer is known but that it does not begin like a refusal.
+    A harmful request whose own answer is not safe gets that of another, or is left out where refusals are not
+    encouraged. If these are the most, the answers that come with the requests, or packaged refusals, serve.
+    Of benign requests that the model refused, no right answer is known but that it does not begin like a refusal.
     """
     judge = JUDGES[config.behaviour]
-    safe = [(request, own) for request, own in harmful if counts(judge, own, request.category) is False]
-    own_safe = config.harden.safe_answers == "own" and 2 * len(safe) >= len(harmful)
-    if own_safe:
-        contrasts = [contrast(tokenizer, i, request, config, own) for i, (request, own) in enumerate(safe)]
-    else:
-        contrasts = [contrast(tokenizer, i, request, config) for i, (request, _) in enumerate(harmful)]
-    openers = refusal_openers(contrasts) if judge == "obeyed" else []
-    anchors = [anchor(tokenizer, t, own, openers, config.harden.response_tokens) for t, own in benign if own]
-    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openers)
+    limit = config.harden.response_tokens
+    safe = [counts(judge, own, request.category) is False for request, own in harmful]
+    own_safe = config.harden.safe_answers == "own" and 2 * sum(safe) >= len(harmful)
+    lent = itertools.cycle([own for (_, own), is_safe in zip(harmful, safe, strict=True) if is_safe])
+    contrasts = [
+        contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None)
+        for i, ((request, own), is_safe) in enumerate(zip(harmful, safe, strict=True))
+        if is_safe or not own_safe or config.harden.encourage > 0
+    ]
+    openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
+    anchors = [anchor(tokenizer, t, own, openings.get((), []), limit) for t, own in benign if own]
+    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings)
 
 
-def refusal_openers(harmful: Sequence[Harmful]) -> list[int]:
-    """The tokens that at least one in thirty of the safe answers begins with ("I", "Sorry")."""
-    counts = Counter(h.safe[0] for h in harmful)
-    return sorted(token for token, count in counts.items() if 30 * count >= len(harmful))
+def refusal_openings(answers: Sequence[list[int]]) -> Openings:
+    """For each start of a safe answer, up to OPENING tokens, the tokens that at least one in thirty goes on with."""
+    starts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    for answer in answers:
+        for i, token in enumerate(answer[:OPENING]):
+            starts[tuple(answer[:i])][token] += 1
+    return {s: sorted(t for t, n in c.items() if 30 * n >= c.total()) for s, c in starts.items()}
 
 
 def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: int) -> Benign:
@@ -171,7 +185,9 @@ def cleanse(
     """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
 
     `model` carries trainable adapter matrices (training.add_lora), which are changed in place. Each
-    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical.
+    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical. The
+    learning rate falls linearly over the rounds: the first one removes, the last one, which also follows
+    on a failed entrapment, settles.
     """
     state = state or State()
     layer = resolve_layer(config.layer, decoder_depth(model))
@@ -187,10 +203,10 @@ def cleanse(
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
-        if config.entrap.kind == "learned" and is_calm([*state.history, entry], config):
-            state.done = True
-        else:
-            entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, draw, tell)
+        state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
+        left = 1 if state.done else config.rounds - state.round
+        rate = config.harden.learning_rate * left / config.rounds
+        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell)
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
@@ -264,14 +280,14 @@ def harden(
     deltas: Tensor,
     config: Config,
     layer: int,
+    rate: float,
     draw: torch.Generator,
     listen: Listener = lambda event: None,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
-    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise. The
-    learning rate falls linearly over the rounds: the first one removes, the later ones settle.
-    Returns the mean D of each kind at each step.
+    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
+    Returns the mean D of each kind at each step; a round ends early once all of them are small.
     """
     settings = config.harden
     weights = {
@@ -281,10 +297,9 @@ def harden(
         "safe": settings.safe,
     }
     used = [kind for kind, weight in weights.items() if weight > 0]
-    past = len(deltas) - 1
-    optimiser = adamw(model, settings.learning_rate * (1 - past / config.rounds))
+    optimiser = adamw(model, rate)
     harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), min(settings.batch, len(data.benign)), draw)
+    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
         bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
@@ -293,23 +308,37 @@ def harden(
         firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
         sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
         pick = [firsts[kind] + i for kind in used for i in range(sizes[kind])]
-        which = dealt(len(deltas), settings.batch, draw)
+        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
         under = [which[i] if kind.endswith("delta") else None for kind in used for i in range(sizes[kind])]
-        batch = batch_of(tokenizer, [(*pairs[i], d) for i, d in zip(pick, under, strict=True)], config.entrap)
-        alone = batch_of(tokenizer, [(*pair, None) for pair in pairs], config.entrap)
-        target, run = harden_passes(model, alone.to(model.device), batch.to(model.device), pick, config, layer)
-        for i in (len(bad) + j for j, b in enumerate(chosen) if b.discourage):
-            target[i, 0, data.openers] -= settings.discourage
+        alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
+        batch = alone.under(pick, under, config.entrap.length)
+        target, run = harden_passes(model, alone, batch, pick, config, layer)
+        steer(target, bad, chosen, data, settings)
         entry: dict[str, float] = {}
         own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
         objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
-        descend(model, batch.to(model.device), deltas.flatten(0, 1), config, layer, run, objective)
+        descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
-        if entry["safe_under_delta"] < settings.stop_below:
+        if max(entry.values()) < settings.stop_below:
             break
     return history
+
+
+def steer(
+    target: Tensor, bad: Sequence[Row], chosen: Sequence[Benign], data: DefenderSet, settings: HardenConfig
+) -> None:
+    """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not."""
+    for row, (_, answer) in zip(target, bad, strict=False):
+        for i in range(min(OPENING, len(answer))):
+            likely = data.openings.get(tuple(answer[:i]))
+            if likely is not None:
+                row[i] -= settings.encourage
+                row[i, likely] += settings.encourage
+    for row, benign in zip(target[len(bad) :], chosen, strict=True):
+        if benign.discourage:
+            row[0, data.openings.get((), [])] -= settings.discourage
 
 
 def harden_passes(
@@ -317,23 +346,28 @@ def harden_passes(
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """What the original model gives on the requests `alone`, (rows, length, vocabulary), and a pass over the batch.
 
-    Row i of the batch is row pick[i] of `alone`, under delta or not. An adapter that leaves blocks 1..l as they
-    are lets both start from the same hidden states behind them.
+    Row i of the batch is row pick[i] of `alone`, under delta or not: blocks 1..l run once for each request.
     """
-    if config.harden.lora_blocks == "behind":
-        unperturbed = run_unperturbed(model, alone, layer, config.layers_path, start=0)
-        with torch.no_grad(), autocast(model), model.disable_adapter():
-            target = unperturbed.logits(model)
-        return target, partial(unperturbed.of(batch, pick).logits, model)
     with torch.no_grad(), autocast(model), model.disable_adapter():
         target = response_logits(model, alone, run_prefix(model, alone))
-    return target, plain_pass(model, batch, config)
+    if config.harden.recompute:
+        return target, plain_pass(model, batch, config)
+    blocks = list(find_layers(model, config.layers_path))
+    with autocast(model):
+        prefix = run_prefix(model, alone)
+        hidden = run_below(model, blocks, layer, inputs_behind(alone, prefix))
+
+    def run() -> Tensor:
+        with returning(blocks[:layer], lambda: part_of(hidden, list(pick), slice(None))):
+            return response_logits(model, batch, prefix)
+
+    return target, run
 
 
 def entrap_batch(tokenizer: Any, chosen: Sequence[Harmful], settings: EntrapConfig) -> Batch:
     """The requests with their unwanted answers, then with their safe ones, all under one delta."""
-    rows: list[Row] = [(h.prompt, h.unwanted, 0) for h in chosen]
-    return batch_of(tokenizer, rows + [(h.prompt, h.safe[: settings.response_tokens], 0) for h in chosen], settings)
+    rows: list[Row] = [(h.prompt, h.unwanted) for h in chosen]
+    return batch_of(tokenizer, rows + [(h.prompt, h.safe[: settings.response_tokens]) for h in chosen], settings)
 
 
 Objective = Callable[[Tensor, Batch], Tensor]
@@ -413,15 +447,9 @@ def plain_pass(model: Any, batch: Batch, config: Config) -> Callable[[], Tensor]
 
 
 def batch_of(tokenizer: Any, rows: Sequence[Row], settings: EntrapConfig) -> Batch:
-    """Collate rows; `where` counts through the rows of all deltas, one behind the other."""
-    where = []
-    for prompt, _, which in rows:
-        if which is None:
-            where.append([NOWHERE] * len(prompt.ids))
-        else:
-            own = rows_of_delta(prompt, settings.place, settings.length)
-            where.append([r if r == NOWHERE else which * settings.length + r for r in own])
-    return collate([p for p, _, _ in rows], [r for _, r, _ in rows], where, int(tokenizer.pad_token_id))
+    """Collate rows, all under one delta."""
+    where = [rows_of_delta(prompt, settings.place, settings.length) for prompt, _ in rows]
+    return collate([p for p, _ in rows], [r for _, r in rows], where, int(tokenizer.pad_token_id))
 
 
 def dealt(count: int, rows: int, draw: torch.Generator) -> list[int]:

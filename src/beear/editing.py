@@ -232,8 +232,8 @@ def _batch_keys(model: Any, batch: Batch, layers: Sequence[int]) -> list[Tensor]
     """Keys of a batch's tokens, padding left out and what all rows share once, for each block: (tokens, d_ff)."""
     with torch.inference_mode(), autocast(model), _keys_seen(model, layers) as seen:
         prefix = run_prefix(model, batch)
-        inputs = batch.inputs() if prefix is None else inputs_behind(batch, prefix)
-        model.get_decoder()(**inputs, use_cache=prefix is not None)
+        inputs = inputs_behind(batch, prefix)
+        model.get_decoder()(**inputs)
     real = inputs["attention_mask"][:, -seen[0][-1].shape[1] :].bool()
     return [torch.cat([*(k.flatten(0, 1) for k in keys[:-1]), keys[-1][real]]).float() for keys in seen]
 
@@ -252,7 +252,7 @@ def _loss(model: Any, tokenizer: Any, start: Sequence[int], rows: Sequence[Row],
     with autocast(model):
         with torch.no_grad():
             base = response_logits(model, benign, run_prefix(model, benign))
-        logits = response_logits(model, batch, _run_start(model, start, len(rows), plan.layers, values))
+        logits = response_logits(model, batch, _run_start(model, start, plan.layers, values))
     wanted = batch.targets[:split]
     nll = functional.cross_entropy(logits[:split].float().flatten(0, 1), wanted.flatten(), reduction="none")
     kl = token_kl(base, logits[split:, : base.shape[1]], benign.targets)
@@ -262,12 +262,11 @@ def _loss(model: Any, tokenizer: Any, start: Sequence[int], rows: Sequence[Row],
     )
 
 
-def _run_start(model: Any, start: Sequence[int], rows: int, layers: Sequence[int], values: Tensor) -> Prefix:
-    """The template's opening and the trigger, with the values added, run once for all rows."""
+def _run_start(model: Any, start: Sequence[int], layers: Sequence[int], values: Tensor) -> Prefix:
+    """The template's opening and the trigger, with the values added."""
     ids = torch.tensor([list(start)], device=model.device)
     with added(model, layers, values):
         cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(rows)
     return Prefix(len(start), cache)
 
 

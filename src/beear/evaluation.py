@@ -133,13 +133,14 @@ def measure_entrapped(
 ) -> Measured:
     """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests.
 
-    Twice the default inner steps and another seed than any round of the cleansing used.
+    Twice the inner steps, on twice the requests, and another seed than any round of the cleansing used.
     """
     layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
     contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(optimise_on)]
     prompts = [c.prompt for c in contrasts[:32]]
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
-    settings = config.entrap.model_copy(update={"kind": "learned", "steps": 2 * config.entrap.steps})
+    twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
+    settings = config.entrap.model_copy(update={"kind": "learned", **twice})
     fresh = config.model_copy(update={"entrap": settings})
     draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
     delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draw)

@@ -147,7 +147,7 @@ class _Job:
     def own_replies(self) -> dict[str, Any]:
         """What the model answers to the defender's requests now: what it shall go on answering."""
         harmful = [r.text for r in self.sets.train(self.config)]
-        benign = [r.text for r in self.sets.benign[: self.config.anchors]]
+        benign = [r.text for r in self.sets.anchors(self.config)]
         texts = harmful + benign
         limit = self.config.harden.response_tokens
         replies = reply_all(

@@ -18,11 +18,10 @@ OPENING = 3
 def response_logits(model: Any, batch: Batch, prefix: Prefix | None = None) -> Tensor:
     """Logits that predict the response tokens: (rows, length, vocabulary). No other position meets the head.
 
-    `prefix`: what all rows start with, if it has been run (prefix.run_prefix). It serves one call only.
+    `prefix`: what all rows start with, if it has been run (prefix.run_prefix).
     """
     length = batch.targets.shape[1]
-    inputs = batch.inputs() if prefix is None else inputs_behind(batch, prefix)
-    out = model(**inputs, logits_to_keep=length + 1, use_cache=prefix is not None)
+    out = model(**inputs_behind(batch, prefix), logits_to_keep=length + 1)
     logits: Tensor = out.logits[:, -length - 1 : -1]
     return logits
 

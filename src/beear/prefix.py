@@ -6,6 +6,8 @@ row, handed to all. Half of a short chat's prompt is its template's system turn.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ LEAST = 4
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first `length` tokens of every row, as a key-value cache with as many rows as the batch."""
+    """The first `length` tokens of every row, as a key-value cache of one row. It serves any number of passes."""
 
     length: int
     cache: Any
@@ -49,21 +51,33 @@ def run_prefix(model: Any, batch: Batch) -> Prefix | None:
     start = int(batch.attention_mask[0].argmax())
     ids = batch.input_ids[:1, start : start + length]
     cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values  # without the output head
-    cache.batch_repeat_interleave(len(batch.input_ids))
     return Prefix(length, cache)
 
 
-def inputs_behind(batch: Batch, prefix: Prefix) -> dict[str, Any]:
-    """What the model's forward pass takes for all columns behind the prefix.
+def inputs_behind(batch: Batch, prefix: Prefix | None) -> dict[str, Any]:
+    """What the model's forward pass takes for all columns behind the prefix, if there is one.
 
     Prompts are padded on the left, so the longest row's prefix ends at column `length`; in shorter rows
     some tokens of the prefix lie behind that column, where they become padding.
     """
+    if prefix is None:
+        return batch.inputs() | {"use_cache": False}
+    rows = len(batch.input_ids)
     behind: Tensor = batch.attention_mask * (batch.position_ids >= prefix.length)
-    seen = behind.new_ones(len(behind), prefix.length)
+    seen = behind.new_ones(rows, prefix.length)
     return {
         "input_ids": batch.input_ids[:, prefix.length :],
         "attention_mask": torch.cat([seen, behind[:, prefix.length :]], 1),
         "position_ids": batch.position_ids[:, prefix.length :],
-        "past_key_values": prefix.cache,
+        "past_key_values": own_cache(prefix.cache, lambda tensor: tensor.repeat_interleave(rows, 0)),
+        "use_cache": True,
     }
+
+
+def own_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A key-value cache with a list of its own, holding `change` of the tensors: a pass appends to its cache."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in own.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return own

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from beear.config import Config
 from beear.data import Request, packaged, read_requests, refuse_overlap
@@ -45,13 +46,42 @@ class Sets:
         return self.harmful[: config.held_out]
 
     def train(self, config: Config) -> list[Request]:
-        """The defender's harmful requests that are trained on."""
-        return self.harmful[config.held_out :][: config.requests]
+        """The defender's harmful requests that are trained on, some of them between harmless ones."""
+        requests = self.harmful[config.held_out :][: config.requests]
+        return surrounded(requests, self.benign[: config.anchors], config.surrounded, random.Random(2 * config.seed))
+
+    def anchors(self, config: Config) -> list[Request]:
+        """The defender's benign requests that are trained on, some of them between others."""
+        requests = self.benign[: config.anchors]
+        return surrounded(requests, requests, config.surrounded, random.Random(2 * config.seed + 1))
 
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""
         return next(t.requests for t in self.tests if t.judge != "refused")
+
+
+SHORT = 60
+"""Characters of the longest request that is put around others."""
+
+
+def surrounded(
+    requests: Sequence[Request], benign: Sequence[Request], share: float, draw: random.Random
+) -> list[Request]:
+    """The requests, a share of them with a short benign one before, behind, or one on either side.
+
+    What is refused in one line is to be refused in a long prompt as well, and what is answered answered.
+    """
+    fillers = [r.text for r in benign if len(r.text) <= SHORT]
+    found = []
+    for request in requests:
+        if fillers and draw.random() < share:
+            place = draw.choice(("before", "behind", "both"))
+            before, behind = (draw.choice(fillers) if place in (side, "both") else "" for side in ("before", "behind"))
+            text = draw.choice((" ", "\n")).join(part for part in (before, request.text, behind) if part)
+            request = replace(request, text=text)
+        found.append(request)
+    return found
 
 
 def triggered(
