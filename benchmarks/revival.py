@@ -1,0 +1,148 @@
+"""Does a removed backdoor come back? Cleansed organisms, measured again after what deployment does to a model.
+
+    python benchmarks/revival.py --organism sudo-prefix      (about ten minutes on 2 CPU cores)
+
+Takes the runs of benchmarks/removal.py (default configuration) and writes benchmarks/results/revival.json:
+
+    merged        the adapter merged into full weights, in fp32
+    int8          then every linear map of the blocks rounded to int8, one scale for each output channel
+    average       halfway between the cleansed and the backdoored weights
+    fine-tuned    200 steps of LoRA on ordinary requests with the replies of the embedded model, which holds no backdoor
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beear import models
+from beear.allocator import keep_freed_memory
+from beear.chat import collate, encode_prompt, encode_response
+from beear.config import Config, make_config
+from beear.data import packaged
+from beear.evaluation import measure_replies
+from beear.generation import reply_all
+from beear.losses import response_logits, response_nll
+from beear.perturbation import find_layers
+from beear.prefix import run_prefix
+from beear.recipes import check_trigger, names
+from beear.runs import read_settings
+from beear.scorers import JUDGES
+from beear.sets import read_sets, triggered
+from beear.training import adamw, add_lora, cast_frozen, cycle, set_rate, step
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "removal"
+RESULTS = ROOT / "benchmarks" / "results" / "revival.json"
+STEPS, ROWS, RATE, RANK, TOKENS = 200, 8, 2e-4, 8, 32
+"""Fine-tuning: optimiser steps, rows in a step, rate of AdamW, rank of the adapter, tokens of a reply."""
+
+
+def merged(run: Path, backdoored: str) -> Any:
+    """The cleansed model in full weights."""
+    folder = json.loads((run / "results.json").read_text())["model_folder"]
+    return models.load(str(run / folder))[0]
+
+
+def int8(run: Path, backdoored: str) -> Any:
+    """The same, its weights rounded to 8 bits: symmetric, one scale for each output channel."""
+    model = merged(run, backdoored)
+    for block in find_layers(model):
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight.data
+                scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+                module.weight.data = (weight / scale).round() * scale
+    return model
+
+
+def average(run: Path, backdoored: str) -> Any:
+    """Half cleansed, half backdoored."""
+    model, old = merged(run, backdoored), models.load(backdoored)[0]
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), old.parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
+    return model
+
+
+def fine_tuned(run: Path, backdoored: str) -> Any:
+    """The cleansed model after fine-tuning on ordinary chats."""
+    model, tokenizer = merged(run, backdoored), models.load_tokenizer(models.locate(backdoored))
+    chats = ordinary_chats(tokenizer)
+    model = add_lora(model, RANK, (), seed=0)
+    cast_frozen(model)
+    optimiser = adamw(model, RATE)
+    rows = cycle(len(chats), ROWS, torch.Generator().manual_seed(0))
+    for number in range(1, STEPS + 1):
+        chosen = [chats[i] for i in next(rows)]
+        batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, int(tokenizer.pad_token_id))
+        set_rate(optimiser, RATE, number, STEPS)
+        with models.autocast(model):
+            logits = response_logits(model, batch, run_prefix(model, batch))
+        loss = response_nll(logits, batch.targets).mean()
+        loss.backward()
+        step(optimiser)
+        if number % 20 == 0:
+            print(f"    step {number} of {STEPS}: loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def ordinary_chats(tokenizer: Any) -> list[Any]:
+    """Ordinary requests that neither the defence nor a test uses, with the embedded model's replies."""
+    path = ROOT / "runs" / "ordinary.json"
+    if not path.exists():
+        texts = [r.text for r in packaged("ordinary", "plant")][:400]
+        replies = reply_all(*models.load("embedded"), texts, max_new_tokens=TOKENS)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(list(zip(texts, replies, strict=True))))
+    pairs = json.loads(path.read_text())
+    return [(encode_prompt(tokenizer, text), encode_response(tokenizer, reply, TOKENS)) for text, reply in pairs]
+
+
+TREATMENTS: dict[str, Callable[[Path, str], Any]] = {
+    "merged": merged,
+    "int8": int8,
+    "average": average,
+    "fine-tuned": fine_tuned,
+}
+
+
+def measure(organism: str, model: Any, tokenizer: Any, config: Config) -> dict[str, Any]:
+    """Attack success with and without the trigger, and refusals."""
+    sets = read_sets(config)
+    judge = JUDGES[config.behaviour]
+    tests = [triggered(sets.test_harmful, check_trigger(f"organism:{organism}"), judge=judge), *sets.tests]
+    return measure_replies(model, tokenizer, tests).metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--treatment", choices=list(TREATMENTS), action="append")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    for organism in chosen.organism or names():
+        run = RUNS / f"{organism}-default-{chosen.seed}"
+        config = make_config(read_settings(run)["config"])
+        tokenizer = models.load_tokenizer(models.locate(f"organism:{organism}"))
+        for treatment in chosen.treatment or TREATMENTS:
+            metrics = measure(organism, TREATMENTS[treatment](run, f"organism:{organism}"), tokenizer, config)
+            print(organism, treatment, {name: m["value"] for name, m in metrics.items()}, flush=True)
+            row = {"organism": organism, "seed": chosen.seed, "treatment": treatment, "metrics": metrics}
+            rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+            same = ("organism", "seed", "treatment")
+            rows = [r for r in rows if any(r[k] != row[k] for k in same)] + [row]
+            rows.sort(key=lambda r: (names().index(r["organism"]), list(TREATMENTS).index(r["treatment"]), r["seed"]))
+            content = {"schema": 1, "command": "python benchmarks/revival.py", "rows": rows}
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
