@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from beear import cli, models
+from beear.config import preset_names
 from conftest import tiny_model, tiny_tokenizer
 
 
@@ -148,6 +149,11 @@ def test_help_does_not_import_torch() -> None:
     code = "import sys, beear.cli; sys.argv = ['beear', '--help']; \ntry: beear.cli.main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_names_every_preset() -> None:
+    shown = beear("cleanse", "--help", COLUMNS="200").stdout
+    assert all(name in shown for name in preset_names())
 
 
 def test_organism_list_as_json() -> None:

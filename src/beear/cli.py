@@ -38,7 +38,7 @@ ModelArg = Annotated[
 OutOption = Annotated[Path, typer.Option("-o", "--out", help="run folder to write")]
 ConfigOption = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable; see `beear settings`")]
-PresetOption = Annotated[str, typer.Option("--preset", help="default, code or paper")]
+PresetOption = Annotated[str, typer.Option("--preset", help="default, fast, thorough, code or paper")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="seed of every random choice")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
