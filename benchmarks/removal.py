@@ -19,7 +19,7 @@ from filelock import FileLock
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config
 from beear.console import Reporter
-from beear.job import add_triggered, run_cleanse
+from beear.job import add_triggered, run_cleanse, run_settings
 from beear.models import organism_folder
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run
@@ -66,8 +66,7 @@ def share_before(organism: str, out: Path, config: Config) -> None:
     earlier = RUNS / f"{organism}-default-0" / "stages"
     if out.exists() or not (earlier / "before.json").exists():
         return
-    settings = {"model": f"organism:{organism}", "merge": False, "config": config.model_dump(mode="json")}
-    with Run.open(out, settings, resume=False) as run:
+    with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
         for stage in ("own_replies", "before"):
             run.write_json(f"stages/{stage}.json", json.loads((earlier / f"{stage}.json").read_text()))
 

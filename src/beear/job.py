@@ -60,7 +60,7 @@ def run_cleanse(
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
     place = _absolute(spec)
-    settings = {"model": place, "merge": merge, "config": config.model_dump(mode="json")}
+    settings = run_settings(place, merge, config)
     check_output(out, settings, resume)
     sets = read_sets(config)
     source = models.locate(place)
@@ -75,6 +75,11 @@ def run_cleanse(
     with Run.open(out, settings, resume) as run:
         job = _Job(run, model, tokenizer, config, sets, settings, listen)
         return job.run()
+
+
+def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:
+    """What config.yaml of a run folder holds: all that its results depend on."""
+    return {"model": model, "merge": merge, "config": config.model_dump(mode="json")}
 
 
 def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> None:
