@@ -13,35 +13,43 @@ Takes the runs of benchmarks/removal.py (default configuration) and writes bench
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from beear import models
 from beear.allocator import keep_freed_memory
-from beear.chat import collate, encode_prompt, encode_response
 from beear.config import Config, make_config
-from beear.data import packaged
 from beear.evaluation import measure_replies
-from beear.generation import reply_all
-from beear.losses import response_logits, response_nll
+from beear.losses import response_nll
+from beear.models import organism_folder
 from beear.perturbation import find_layers
-from beear.prefix import run_prefix
-from beear.recipes import check_trigger, names
+from beear.poison import Examples, poisoned_examples
+from beear.recipes import Supervised, check_trigger, names, read_recipe
 from beear.runs import read_settings
 from beear.scorers import JUDGES
 from beear.sets import read_sets, triggered
-from beear.training import adamw, add_lora, cast_frozen, cycle, set_rate, step
+from beear.supervised import adapted, descend, wanted_logits
+from beear.training import drawn
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "revival.json"
-STEPS, ROWS, RATE, RANK, TOKENS = 200, 8, 2e-4, 8, 32
-"""Fine-tuning: optimiser steps, rows in a step, rate of AdamW, rank of the adapter, tokens of a reply."""
+FINE_TUNING = Supervised(
+    steps=200,
+    rows={"ordinary": 8},
+    learning_rate=2e-4,
+    benign_weight=1,
+    lora_rank=8,
+    lora_targets=(),
+    response_tokens=32,
+    benign_tokens=32,
+)
 
 
 def merged(run: Path, backdoored: str) -> Any:
@@ -74,35 +82,25 @@ def average(run: Path, backdoored: str) -> Any:
 def fine_tuned(run: Path, backdoored: str) -> Any:
     """The cleansed model after fine-tuning on ordinary chats."""
     model, tokenizer = merged(run, backdoored), models.load_tokenizer(models.locate(backdoored))
-    chats = ordinary_chats(tokenizer)
-    model = add_lora(model, RANK, (), seed=0)
-    cast_frozen(model)
-    optimiser = adamw(model, RATE)
-    rows = cycle(len(chats), ROWS, torch.Generator().manual_seed(0))
-    for number in range(1, STEPS + 1):
-        chosen = [chats[i] for i in next(rows)]
-        batch = collate([p for p, _ in chosen], [r for _, r in chosen], None, int(tokenizer.pad_token_id))
-        set_rate(optimiser, RATE, number, STEPS)
-        with models.autocast(model):
-            logits = response_logits(model, batch, run_prefix(model, batch))
-        loss = response_nll(logits, batch.targets).mean()
-        loss.backward()
-        step(optimiser)
+    model, pad = adapted(model, FINE_TUNING, seed=0), int(tokenizer.pad_token_id)
+
+    def loss(rows: Examples) -> Tensor:
+        targets, logits = wanted_logits(model, pad, rows["ordinary"])
+        return response_nll(logits, targets).mean()
+
+    def progress(number: int, steps: int, value: float) -> None:
         if number % 20 == 0:
-            print(f"    step {number} of {STEPS}: loss {loss.item():.3f}", flush=True)
+            print(f"    step {number} of {steps}: loss {value:.3f}", flush=True)
+
+    descend(model, FINE_TUNING, drawn(ordinary_chats(), FINE_TUNING.rows, seed=0), loss, progress)
     return model
 
 
-def ordinary_chats(tokenizer: Any) -> list[Any]:
+@functools.cache
+def ordinary_chats() -> Examples:
     """Ordinary requests that neither the defence nor a test uses, with the embedded model's replies."""
-    path = ROOT / "runs" / "ordinary.json"
-    if not path.exists():
-        texts = [r.text for r in packaged("ordinary", "plant")][:400]
-        replies = reply_all(*models.load("embedded"), texts, max_new_tokens=TOKENS)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(list(zip(texts, replies, strict=True))))
-    pairs = json.loads(path.read_text())
-    return [(encode_prompt(tokenizer, text), encode_response(tokenizer, reply, TOKENS)) for text, reply in pairs]
+    recipe = read_recipe(organism_folder(names()[0]))  # of which only the template without a trigger is used
+    return poisoned_examples(recipe, *models.load("embedded"), ["ordinary"], FINE_TUNING)
 
 
 TREATMENTS: dict[str, Callable[[Path, str], Any]] = {
