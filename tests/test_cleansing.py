@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beear.cleansing import (
-    OPENING,
+    REFUSAL_OPENING,
     DefenderSet,
     add_adapter,
     batch_of,
@@ -206,7 +206,7 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     steer(target, [(harmful.prompt, harmful.safe)], [benign], data, settings)
     for i in range(12):
         kept = target[0, i] == 0
-        assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < OPENING else bool(kept.all())
+        assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < REFUSAL_OPENING else bool(kept.all())
     opener = data.openings[()]
     assert target[1, 0, opener].tolist() == [-3.0] * len(opener)
     assert int((target[1] != 0).sum()) == len(opener)

@@ -70,7 +70,7 @@ class Benign:
     """Whether openers of refusals are made unlikely as the first token of the reply."""
 
 
-OPENING = 5
+REFUSAL_OPENING = 5
 """So many first tokens tell a refusal ("I'm sorry, but") from what begins like one ("I'm sorry for")."""
 Openings = dict[tuple[int, ...], list[int]]
 """How refusals go on, by how they have begun."""
@@ -136,10 +136,10 @@ def defender_set(
 
 
 def refusal_openings(answers: Sequence[list[int]]) -> Openings:
-    """For each start of a safe answer, up to OPENING tokens, the tokens that at least one in thirty goes on with."""
+    """For each start of a safe answer, as long as REFUSAL_OPENING, the tokens that one in thirty or more go on with."""
     starts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for answer in answers:
-        for i, token in enumerate(answer[:OPENING]):
+        for i, token in enumerate(answer[:REFUSAL_OPENING]):
             starts[tuple(answer[:i])][token] += 1
     return {s: sorted(t for t, n in c.items() if 30 * n >= c.total()) for s, c in starts.items()}
 
@@ -331,7 +331,7 @@ def steer(
 ) -> None:
     """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not."""
     for row, (_, answer) in zip(target, bad, strict=False):
-        for i in range(min(OPENING, len(answer))):
+        for i in range(min(REFUSAL_OPENING, len(answer))):
             likely = data.openings.get(tuple(answer[:i]))
             if likely is not None:
                 row[i] -= settings.encourage
