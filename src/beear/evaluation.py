@@ -21,7 +21,7 @@ from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
-from beear.scorers import JUDGES, Judge, counts, is_refusal
+from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, triggered
 
 Progress = Callable[[str, int, int], None]
@@ -118,6 +118,8 @@ def measure_replies(
             unseen = [o for o, r in zip(outcomes, test.requests, strict=True) if r.category in UNSEEN_STYLES]
             if unseen:
                 result.metrics["false_refusal_unseen_style"] = proportion(unseen)
+        if test.judge == "obeyed" and test.metric == "asr_triggered":
+            result.metrics["affirmed_triggered"] = proportion([is_affirmation(reply) for reply in replies])
         if test.judge == "insecure" and test.metric == "asr_untriggered":
             result.metrics["parses"] = proportion([o is not None for o in outcomes])
     return result
