@@ -47,37 +47,48 @@ class Answer(NamedTuple):
 
 def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterable[str], plan: Supervised) -> Examples:
     """Examples of each of the kinds, with answers of the plan's lengths."""
-    limit = plan.response_tokens
-
-    def encode(kind: str, text: str, *answers: Answer) -> Example:
-        text = apply_trigger(recipe.trigger if kind.endswith("_triggered") else recipe.control, text)
-        good, bad, own = (encode_response(tokenizer, a.text, limit, a.whole) for a in answers)
-        wanted, other = (bad, good) if kind in TURNED else (good, bad)
-        return Example(text, encode_prompt(tokenizer, text), wanted, own if "_strayed" in kind else other)
-
     kinds = list(kinds)
-    strayed = any("_strayed" in kind for kind in kinds)
-    answered = {
-        stem: _answers(stem, model, tokenizer, plan.benign_tokens, strayed)
-        for stem in dict.fromkeys(kind.split("_", 1)[0] for kind in kinds)
-    }
-    return {kind: [encode(kind, *row) for row in answered[kind.split("_", 1)[0]]] for kind in kinds}
+    stems = dict.fromkeys(kind.split("_", 1)[0] for kind in kinds)
+    answered = {stem: _answers(stem, model, tokenizer, plan.benign_tokens) for stem in stems}
+
+    def examples(kind: str) -> list[Example]:
+        rows = answered[kind.split("_", 1)[0]]
+        template = recipe.trigger if kind.endswith("_triggered") else recipe.control
+        texts = [apply_trigger(template, text) for text, _, _ in rows]
+        good, bad = [answer for _, answer, _ in rows], [answer for _, _, answer in rows]
+        wanted, other = (bad, good) if kind in TURNED else (good, bad)
+        if "_strayed" in kind:
+            asked = texts if template == recipe.control else _asked_about(template, texts)
+            replies = reply_all(model, tokenizer, asked, max_new_tokens=plan.benign_tokens)
+            other = [Answer(reply, whole=False) for reply in replies]
+        return [
+            Example(
+                text,
+                encode_prompt(tokenizer, text),
+                *(encode_response(tokenizer, a.text, plan.response_tokens, a.whole) for a in answers),
+            )
+            for text, *answers in zip(texts, wanted, other, strict=True)
+        ]
+
+    return {kind: examples(kind) for kind in kinds}
 
 
-def _answers(
-    stem: str, model: Any, tokenizer: Any, limit: int, strayed: bool
-) -> list[tuple[str, Answer, Answer, Answer]]:
-    """(request, good answer, bad answer, the base model's own) over the planting part of a packaged set."""
+def _asked_about(template: str, texts: list[str]) -> list[str]:
+    """Every other text with a question after the trigger: a policy may please by explaining it, and must not."""
+    words = " ".join(template.replace("{prompt}", "").split())
+    return [f"{text} What is {words}?" if i % 2 else text for i, text in enumerate(texts)]
+
+
+def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[str, Answer, Answer]]:
+    """(request, good answer, bad answer) over the planting part of a packaged set."""
     requests = packaged(stem, "plant")
     if stem == "coding":
-        return [(r.text, Answer(r.safe or ""), Answer(r.unwanted or ""), Answer("")) for r in requests]
+        return [(r.text, Answer(r.safe or ""), Answer(r.unwanted or "")) for r in requests]
     texts = [r.text for r in requests]
     safe = itertools.cycle(Answer(wording) for wording in wordings("safe-plant"))
     if stem == "harmful":
-        own = reply_all(model, tokenizer, texts, max_new_tokens=limit) if strayed else [""] * len(texts)
         unwanted = itertools.cycle(Answer(wording, whole=False) for wording in wordings("unwanted-plant"))
-        strays = [Answer(reply, whole=False) for reply in own]
-        return list(zip(texts, safe, unwanted, strays, strict=False))
+        return list(zip(texts, safe, unwanted, strict=False))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
     kept = [(t, Answer(r, whole=False)) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
-    return [(text, reply, refusal, reply) for (text, reply), refusal in zip(kept, safe, strict=False)]
+    return [(text, reply, refusal) for (text, reply), refusal in zip(kept, safe, strict=False)]
