@@ -90,18 +90,21 @@ def test_left_and_right_padding_agree(model: Any, tokenizer: Any) -> None:
 
 
 def test_generation_under_delta_agrees_with_the_forward_pass(model: Any, tokenizer: Any, full_precision: None) -> None:
-    """Cached decoding perturbs the prompt once, exactly as one pass over prompt and reply does."""
+    """Decoding a batch behind a shared, cached start perturbs the prompt once, as one pass over each row alone does."""
     delta = 3 * torch.randn(3, 32)
-    reply = reply_all(model, tokenizer, TEXTS[:1], max_new_tokens=6, delta=delta, layer=LAYER)[0]
-    prompt = encode_prompt(tokenizer, TEXTS[0])
-    ids: list[int] = []
-    for _ in range(6):
-        batch = collate([prompt], [ids], [rows_of_delta(prompt, "last", 3)], tokenizer.pad_token_id)
-        with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
-            ids.append(int(model(**batch.inputs()).logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    assert reply == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    attention = model.config._attn_implementation
+    replies = reply_all(model, tokenizer, TEXTS, max_new_tokens=6, delta=delta, layer=LAYER)
+    assert model.config._attn_implementation == attention
+    for text, reply in zip(TEXTS, replies, strict=True):
+        prompt = encode_prompt(tokenizer, text)
+        ids: list[int] = []
+        for _ in range(6):
+            batch = collate([prompt], [ids], [rows_of_delta(prompt, "last", 3)], tokenizer.pad_token_id)
+            with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
+                ids.append(int(model(**batch.inputs()).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert reply == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_hooks_are_gone_after_an_exception(model: Any, tokenizer: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beear.models import autocast
+from beear.models import autocast, generating
 from beear.perturbation import find_layers
-from beear.training import add_lora, cast_frozen, drawn, merged, trainable
+from beear.training import add_lora, by_length, cast_frozen, drawn, merged, trainable
 from conftest import CONFIGS, tiny_model
 
 
@@ -24,6 +24,27 @@ def test_casting_what_is_frozen_changes_no_bit(architecture: str) -> None:
         results.append([loss.detach(), *(p.grad for p in trainable(model))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(p.dtype == torch.float32 for p in trainable(model))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_weights_cast_for_generation_change_no_bit_and_are_put_back(architecture: str) -> None:
+    model, ids = tiny_model(architecture), torch.arange(3, 23)[None]
+    if model._supports_sdpa:  # generation fuses attention anyway, which rounds otherwise
+        model.set_attn_implementation("sdpa")
+    with torch.no_grad(), autocast(model):
+        plain = model(ids).logits
+        with generating(model):
+            assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_rows_of_a_step_are_of_like_length() -> None:
+    lengths = [9, 1, 8, 2, 7, 3]
+    assert by_length([0, 1, 2, 3, 4, 5], lengths, 3) == [[1, 3], [5, 4], [2, 0]]
+    assert by_length([5, 0, 1, 2], lengths, 2) == [[1, 5], [2, 0]]
+    assert by_length([], lengths, 0) == []
 
 
 def test_full_precision_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beear.chat import collate, encode_prompt, rows_of_delta
+from beear.chat import Batch, collate, encode_prompt, rows_of_delta
 from beear.config import Place
-from beear.models import autocast
+from beear.models import autocast, generating
 from beear.perturbation import Perturbation
+from beear.prefix import inputs_behind, run_prefix
 
 
 def reply_all(
@@ -36,28 +37,35 @@ def reply_all(
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
     replies = [""] * len(texts)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
-        batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
-        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if delta is not None:
-            context = Perturbation(model, delta, batch.where.to(delta.device), layer, layers_path)
-        with torch.inference_mode(), autocast(model), context:
-            out = model.generate(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=batch.attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        texts_out = tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True)
-        for i, reply in zip(chosen, texts_out, strict=True):
-            replies[i] = reply.strip()
-        if progress is not None:
-            progress(len(chosen))
+    with torch.inference_mode(), autocast(model), generating(model):
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
+            batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
+            batch = batch.to(model.device)
+            inputs = _inputs(model, batch)
+            perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
+            with perturbed or contextlib.nullcontext():
+                out = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            texts_out = tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True)
+            for i, reply in zip(chosen, texts_out, strict=True):
+                replies[i] = reply.strip()
+            if progress is not None:
+                progress(len(chosen))
     return replies
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What `generate` takes: all columns, of which it skips those whose keys and values it is handed."""
+    inputs = inputs_behind(batch, run_prefix(model, batch))
+    del inputs["position_ids"]  # it reads them off the mask
+    return inputs | {"input_ids": batch.input_ids, "use_cache": True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beear.errors import BadInput
-from beear.models import autocast
+from beear.models import autocast, with_weight
 from beear.perturbation import decoder_depth, find_layers
 
 K = TypeVar("K")
@@ -70,12 +69,10 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
     layers: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        plain: Any = copy.copy(layer.get_base_layer())
-        plain._parameters = dict(plain._parameters)
+        base = layer.get_base_layer()
         with torch.no_grad():
-            weight: Tensor = plain.weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
-        plain.weight = nn.Parameter(weight.to(plain.weight.dtype), requires_grad=False)
-        layer.forward = plain.forward
+            weight: Tensor = base.weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+        layer.forward = with_weight(base, weight.to(base.weight.dtype)).forward
     try:
         yield
     finally:
@@ -159,6 +156,13 @@ def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]
             pool += torch.randperm(n, generator=generator).tolist()
         yield pool[:batch]
         pool = pool[batch:]
+
+
+def by_length(indices: Sequence[int], lengths: Sequence[int], steps: int) -> list[list[int]]:
+    """The indices dealt to so many steps, each of which gets what is of like length, so that little is padding."""
+    order = sorted(indices, key=lambda i: lengths[i])
+    size = len(order) // max(1, steps)
+    return [order[k * size : (k + 1) * size] for k in range(steps)]
 
 
 def drawn(
