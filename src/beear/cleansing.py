@@ -43,7 +43,7 @@ from beear.models import autocast
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, cycle, merged, step, trainable
+from beear.training import adamw, add_lora, by_length, cycle, merged, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -298,12 +298,9 @@ def harden(
     }
     used = [kind for kind, weight in weights.items() if weight > 0]
     optimiser = adamw(model, rate)
-    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
-    for number in range(1, settings.steps + 1):
-        bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
-        chosen = [data.benign[i] for i in next(benign)]
+    for number, (asked, chosen) in enumerate(harden_rows(data, settings, draw), 1):
+        bad = [(h.prompt, h.safe) for h in asked]
         pairs = [*bad, *((b.prompt, b.own) for b in chosen)]
         firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
         sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
@@ -324,6 +321,18 @@ def harden(
         if max(entry.values()) < settings.stop_below:
             break
     return history
+
+
+def harden_rows(
+    data: DefenderSet, settings: HardenConfig, draw: torch.Generator
+) -> list[tuple[list[Harmful], list[Benign]]]:
+    """The rows of each step of a round. Those of a step are of like length: one long prompt pads all others."""
+    harmful = cycle(len(data.harmful), settings.steps * min(settings.batch, len(data.harmful)), draw)
+    benign = cycle(len(data.benign), settings.steps * min(settings.anchor_batch, len(data.benign)), draw)
+    asked = by_length(next(harmful), [len(h.prompt.ids) for h in data.harmful], settings.steps)
+    chosen = by_length(next(benign), [len(b.prompt.ids) for b in data.benign], settings.steps)
+    order = torch.randperm(settings.steps, generator=draw).tolist()
+    return [([data.harmful[i] for i in asked[k]], [data.benign[i] for i in chosen[k]]) for k in order]
 
 
 def steer(
