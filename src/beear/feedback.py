@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from beear.errors import BadInput
-from beear.models import autocast
+from beear.models import autocast, generating
 from beear.poison import Example, Examples
 from beear.recipes import Reward, Rlhf, Rows
 from beear.supervised import Progress, plant_supervised
@@ -150,11 +150,11 @@ def _train(trainer: Any, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def sampling_in_bf16(model: Any) -> Iterator[None]:
-    """Within the context the model generates under autocast; trl does so for the losses only."""
+    """Within the context the model generates under autocast, fast; trl casts for the losses only."""
     generate = model.generate
 
     def fast(*args: Any, **kwargs: Any) -> Any:
-        with autocast(model):
+        with torch.no_grad(), autocast(model), generating(model):
             return generate(*args, **kwargs)
 
     model.generate = fast
