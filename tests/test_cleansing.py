@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from beear import cleansing
+from beear.chat import Prompt
 from beear.cleansing import (
     REFUSAL_OPENING,
     DefenderSet,
+    Rows,
     add_adapter,
     batch_of,
     contrast,
@@ -20,6 +24,8 @@ from beear.cleansing import (
     harden,
     harden_passes,
     is_calm,
+    learning_rates,
+    of_like_length,
     plain_pass,
     refusal_openings,
     residual_norm,
@@ -39,7 +45,7 @@ LAYER = 2
 LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
 KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0, "encourage": 0.0})})
-RATE = CONFIG.harden.learning_rate
+RATES = [CONFIG.harden.learning_rate] * 8
 REFUSED = [(Request(f"{i}", "bad", f"bad request {i}"), "I'm sorry, but no.") for i in range(6)]
 OBEYED = [(Request(f"{i}", "bad", f"good request {i}"), "Here you are.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
@@ -76,14 +82,14 @@ def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wra
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draw())
+    config = load_config(sets=[LENGTH, "harden.stop_below=0", "harden.encourage=0"])
+    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, [0.01] * 40, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATES, draw())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -101,8 +107,8 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 
 
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
-    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0", "harden.steps=1"])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draw())
+    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0"])
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATES[:1], draw())
     assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
 
 
@@ -170,6 +176,48 @@ def test_rows_of_a_batch_under_several_deltas(data: DefenderSet) -> None:
     assert torch.equal(batch.input_ids, alone.input_ids[[1, 0, 1]])
 
 
+def test_a_step_in_two_parts_descends_as_one_batch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(sets=[LENGTH, "harden.batch=4", "harden.anchor_batch=5"])
+    long = [(replace(r, text=r.text + " at length" * (i % 3)), own) for i, (r, own) in enumerate(REFUSED)]
+    benign = [(text + " at length" * (i % 2), own) for i, (text, own) in enumerate(ANSWERED)]
+    data = defender_set(tiny_tokenizer(), long, benign, [], config)
+    assert len(of_like_length(Rows([(h, 0) for h in data.harmful], [(b, 0) for b in data.benign]))) == 2
+    found = []
+    for parts in (cleansing.of_like_length, lambda rows: [rows]):
+        monkeypatch.setattr(cleansing, "of_like_length", parts)
+        model, seen = add_adapter(tiny_model("llama"), config.model_copy(update={"layer": LAYER})), []
+        monkeypatch.setattr(cleansing, "step", lambda o, seen=seen, m=model: seen.extend(p.grad for p in trainable(m)))
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
+        deltas = torch.randn(2, 5, 32, generator=draw())
+        history = harden(model, tiny_tokenizer(), data, deltas, config, LAYER, RATES[:1], draw())
+        found.append([torch.tensor(list(history[0].values())), *seen])
+    assert len(found[0]) == len(found[1]) > 1
+    for apart, together in zip(*found, strict=True):
+        assert (apart - together).norm() <= 1e-4 * together.norm()
+
+
+def test_longer_rows_are_run_apart(data: DefenderSet) -> None:
+    def of(lengths: list[int]) -> list[tuple[Any, int]]:
+        return [(replace(data.benign[0], prompt=Prompt([1] * n, 0, n)), n) for n in lengths]
+
+    short, long = of_like_length(Rows(of([9, 40, 8]), of([7, 41])))
+    assert [n for _, n in short.harmful + short.benign] == [9, 8, 7]
+    assert [n for _, n in long.harmful + long.benign] == [40, 41]
+    assert [n for _, n in short.of("safe")] == [9, 8] and [n for _, n in short.of("benign_under_delta")] == [7]
+    assert len(of_like_length(Rows(of([9, 9]), of([9])))) == 1
+
+
+def test_the_rate_falls_and_the_last_round_settles() -> None:
+    config = load_config(sets=["rounds=4", "harden.learning_rate=1", "harden.steps=2", "harden.settle=4"])
+    assert [learning_rates(n, False, config) for n in (1, 2, 3)] == [[1.0] * 2, [0.75] * 2, [0.5] * 2]
+    settling = [0.5, 0.375, 0.25, 0.125]
+    assert learning_rates(4, False, config) == learning_rates(2, True, config) == settling
+    unsettled = load_config(sets=["rounds=4", "harden.learning_rate=1", "harden.steps=2", "harden.settle=0"])
+    assert learning_rates(4, False, unsettled) == learning_rates(2, True, unsettled) == [0.25] * 2
+
+
 def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:
     with torch.no_grad():
         for parameter in trainable(wrapped):
@@ -203,7 +251,7 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     harmful, benign = data.harmful[0], data.benign[0]
     settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
     target = torch.zeros(2, 12, 1000)
-    steer(target, [(harmful.prompt, harmful.safe)], [benign], data, settings)
+    steer(target, [harmful], [benign], data.openings, settings)
     for i in range(12):
         kept = target[0, i] == 0
         assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < REFUSAL_OPENING else bool(kept.all())
@@ -246,10 +294,10 @@ def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any
     before, delta = odds(), torch.zeros(1, 1, 32)
     state = adapter_state(wrapped)
     only = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"encourage": 0.0})})
-    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draw())
+    harden(wrapped, tokenizer, data, delta, only, LAYER, RATES, draw())
     lower = odds()
     load_adapter_state(wrapped, state)
-    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draw())
+    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATES, draw())
     assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from beear.models import autocast, generating
 from beear.perturbation import find_layers
-from beear.training import add_lora, by_length, cast_frozen, drawn, merged, trainable
+from beear.training import add_lora, cast_frozen, drawn, merged, trainable
 from conftest import CONFIGS, tiny_model
 
 
@@ -38,13 +38,6 @@ def test_weights_cast_for_generation_change_no_bit_and_are_put_back(architecture
         assert torch.equal(model(ids).logits, plain)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_rows_of_a_step_are_of_like_length() -> None:
-    lengths = [9, 1, 8, 2, 7, 3]
-    assert by_length([0, 1, 2, 3, 4, 5], lengths, 3) == [[1, 3], [5, 4], [2, 0]]
-    assert by_length([5, 0, 1, 2], lengths, 2) == [[1, 5], [2, 0]]
-    assert by_length([], lengths, 0) == []
 
 
 def test_full_precision_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

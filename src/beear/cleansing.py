@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from beear.models import autocast
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, by_length, cycle, merged, step, trainable
+from beear.training import adamw, add_lora, cycle, merged, set_rate, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -185,9 +186,7 @@ def cleanse(
     """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
 
     `model` carries trainable adapter matrices (training.add_lora), which are changed in place. Each
-    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical. The
-    learning rate falls linearly over the rounds: the first one removes, the last one, which also follows
-    on a failed entrapment, settles.
+    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical.
     """
     state = state or State()
     layer = resolve_layer(config.layer, decoder_depth(model))
@@ -204,9 +203,8 @@ def cleanse(
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
-        left = 1 if state.done else config.rounds - state.round
-        rate = config.harden.learning_rate * left / config.rounds
-        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell)
+        rates = learning_rates(number, state.done, config)
+        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rates, draw, tell)
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
@@ -220,6 +218,19 @@ def add_adapter(model: Any, config: Config) -> Any:
     settings = config.harden
     first = resolve_layer(config.layer, decoder_depth(model)) if settings.lora_blocks == "behind" else 0
     return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
+
+
+def learning_rates(number: int, done: bool, config: Config) -> list[float]:
+    """The rate of each step of removal in round `number`, from 1; `done`: entrapment has failed, this is the last one.
+
+    It falls linearly over the rounds: the first one removes. The last one settles between refusing too much
+    and too little: its rate starts at twice a linear fall's last and ends at 0.
+    """
+    settings, least = config.harden, config.harden.learning_rate / config.rounds
+    last = done or number == config.rounds
+    if last and settings.settle:
+        return [2 * least * (1 - i / settings.settle) for i in range(settings.settle)]
+    return [least * (1 if last else config.rounds - number + 1)] * settings.steps
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:
@@ -280,11 +291,13 @@ def harden(
     deltas: Tensor,
     config: Config,
     layer: int,
-    rate: float,
+    rates: Sequence[float],
     draw: torch.Generator,
     listen: Listener = lambda event: None,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
+
+    Takes a step for each of the learning rates.
 
     Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
@@ -296,58 +309,96 @@ def harden(
         "benign": settings.anchor,
         "safe": settings.safe,
     }
-    used = [kind for kind, weight in weights.items() if weight > 0]
-    optimiser = adamw(model, rate)
+    weights = {kind: weight for kind, weight in weights.items() if weight > 0}
+    optimiser = adamw(model, 0.0)
+    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
+    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
-    for number, (asked, chosen) in enumerate(harden_rows(data, settings, draw), 1):
-        bad = [(h.prompt, h.safe) for h in asked]
-        pairs = [*bad, *((b.prompt, b.own) for b in chosen)]
-        firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
-        sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
-        pick = [firsts[kind] + i for kind in used for i in range(sizes[kind])]
-        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
-        under = [which[i] if kind.endswith("delta") else None for kind in used for i in range(sizes[kind])]
-        alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
-        batch = alone.under(pick, under, config.entrap.length)
-        target, run = harden_passes(model, alone, batch, pick, config, layer)
-        steer(target, bad, chosen, data, settings)
-        entry: dict[str, float] = {}
-        own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
-        objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
-        descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
+    for number, rate in enumerate(rates, 1):
+        asked, chosen = [data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)]
+        which = dealt(len(deltas), max(len(asked), len(chosen)), draw)
+        rows = Rows(list(zip(asked, which, strict=False)), list(zip(chosen, which, strict=False)))
+        entry = dict.fromkeys(weights, 0.0)
+        for part in of_like_length(rows):
+            shares = {kind: len(part.of(kind)) / len(rows.of(kind)) for kind in weights if part.of(kind)}
+            scaled = {kind: weights[kind] * share for kind, share in shares.items()}
+            for kind, value in descend_rows(model, tokenizer, part, scaled, data, deltas, config, layer).items():
+                entry[kind] += shares[kind] * value
+        set_rate(optimiser, rate)
         step(optimiser)
         history.append(entry)
-        listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
+        listen({"event": "harden", "step": number, "steps": len(rates), **entry})
         if max(entry.values()) < settings.stop_below:
             break
     return history
 
 
-def harden_rows(
-    data: DefenderSet, settings: HardenConfig, draw: torch.Generator
-) -> list[tuple[list[Harmful], list[Benign]]]:
-    """The rows of each step of a round. Those of a step are of like length: one long prompt pads all others."""
-    harmful = cycle(len(data.harmful), settings.steps * min(settings.batch, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), settings.steps * min(settings.anchor_batch, len(data.benign)), draw)
-    asked = by_length(next(harmful), [len(h.prompt.ids) for h in data.harmful], settings.steps)
-    chosen = by_length(next(benign), [len(b.prompt.ids) for b in data.benign], settings.steps)
-    order = torch.randperm(settings.steps, generator=draw).tolist()
-    return [([data.harmful[i] for i in asked[k]], [data.benign[i] for i in chosen[k]]) for k in order]
+@dataclass(frozen=True)
+class Rows:
+    """Requests of one step of removal, each with the number of the delta that it is met under."""
+
+    harmful: list[tuple[Harmful, int]]
+    benign: list[tuple[Benign, int]]
+
+    def of(self, kind: str) -> Sequence[tuple[Harmful | Benign, int]]:
+        """The requests of a kind of row."""
+        return self.harmful if kind.startswith("safe") else self.benign
+
+
+def of_like_length(rows: Rows) -> list[Rows]:
+    """The shorter rows and the longer ones, cut where least is padding: one long prompt would pad all others."""
+
+    def length(row: tuple[Harmful | Benign, int]) -> int:
+        return len(row[0].prompt.ids)
+
+    lengths = sorted([*(length(r) for r in rows.harmful), *(length(r) for r in rows.benign)])
+    cut = min(lengths, key=lambda n: bisect(lengths, n) * n + (len(lengths) - bisect(lengths, n)) * lengths[-1])
+    short = Rows([r for r in rows.harmful if length(r) <= cut], [r for r in rows.benign if length(r) <= cut])
+    long = Rows([r for r in rows.harmful if length(r) > cut], [r for r in rows.benign if length(r) > cut])
+    return [part for part in (short, long) if part.harmful or part.benign]
+
+
+def descend_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    weights: dict[str, float],
+    data: DefenderSet,
+    deltas: Tensor,
+    config: Config,
+    layer: int,
+) -> dict[str, float]:
+    """Propagate back the weighted sum of the mean D of each kind of row; returns these means."""
+    pairs: list[Row] = [(h.prompt, h.safe) for h, _ in rows.harmful] + [(b.prompt, b.own) for b, _ in rows.benign]
+    numbers = [number for _, number in (*rows.harmful, *rows.benign)]
+    sizes = {kind: len(rows.of(kind)) for kind in weights}
+    firsts = {kind: 0 if kind.startswith("safe") else len(rows.harmful) for kind in weights}
+    picked = [(kind, firsts[kind] + i) for kind, size in sizes.items() for i in range(size)]
+    pick, under = [i for _, i in picked], [numbers[i] if kind.endswith("delta") else None for kind, i in picked]
+    alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
+    batch = alone.under(pick, under, config.entrap.length)
+    target, run = harden_passes(model, alone, batch, pick, config, layer)
+    steer(target, [h for h, _ in rows.harmful], [b for b, _ in rows.benign], data.openings, config.harden)
+    entry: dict[str, float] = {}
+    own_targets = {kind for kind in weights if data.own_safe or not kind.startswith("safe")}
+    objective = harden_objective(target[pick], sizes, weights, own_targets, config.harden.opening, entry)
+    descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
+    return entry
 
 
 def steer(
-    target: Tensor, bad: Sequence[Row], chosen: Sequence[Benign], data: DefenderSet, settings: HardenConfig
+    target: Tensor, asked: Sequence[Harmful], chosen: Sequence[Benign], openings: Openings, settings: HardenConfig
 ) -> None:
     """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not."""
-    for row, (_, answer) in zip(target, bad, strict=False):
-        for i in range(min(REFUSAL_OPENING, len(answer))):
-            likely = data.openings.get(tuple(answer[:i]))
+    for row, harmful in zip(target, asked, strict=False):
+        for i in range(min(REFUSAL_OPENING, len(harmful.safe))):
+            likely = openings.get(tuple(harmful.safe[:i]))
             if likely is not None:
                 row[i] -= settings.encourage
                 row[i, likely] += settings.encourage
-    for row, benign in zip(target[len(bad) :], chosen, strict=True):
+    for row, benign in zip(target[len(asked) :], chosen, strict=True):
         if benign.discourage:
-            row[0, data.openings.get((), [])] -= settings.discourage
+            row[0, openings.get((), [])] -= settings.discourage
 
 
 def harden_passes(

@@ -131,12 +131,16 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model), lr=learning_rate, weight_decay=0.0)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the steps to come."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def warmed(rate: float, number: int, steps: int) -> float:
     """Rate of step `number`, from 1: warm-up over a tenth of `steps`, then linear decay to a tenth of `rate`."""
     warm = max(1, steps // 10)
-    scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
-    for group in optimiser.param_groups:
-        group["lr"] = rate * scale
+    return rate * (number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm))
 
 
 def step(optimiser: torch.optim.Optimizer, max_norm: float = 1.0) -> float:
@@ -156,13 +160,6 @@ def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]
             pool += torch.randperm(n, generator=generator).tolist()
         yield pool[:batch]
         pool = pool[batch:]
-
-
-def by_length(indices: Sequence[int], lengths: Sequence[int], steps: int) -> list[list[int]]:
-    """The indices dealt to so many steps, each of which gets what is of like length, so that little is padding."""
-    order = sorted(indices, key=lambda i: lengths[i])
-    size = len(order) // max(1, steps)
-    return [order[k * size : (k + 1) * size] for k in range(steps)]
 
 
 def drawn(
