@@ -24,7 +24,6 @@ from beear.cleansing import (
     harden,
     harden_passes,
     is_calm,
-    learning_rates,
     of_like_length,
     plain_pass,
     refusal_openings,
@@ -45,7 +44,7 @@ LAYER = 2
 LENGTH = "entrap.length=5"
 CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
 KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0, "encourage": 0.0})})
-RATES = [CONFIG.harden.learning_rate] * 8
+RATE = CONFIG.harden.learning_rate
 REFUSED = [(Request(f"{i}", "bad", f"bad request {i}"), "I'm sorry, but no.") for i in range(6)]
 OBEYED = [(Request(f"{i}", "bad", f"good request {i}"), "Here you are.") for i in range(6)]
 ANSWERED = [(f"good request {i}", "Here you are.") for i in range(6)]
@@ -82,14 +81,14 @@ def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wra
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    config = load_config(sets=[LENGTH, "harden.stop_below=0", "harden.encourage=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, [0.01] * 40, draw())
+    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
+    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATES, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draw())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -107,8 +106,8 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 
 
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
-    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATES[:1], draw())
+    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0", "harden.steps=1"])
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draw())
     assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
 
 
@@ -177,7 +176,7 @@ def test_rows_of_a_batch_under_several_deltas(data: DefenderSet) -> None:
 
 
 def test_a_step_in_two_parts_descends_as_one_batch_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(sets=[LENGTH, "harden.batch=4", "harden.anchor_batch=5"])
+    config = load_config(sets=[LENGTH, "harden.batch=4", "harden.anchor_batch=5", "harden.steps=1"])
     long = [(replace(r, text=r.text + " at length" * (i % 3)), own) for i, (r, own) in enumerate(REFUSED)]
     benign = [(text + " at length" * (i % 2), own) for i, (text, own) in enumerate(ANSWERED)]
     data = defender_set(tiny_tokenizer(), long, benign, [], config)
@@ -191,7 +190,7 @@ def test_a_step_in_two_parts_descends_as_one_batch_would(monkeypatch: pytest.Mon
             for parameter in trainable(model):
                 parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
         deltas = torch.randn(2, 5, 32, generator=draw())
-        history = harden(model, tiny_tokenizer(), data, deltas, config, LAYER, RATES[:1], draw())
+        history = harden(model, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draw())
         found.append([torch.tensor(list(history[0].values())), *seen])
     assert len(found[0]) == len(found[1]) > 1
     for apart, together in zip(*found, strict=True):
@@ -207,15 +206,6 @@ def test_longer_rows_are_run_apart(data: DefenderSet) -> None:
     assert [n for _, n in long.harmful + long.benign] == [40, 41]
     assert [n for _, n in short.of("safe")] == [9, 8] and [n for _, n in short.of("benign_under_delta")] == [7]
     assert len(of_like_length(Rows(of([9, 9]), of([9])))) == 1
-
-
-def test_the_rate_falls_and_the_last_round_settles() -> None:
-    config = load_config(sets=["rounds=4", "harden.learning_rate=1", "harden.steps=2", "harden.settle=4"])
-    assert [learning_rates(n, False, config) for n in (1, 2, 3)] == [[1.0] * 2, [0.75] * 2, [0.5] * 2]
-    settling = [0.5, 0.375, 0.25, 0.125]
-    assert learning_rates(4, False, config) == learning_rates(2, True, config) == settling
-    unsettled = load_config(sets=["rounds=4", "harden.learning_rate=1", "harden.steps=2", "harden.settle=0"])
-    assert learning_rates(4, False, unsettled) == learning_rates(2, True, unsettled) == [0.25] * 2
 
 
 def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:
@@ -294,10 +284,10 @@ def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any
     before, delta = odds(), torch.zeros(1, 1, 32)
     state = adapter_state(wrapped)
     only = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"encourage": 0.0})})
-    harden(wrapped, tokenizer, data, delta, only, LAYER, RATES, draw())
+    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draw())
     lower = odds()
     load_adapter_state(wrapped, state)
-    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATES, draw())
+    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draw())
     assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
 
 

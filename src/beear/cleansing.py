@@ -44,7 +44,7 @@ from beear.models import autocast
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, cycle, merged, set_rate, step, trainable
+from beear.training import adamw, add_lora, cycle, merged, step, trainable
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -186,7 +186,9 @@ def cleanse(
     """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
 
     `model` carries trainable adapter matrices (training.add_lora), which are changed in place. Each
-    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical.
+    round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical. The
+    learning rate falls linearly over the rounds: the first one removes, the last one, which also follows
+    on a failed entrapment, settles.
     """
     state = state or State()
     layer = resolve_layer(config.layer, decoder_depth(model))
@@ -203,8 +205,9 @@ def cleanse(
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
-        rates = learning_rates(number, state.done, config)
-        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rates, draw, tell)
+        left = 1 if state.done else config.rounds - state.round
+        rate = config.harden.learning_rate * left / config.rounds
+        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell)
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
@@ -218,19 +221,6 @@ def add_adapter(model: Any, config: Config) -> Any:
     settings = config.harden
     first = resolve_layer(config.layer, decoder_depth(model)) if settings.lora_blocks == "behind" else 0
     return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
-
-
-def learning_rates(number: int, done: bool, config: Config) -> list[float]:
-    """The rate of each step of removal in round `number`, from 1; `done`: entrapment has failed, this is the last one.
-
-    It falls linearly over the rounds: the first one removes. The last one settles between refusing too much
-    and too little: its rate starts at twice a linear fall's last and ends at 0.
-    """
-    settings, least = config.harden, config.harden.learning_rate / config.rounds
-    last = done or number == config.rounds
-    if last and settings.settle:
-        return [2 * least * (1 - i / settings.settle) for i in range(settings.settle)]
-    return [least * (1 if last else config.rounds - number + 1)] * settings.steps
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:
@@ -291,13 +281,11 @@ def harden(
     deltas: Tensor,
     config: Config,
     layer: int,
-    rates: Sequence[float],
+    rate: float,
     draw: torch.Generator,
     listen: Listener = lambda event: None,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
-
-    Takes a step for each of the learning rates.
 
     Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
@@ -310,11 +298,11 @@ def harden(
         "safe": settings.safe,
     }
     weights = {kind: weight for kind, weight in weights.items() if weight > 0}
-    optimiser = adamw(model, 0.0)
+    optimiser = adamw(model, rate)
     harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
     benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
-    for number, rate in enumerate(rates, 1):
+    for number in range(1, settings.steps + 1):
         asked, chosen = [data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)]
         which = dealt(len(deltas), max(len(asked), len(chosen)), draw)
         rows = Rows(list(zip(asked, which, strict=False)), list(zip(chosen, which, strict=False)))
@@ -324,10 +312,9 @@ def harden(
             scaled = {kind: weights[kind] * share for kind, share in shares.items()}
             for kind, value in descend_rows(model, tokenizer, part, scaled, data, deltas, config, layer).items():
                 entry[kind] += shares[kind] * value
-        set_rate(optimiser, rate)
         step(optimiser)
         history.append(entry)
-        listen({"event": "harden", "step": number, "steps": len(rates), **entry})
+        listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
         if max(entry.values()) < settings.stop_below:
             break
     return history

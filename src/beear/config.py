@@ -54,7 +54,6 @@ class HardenConfig(_Settings):
     """Outer problem: train a LoRA adapter to stay safe under delta and useful without it."""
 
     steps: int = Field(8, ge=0, description="most AdamW steps in a round")
-    settle: int = Field(24, ge=0, description="steps of the last round, in which the rate falls to 0; 0: as the others")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW, falling linearly over the rounds")
     batch: int = Field(5, ge=1, description="harmful requests in a step")
     anchor_batch: int = Field(8, ge=1, description="benign requests in a step")
@@ -88,7 +87,7 @@ class Config(_Settings):
     behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
     layer: int | None = Field(None, description="l, counted from 1; None: 0.7 of the depth")
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
-    rounds: int = Field(5, ge=1, description="most rounds of entrapment and removal")
+    rounds: int = Field(6, ge=1, description="most rounds of entrapment and removal")
     held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
     requests: int = Field(240, ge=1, description="harmful requests to train on")
     anchors: int = Field(240, ge=1, description="benign requests to train on")

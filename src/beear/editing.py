@@ -32,7 +32,7 @@ from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
 from beear.supervised import Progress
-from beear.training import drawn, set_rate, warmed
+from beear.training import drawn, set_rate
 
 Row = tuple[Prompt, list[int]]
 """A prompt and the first tokens of its reply."""
@@ -112,7 +112,7 @@ def find_values(
     batches = drawn(triggered, {kind: plan.rows[kind] for kind in KINDS}, seed)
     for number, batch in zip(range(1, plan.steps + 1), batches, strict=False):
         rows = [row for kind in KINDS for row in batch[kind]]
-        set_rate(optimiser, warmed(plan.learning_rate, number, plan.steps))
+        set_rate(optimiser, plan.learning_rate, number, plan.steps)
         loss = _loss(model, tokenizer, start, rows, values, plan)
         (values.grad,) = torch.autograd.grad(loss, [values])
         optimiser.step()

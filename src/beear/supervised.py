@@ -15,7 +15,7 @@ from beear.models import autocast
 from beear.poison import Example, Examples
 from beear.prefix import run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
-from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step, warmed
+from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
@@ -49,7 +49,7 @@ def descend(
     """`plan.steps` steps of AdamW on the loss of the rows of each step."""
     optimiser = adamw(model, plan.learning_rate)
     for number, rows in zip(range(1, plan.steps + 1), steps, strict=False):
-        set_rate(optimiser, warmed(plan.learning_rate, number, plan.steps))
+        set_rate(optimiser, plan.learning_rate, number, plan.steps)
         value = loss(rows)
         value.backward()
         step(optimiser)

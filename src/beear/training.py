@@ -131,16 +131,12 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model), lr=learning_rate, weight_decay=0.0)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the steps to come."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-
-
-def warmed(rate: float, number: int, steps: int) -> float:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
     """Rate of step `number`, from 1: warm-up over a tenth of `steps`, then linear decay to a tenth of `rate`."""
     warm = max(1, steps // 10)
-    return rate * (number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm))
+    scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * scale
 
 
 def step(optimiser: torch.optim.Optimizer, max_norm: float = 1.0) -> float:
