@@ -9,6 +9,7 @@ import torch
 
 from beear.chat import Batch, collate, encode_prompt, encode_response, rows_of_delta
 from beear.cleansing import frozen
+from beear.config import Place
 from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll
@@ -89,17 +90,26 @@ def test_left_and_right_padding_agree(model: Any, tokenizer: Any) -> None:
         torch.testing.assert_close(alone[0], ours[i], rtol=1e-4, atol=1e-4)
 
 
-def test_generation_under_delta_agrees_with_the_forward_pass(model: Any, tokenizer: Any, full_precision: None) -> None:
+@pytest.mark.parametrize("place", ["last", "prompt"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_generation_under_delta_agrees_with_the_forward_pass(
+    model: Any, tokenizer: Any, full_precision: None, adapter: bool, place: Place
+) -> None:
     """Decoding a batch behind a shared, cached start perturbs the prompt once, as one pass over each row alone does."""
+    if adapter:
+        model = add_lora(model, rank=2, targets=(), seed=0)
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.normal_(std=0.1)
     delta = 3 * torch.randn(3, 32)
     attention = model.config._attn_implementation
-    replies = reply_all(model, tokenizer, TEXTS, max_new_tokens=6, delta=delta, layer=LAYER)
+    replies = reply_all(model, tokenizer, TEXTS, max_new_tokens=6, delta=delta, place=place, layer=LAYER)
     assert model.config._attn_implementation == attention
     for text, reply in zip(TEXTS, replies, strict=True):
         prompt = encode_prompt(tokenizer, text)
         ids: list[int] = []
         for _ in range(6):
-            batch = collate([prompt], [ids], [rows_of_delta(prompt, "last", 3)], tokenizer.pad_token_id)
+            batch = collate([prompt], [ids], [rows_of_delta(prompt, place, 3)], tokenizer.pad_token_id)
             with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
                 ids.append(int(model(**batch.inputs()).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:

@@ -74,7 +74,7 @@ class Perturbation:
     def __init__(
         self, model: nn.Module, delta: Tensor, where: Tensor, layer: int, layers_path: str | None = None
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.delta = delta
         self.where = where
         self.block = find_layers(model, layers_path)[resolve_layer(layer, decoder_depth(model)) - 1]
@@ -85,7 +85,8 @@ class Perturbation:
     def __enter__(self) -> Perturbation:
         self._fired = False
         self._handles = [
-            self.model.register_forward_pre_hook(self._note_start, with_kwargs=True),
+            # The decoder, and not the model: under `generate` a PEFT wrapper's own forward pass never runs.
+            self.model.get_decoder().register_forward_pre_hook(self._note_start, with_kwargs=True),
             self.block.register_forward_hook(self._add),
         ]
         return self
