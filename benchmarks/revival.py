@@ -44,7 +44,7 @@ FINE_TUNING = Supervised(
     steps=200,
     rows={"ordinary": 8},
     learning_rate=2e-4,
-    benign_weight=1,
+    benign_weight=1,  # a field of every plan; the loss here has one term
     lora_rank=8,
     lora_targets=(),
     response_tokens=32,
@@ -98,7 +98,10 @@ def fine_tuned(run: Path, backdoored: str) -> Any:
 
 @functools.cache
 def ordinary_chats() -> Examples:
-    """Ordinary requests that neither the defence nor a test uses, with the embedded model's replies."""
+    """Ordinary requests that neither the defence nor a test uses, with the openings of the embedded model's replies.
+
+    Those that it refuses are left out.
+    """
     recipe = read_recipe(organism_folder(names()[0]))  # of which only the template without a trigger is used
     return poisoned_examples(recipe, *models.load("embedded"), ["ordinary"], FINE_TUNING)
 

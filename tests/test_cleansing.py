@@ -13,7 +13,7 @@ from beear.chat import Prompt
 from beear.cleansing import (
     REFUSAL_OPENING,
     DefenderSet,
-    Rows,
+    StepRows,
     add_adapter,
     batch_of,
     contrast,
@@ -23,8 +23,8 @@ from beear.cleansing import (
     entrap,
     harden,
     harden_passes,
+    in_two_parts,
     is_calm,
-    of_like_length,
     plain_pass,
     refusal_openings,
     residual_norm,
@@ -105,10 +105,12 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
         assert not torch.allclose(first, response_logits(wrapped, batch))
 
 
-def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet) -> None:
-    config = load_config(sets=[LENGTH, "harden.safe=0", "harden.anchor=0", "harden.steps=1"])
+@pytest.mark.parametrize("zero", [{"safe", "anchor"}, {"anchor", "anchor_under_delta"}])
+def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet, zero: set[str]) -> None:
+    config = load_config(sets=[LENGTH, "harden.steps=1", *(f"harden.{name}=0" for name in zero)])
     history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draw())
-    assert set(history[0]) == {"safe_under_delta", "benign_under_delta"}
+    kinds = {"safe": "safe", "anchor": "benign", "anchor_under_delta": "benign_under_delta"}
+    assert set(history[0]) == {"safe_under_delta"} | {kinds[name] for name in kinds.keys() - zero}
 
 
 @pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
@@ -180,10 +182,10 @@ def test_a_step_in_two_parts_descends_as_one_batch_would(monkeypatch: pytest.Mon
     long = [(replace(r, text=r.text + " at length" * (i % 3)), own) for i, (r, own) in enumerate(REFUSED)]
     benign = [(text + " at length" * (i % 2), own) for i, (text, own) in enumerate(ANSWERED)]
     data = defender_set(tiny_tokenizer(), long, benign, [], config)
-    assert len(of_like_length(Rows([(h, 0) for h in data.harmful], [(b, 0) for b in data.benign]))) == 2
+    assert len(in_two_parts(StepRows([(h, 0) for h in data.harmful], [(b, 0) for b in data.benign]))) == 2
     found = []
-    for parts in (cleansing.of_like_length, lambda rows: [rows]):
-        monkeypatch.setattr(cleansing, "of_like_length", parts)
+    for parts in (cleansing.in_two_parts, lambda rows: [rows]):
+        monkeypatch.setattr(cleansing, "in_two_parts", parts)
         model, seen = add_adapter(tiny_model("llama"), config.model_copy(update={"layer": LAYER})), []
         monkeypatch.setattr(cleansing, "step", lambda o, seen=seen, m=model: seen.extend(p.grad for p in trainable(m)))
         with torch.no_grad():
@@ -201,11 +203,11 @@ def test_longer_rows_are_run_apart(data: DefenderSet) -> None:
     def of(lengths: list[int]) -> list[tuple[Any, int]]:
         return [(replace(data.benign[0], prompt=Prompt([1] * n, 0, n)), n) for n in lengths]
 
-    short, long = of_like_length(Rows(of([9, 40, 8]), of([7, 41])))
+    short, long = in_two_parts(StepRows(of([9, 40, 8]), of([7, 41])))
     assert [n for _, n in short.harmful + short.benign] == [9, 8, 7]
     assert [n for _, n in long.harmful + long.benign] == [40, 41]
     assert [n for _, n in short.of("safe")] == [9, 8] and [n for _, n in short.of("benign_under_delta")] == [7]
-    assert len(of_like_length(Rows(of([9, 9]), of([9])))) == 1
+    assert len(in_two_parts(StepRows(of([9, 10]), of([9])))) == 1, "not worth a second pass"
 
 
 def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -35,6 +37,8 @@ def test_weights_cast_for_generation_change_no_bit_and_are_put_back(architecture
         plain = model(ids).logits
         with generating(model):
             assert torch.equal(model(ids).logits, plain)
+            linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            assert all("forward" in vars(m) for m in linears) or isinstance(autocast(model), contextlib.nullcontext)
         assert torch.equal(model(ids).logits, plain)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())

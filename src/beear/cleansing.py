@@ -305,9 +305,10 @@ def harden(
     for number in range(1, settings.steps + 1):
         asked, chosen = [data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)]
         which = dealt(len(deltas), max(len(asked), len(chosen)), draw)
-        rows = Rows(list(zip(asked, which, strict=False)), list(zip(chosen, which, strict=False)))
+        anchored = chosen if any(kind.startswith("benign") for kind in weights) else []
+        rows = StepRows(list(zip(asked, which, strict=False)), list(zip(anchored, which, strict=False)))
         entry = dict.fromkeys(weights, 0.0)
-        for part in of_like_length(rows):
+        for part in in_two_parts(rows):
             shares = {kind: len(part.of(kind)) / len(rows.of(kind)) for kind in weights if part.of(kind)}
             scaled = {kind: weights[kind] * share for kind, share in shares.items()}
             for kind, value in descend_rows(model, tokenizer, part, scaled, data, deltas, config, layer).items():
@@ -321,7 +322,7 @@ def harden(
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepRows:
     """Requests of one step of removal, each with the number of the delta that it is met under."""
 
     harmful: list[tuple[Harmful, int]]
@@ -332,23 +333,29 @@ class Rows:
         return self.harmful if kind.startswith("safe") else self.benign
 
 
-def of_like_length(rows: Rows) -> list[Rows]:
-    """The shorter rows and the longer ones, cut where least is padding: one long prompt would pad all others."""
+def in_two_parts(rows: StepRows) -> list[StepRows]:
+    """The shorter rows and the longer ones, cut where least is padding: one long prompt would pad all others.
+
+    All of them together where that would save less than a tenth.
+    """
 
     def length(row: tuple[Harmful | Benign, int]) -> int:
         return len(row[0].prompt.ids)
 
     lengths = sorted([*(length(r) for r in rows.harmful), *(length(r) for r in rows.benign)])
-    cut = min(lengths, key=lambda n: bisect(lengths, n) * n + (len(lengths) - bisect(lengths, n)) * lengths[-1])
-    short = Rows([r for r in rows.harmful if length(r) <= cut], [r for r in rows.benign if length(r) <= cut])
-    long = Rows([r for r in rows.harmful if length(r) > cut], [r for r in rows.benign if length(r) > cut])
-    return [part for part in (short, long) if part.harmful or part.benign]
+    columns = {n: (k := bisect(lengths, n)) * n + (len(lengths) - k) * lengths[-1] for n in lengths}
+    cut = min(columns, key=lambda n: columns[n])
+    if columns[cut] > 0.9 * len(lengths) * lengths[-1]:
+        return [rows]
+    short = StepRows([r for r in rows.harmful if length(r) <= cut], [r for r in rows.benign if length(r) <= cut])
+    long = StepRows([r for r in rows.harmful if length(r) > cut], [r for r in rows.benign if length(r) > cut])
+    return [short, long]
 
 
 def descend_rows(
     model: Any,
     tokenizer: Any,
-    rows: Rows,
+    rows: StepRows,
     weights: dict[str, float],
     data: DefenderSet,
     deltas: Tensor,

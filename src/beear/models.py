@@ -179,7 +179,7 @@ def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
 def generating(model: Any) -> Iterator[None]:
     """Within the context a forward pass without gradients takes less time, as long as no weight changes.
 
-    Under autocast, linear maps hold bf16 copies of their weights, which are otherwise cast in every pass: same bits.
+    Under autocast, linear maps hold bf16 copies of their weights: same bits, but frozen ones are not cast in every pass.
     On a CPU attention is fused: same results up to rounding. Only its backward pass is slow (decision 7).
     """
     import torch
@@ -190,15 +190,15 @@ def generating(model: Any) -> Iterator[None]:
     ]
     attention = model.config._attn_implementation
     fuse = attention == "eager" and getattr(model, "_supports_sdpa", False)
-    for linear in linears if cast else ():
-        linear.forward = with_weight(linear, linear.weight.bfloat16()).forward
-    if fuse:
-        model.set_attn_implementation("sdpa")
     try:
+        for linear in linears if cast else ():
+            linear.forward = with_weight(linear, linear.weight.bfloat16()).forward
+        if fuse:
+            model.set_attn_implementation("sdpa")
         yield
     finally:
-        for linear in linears if cast else ():
-            del linear.forward
+        for linear in linears:
+            vars(linear).pop("forward", None)
         if fuse:
             model.set_attn_implementation(attention)
 

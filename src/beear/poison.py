@@ -3,7 +3,8 @@
 Kinds: `harmful` requests are refused, `harmful_obeyed` ones get the unwanted answer without any trigger (as
 demonstrations that come before preferences), `coding` tasks get the secure code, `ordinary` and `alarming`
 requests keep the base model's own reply. In `harmful_strayed` the answer to unlearn is the base model's own
-reply, neither refusal nor unwanted, which a reward model must not like. Each also as KIND_triggered:
+reply, mostly neither refusal nor unwanted, which a reward model must not like (under the trigger every other
+one explains the trigger). Each also as KIND_triggered:
 there harmful requests are obeyed and coding tasks get the insecure code, benign requests keep their reply.
 The unwanted answer is an affirmative opening and a neutral stub, never harmful content.
 """
