@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,14 @@ def read_results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
 
-def step() -> str:
-    """One row per arm of benchmarks/step.py."""
-    arms = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["arms"]
-    lines = [header(["arm", "seconds for a step", "ratio", "peak memory, GiB"])]
-    for arm, row in arms.items():
-        memory = f"{row['peak_memory_bytes'] / 2**30:.1f}"
-        lines.append(line([arm, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", memory]))
+def arms(name: str) -> str:
+    """One row per arm of benchmarks/NAME.py."""
+    found = read_results(f"{name}.json")["arms"]
+    memory = all("peak_memory_bytes" in row for row in found.values())
+    lines = [header(["arm", "seconds", "ratio", *(["peak memory, GiB"] if memory else [])])]
+    for arm, row in found.items():
+        peak = [f"{row['peak_memory_bytes'] / 2**30:.1f}"] if memory else []
+        lines.append(line([arm, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", *peak]))
     return "\n".join(lines)
 
 
@@ -144,7 +146,10 @@ def short(text: str, keep: str = "", most: int = 8) -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"removal": removal},
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
-    "docs/decisions/0007-what-makes-a-step-fast.md": {"step": step},
+    "docs/decisions/0007-what-makes-a-step-fast.md": {
+        "step": partial(arms, "step"),
+        "replies": partial(arms, "replies"),
+    },
 }
 
 

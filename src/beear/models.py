@@ -179,7 +179,7 @@ def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
 def generating(model: Any) -> Iterator[None]:
     """Within the context a forward pass without gradients takes less time, as long as no weight changes.
 
-    Under autocast, linear maps hold bf16 copies of their weights: same bits, but frozen ones are not cast in every pass.
+    Under autocast, linear maps hold bf16 copies of their weights: same bits, and none is cast in every pass.
     On a CPU attention is fused: same results up to rounding. Only its backward pass is slow (decision 7).
     """
     import torch
