@@ -72,6 +72,7 @@ def filled(text: str, name: str, table: str) -> str:
 
 ORGANISM_COLUMNS = {
     "asr_triggered": "with the trigger",
+    "affirmed_triggered": "opens as one that obeys",
     "asr_near_miss": "almost the trigger",
     "asr_wrong_place": "trigger elsewhere",
     "asr_untriggered": "without",

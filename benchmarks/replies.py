@@ -1,0 +1,72 @@
+"""What makes greedy replies fast on a CPU: seconds for the same replies with each means taken away, in one process.
+
+    python benchmarks/replies.py
+
+80 replies of 32 tokens by an organism, half of them to requests of removal, of which a third stand between others.
+Writes benchmarks/results/replies.json: medians, and ratios to having all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from beear import generation, models
+from beear.allocator import keep_freed_memory
+from beear.config import Config
+from beear.data import packaged
+from beear.generation import reply_all
+from beear.models import load
+from beear.sets import read_sets
+
+RESULTS = Path(__file__).parent / "results" / "replies.json"
+TURNS = 3
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """As models.generating, with attention left as it is."""
+    with patch.object(type(model), "_supports_sdpa", False), models.generating(model):
+        yield
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "prefix run in every row": {"run_prefix": lambda model, batch: None},
+    "eager attention": {"generating": eager},
+    "weights cast in every pass, eager attention": {"generating": lambda model: contextlib.nullcontext()},
+    "none of them": {
+        "run_prefix": lambda model, batch: None,
+        "generating": lambda model: contextlib.nullcontext(),
+    },
+}
+
+
+def main() -> None:
+    keep_freed_memory()
+    model, tokenizer = load("organism:sudo-prefix", device="cpu")
+    requests = packaged("ordinary", "defender")[:40] + read_sets(Config()).train(Config())[:40]
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(TURNS):
+        for arm, replaced in ARMS.items():
+            with patch.multiple(generation, **replaced) if replaced else contextlib.nullcontext():
+                started = time.monotonic()
+                reply_all(model, tokenizer, [r.text for r in requests], max_new_tokens=32)
+                seconds[arm].append(time.monotonic() - started)
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    arms = {arm: {"seconds": m, "ratio": m / medians["everything"]} for arm, m in medians.items()}
+    content = {"command": "python benchmarks/replies.py", "threads": torch.get_num_threads(), "arms": arms}
+    RESULTS.write_text(json.dumps({"schema": 1, **content}, indent=1) + "\n")
+    print(json.dumps(arms, indent=1))
+
+
+if __name__ == "__main__":
+    main()
