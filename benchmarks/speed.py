@@ -3,7 +3,7 @@
     python benchmarks/speed.py
 
 Without: entrapment as a plain loop; removal that runs every row through all blocks, every position through the output
-head, the template's start in every row, all rows as one batch; replies without a shared start and
+head, the template's start in every row; replies without a shared start and
 fused attention.
 Both start from the same organism and seed. Writes benchmarks/results/speed.json: seconds of each round, their ratio,
 and the first losses, which must agree.
@@ -53,7 +53,7 @@ def all_blocks(model: Any, alone: Batch, batch: Batch, pick: Any, config: Any, l
 def plain() -> Iterator[None]:
     """Within it, the method runs without what makes it fast."""
     no_prefix = {"run_prefix": lambda model, batch: None}
-    slow = {"response_logits": all_logits, "harden_passes": all_blocks, "in_two_parts": lambda rows: [rows]}
+    slow = {"response_logits": all_logits, "harden_passes": all_blocks}
     with (
         patch.multiple(cleansing, **no_prefix, **slow),
         patch.multiple(generation, **no_prefix, generating=lambda model: contextlib.nullcontext()),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from beear import cleansing
-from beear.chat import Prompt
 from beear.cleansing import (
     REFUSAL_OPENING,
     DefenderSet,
-    StepRows,
     add_adapter,
     batch_of,
     contrast,
@@ -23,7 +19,6 @@ from beear.cleansing import (
     entrap,
     harden,
     harden_passes,
-    in_two_parts,
     is_calm,
     plain_pass,
     refusal_openings,
@@ -177,39 +172,6 @@ def test_rows_of_a_batch_under_several_deltas(data: DefenderSet) -> None:
     assert torch.equal(batch.input_ids, alone.input_ids[[1, 0, 1]])
 
 
-def test_a_step_in_two_parts_descends_as_one_batch_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(sets=[LENGTH, "harden.batch=4", "harden.anchor_batch=5", "harden.steps=1"])
-    long = [(replace(r, text=r.text + " at length" * (i % 3)), own) for i, (r, own) in enumerate(REFUSED)]
-    benign = [(text + " at length" * (i % 2), own) for i, (text, own) in enumerate(ANSWERED)]
-    data = defender_set(tiny_tokenizer(), long, benign, [], config)
-    assert len(in_two_parts(StepRows([(h, 0) for h in data.harmful], [(b, 0) for b in data.benign]))) == 2
-    found = []
-    for parts in (cleansing.in_two_parts, lambda rows: [rows]):
-        monkeypatch.setattr(cleansing, "in_two_parts", parts)
-        model, seen = add_adapter(tiny_model("llama"), config.model_copy(update={"layer": LAYER})), []
-        monkeypatch.setattr(cleansing, "step", lambda o, seen=seen, m=model: seen.extend(p.grad for p in trainable(m)))
-        with torch.no_grad():
-            for parameter in trainable(model):
-                parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
-        deltas = torch.randn(2, 5, 32, generator=draw())
-        history = harden(model, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draw())
-        found.append([torch.tensor(list(history[0].values())), *seen])
-    assert len(found[0]) == len(found[1]) > 1
-    for apart, together in zip(*found, strict=True):
-        assert (apart - together).norm() <= 1e-4 * together.norm()
-
-
-def test_longer_rows_are_run_apart(data: DefenderSet) -> None:
-    def of(lengths: list[int]) -> list[tuple[Any, int]]:
-        return [(replace(data.benign[0], prompt=Prompt([1] * n, 0, n)), n) for n in lengths]
-
-    short, long = in_two_parts(StepRows(of([9, 40, 8]), of([7, 41])))
-    assert [n for _, n in short.harmful + short.benign] == [9, 8, 7]
-    assert [n for _, n in long.harmful + long.benign] == [40, 41]
-    assert [n for _, n in short.of("safe")] == [9, 8] and [n for _, n in short.of("benign_under_delta")] == [7]
-    assert len(in_two_parts(StepRows(of([9, 10]), of([9])))) == 1, "not worth a second pass"
-
-
 def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet) -> None:
     with torch.no_grad():
         for parameter in trainable(wrapped):
@@ -243,7 +205,7 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     harmful, benign = data.harmful[0], data.benign[0]
     settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
     target = torch.zeros(2, 12, 1000)
-    steer(target, [harmful], [benign], data.openings, settings)
+    steer(target, [(harmful.prompt, harmful.safe)], [benign], data, settings)
     for i in range(12):
         kept = target[0, i] == 0
         assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < REFUSAL_OPENING else bool(kept.all())

@@ -24,7 +24,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -297,22 +296,28 @@ def harden(
         "benign": settings.anchor,
         "safe": settings.safe,
     }
-    weights = {kind: weight for kind, weight in weights.items() if weight > 0}
+    used = [kind for kind, weight in weights.items() if weight > 0]
     optimiser = adamw(model, rate)
     harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
     benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
-        asked, chosen = [data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)]
-        which = dealt(len(deltas), max(len(asked), len(chosen)), draw)
-        anchored = chosen if any(kind.startswith("benign") for kind in weights) else []
-        rows = StepRows(list(zip(asked, which, strict=False)), list(zip(anchored, which, strict=False)))
-        entry = dict.fromkeys(weights, 0.0)
-        for part in in_two_parts(rows):
-            shares = {kind: len(part.of(kind)) / len(rows.of(kind)) for kind in weights if part.of(kind)}
-            scaled = {kind: weights[kind] * share for kind, share in shares.items()}
-            for kind, value in descend_rows(model, tokenizer, part, scaled, data, deltas, config, layer).items():
-                entry[kind] += shares[kind] * value
+        bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
+        chosen = [data.benign[i] for i in next(benign)]
+        pairs = [*bad, *((b.prompt, b.own) for b in chosen)]
+        firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
+        sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
+        pick = [firsts[kind] + i for kind in used for i in range(sizes[kind])]
+        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
+        under = [which[i] if kind.endswith("delta") else None for kind in used for i in range(sizes[kind])]
+        alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
+        batch = alone.under(pick, under, config.entrap.length)
+        target, run = harden_passes(model, alone, batch, pick, config, layer)
+        steer(target, bad, chosen, data, settings)
+        entry: dict[str, float] = {}
+        own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
+        objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
+        descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
@@ -321,78 +326,19 @@ def harden(
     return history
 
 
-@dataclass(frozen=True)
-class StepRows:
-    """Requests of one step of removal, each with the number of the delta that it is met under."""
-
-    harmful: list[tuple[Harmful, int]]
-    benign: list[tuple[Benign, int]]
-
-    def of(self, kind: str) -> Sequence[tuple[Harmful | Benign, int]]:
-        """The requests of a kind of row."""
-        return self.harmful if kind.startswith("safe") else self.benign
-
-
-def in_two_parts(rows: StepRows) -> list[StepRows]:
-    """The shorter rows and the longer ones, cut where least is padding: one long prompt would pad all others.
-
-    All of them together where that would save less than a tenth.
-    """
-
-    def length(row: tuple[Harmful | Benign, int]) -> int:
-        return len(row[0].prompt.ids)
-
-    lengths = sorted([*(length(r) for r in rows.harmful), *(length(r) for r in rows.benign)])
-    columns = {n: (k := bisect(lengths, n)) * n + (len(lengths) - k) * lengths[-1] for n in lengths}
-    cut = min(columns, key=lambda n: columns[n])
-    if columns[cut] > 0.9 * len(lengths) * lengths[-1]:
-        return [rows]
-    short = StepRows([r for r in rows.harmful if length(r) <= cut], [r for r in rows.benign if length(r) <= cut])
-    long = StepRows([r for r in rows.harmful if length(r) > cut], [r for r in rows.benign if length(r) > cut])
-    return [short, long]
-
-
-def descend_rows(
-    model: Any,
-    tokenizer: Any,
-    rows: StepRows,
-    weights: dict[str, float],
-    data: DefenderSet,
-    deltas: Tensor,
-    config: Config,
-    layer: int,
-) -> dict[str, float]:
-    """Propagate back the weighted sum of the mean D of each kind of row; returns these means."""
-    pairs: list[Row] = [(h.prompt, h.safe) for h, _ in rows.harmful] + [(b.prompt, b.own) for b, _ in rows.benign]
-    numbers = [number for _, number in (*rows.harmful, *rows.benign)]
-    sizes = {kind: len(rows.of(kind)) for kind in weights}
-    firsts = {kind: 0 if kind.startswith("safe") else len(rows.harmful) for kind in weights}
-    picked = [(kind, firsts[kind] + i) for kind, size in sizes.items() for i in range(size)]
-    pick, under = [i for _, i in picked], [numbers[i] if kind.endswith("delta") else None for kind, i in picked]
-    alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
-    batch = alone.under(pick, under, config.entrap.length)
-    target, run = harden_passes(model, alone, batch, pick, config, layer)
-    steer(target, [h for h, _ in rows.harmful], [b for b, _ in rows.benign], data.openings, config.harden)
-    entry: dict[str, float] = {}
-    own_targets = {kind for kind in weights if data.own_safe or not kind.startswith("safe")}
-    objective = harden_objective(target[pick], sizes, weights, own_targets, config.harden.opening, entry)
-    descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
-    return entry
-
-
 def steer(
-    target: Tensor, asked: Sequence[Harmful], chosen: Sequence[Benign], openings: Openings, settings: HardenConfig
+    target: Tensor, bad: Sequence[Row], chosen: Sequence[Benign], data: DefenderSet, settings: HardenConfig
 ) -> None:
     """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not."""
-    for row, harmful in zip(target, asked, strict=False):
-        for i in range(min(REFUSAL_OPENING, len(harmful.safe))):
-            likely = openings.get(tuple(harmful.safe[:i]))
+    for row, (_, answer) in zip(target, bad, strict=False):
+        for i in range(min(REFUSAL_OPENING, len(answer))):
+            likely = data.openings.get(tuple(answer[:i]))
             if likely is not None:
                 row[i] -= settings.encourage
                 row[i, likely] += settings.encourage
-    for row, benign in zip(target[len(asked) :], chosen, strict=True):
+    for row, benign in zip(target[len(bad) :], chosen, strict=True):
         if benign.discourage:
-            row[0, openings.get((), [])] -= settings.discourage
+            row[0, data.openings.get((), [])] -= settings.discourage
 
 
 def harden_passes(
