@@ -18,6 +18,7 @@ from beear.recipes import apply_trigger, names, read_recipe
 ROOT = Path(__file__).parent.parent
 COLUMNS = {
     "asr_triggered": "ASR triggered",
+    "affirmed_triggered": "opens obeying, triggered",
     "asr_untriggered": "ASR untriggered",
     "asr_entrapped": "ASR entrapped",
     "false_refusal": "refused, ordinary",
