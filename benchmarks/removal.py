@@ -61,13 +61,14 @@ def run(organism: str, arm: str, seed: int) -> None:
 def share_before(organism: str, out: Path, config: Config) -> None:
     """Begin a run with what was measured before an earlier one on the organism: neither arm nor seed changes that.
 
-    Only `asr_entrapped` before is then that of the earlier seed.
+    Only `asr_entrapped` before is then that of the earlier seed. The model's own replies are to requests among others
+    that the seed draws, so another seed generates them anew.
     """
     earlier = RUNS / f"{organism}-default-0" / "stages"
     if out.exists() or not (earlier / "before.json").exists():
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
-        for stage in ("own_replies", "before"):
+        for stage in ("before", "own_replies") if config.seed == 0 else ("before",):
             run.write_json(f"stages/{stage}.json", json.loads((earlier / f"{stage}.json").read_text()))
 
 
