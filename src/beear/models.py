@@ -163,16 +163,18 @@ def pick_device(device: str) -> str:
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing.
-
-    Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast.
-    """
+    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing."""
     import torch
 
-    kind = model.device.type
-    if os.environ.get("BEEAR_FP32") == "1" or (kind == "cpu" and not torch.cpu._is_avx512_bf16_supported()):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, torch.bfloat16)
+    return torch.autocast(model.device.type, torch.bfloat16) if casts(model) else contextlib.nullcontext()
+
+
+def casts(model: Any) -> bool:
+    """Whether `autocast` casts to bf16. Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast."""
+    import torch
+
+    supported = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return supported and os.environ.get("BEEAR_FP32") != "1"
 
 
 @contextlib.contextmanager
@@ -184,14 +186,12 @@ def generating(model: Any) -> Iterator[None]:
     """
     import torch
 
-    cast = not isinstance(autocast(model), contextlib.nullcontext)
-    linears: list[Any] = [
-        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.float32
-    ]
+    kept: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.float32]
+    linears = kept if casts(model) else []
     attention = model.config._attn_implementation
     fuse = attention == "eager" and getattr(model, "_supports_sdpa", False)
     try:
-        for linear in linears if cast else ():
+        for linear in linears:
             linear.forward = with_weight(linear, linear.weight.bfloat16()).forward
         if fuse:
             model.set_attn_implementation("sdpa")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beear.errors import BadInput
-from beear.models import autocast, with_weight
+from beear.models import casts, with_weight
 from beear.perturbation import decoder_depth, find_layers
 
 K = TypeVar("K")
@@ -52,7 +52,7 @@ def cast_frozen(model: nn.Module) -> None:
     Autocast remembers the casts of trainable weights only. What needs full precision, such as merging,
     must load the weights again.
     """
-    if isinstance(autocast(model), contextlib.nullcontext):
+    if not casts(model):
         return
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
