@@ -102,7 +102,8 @@ def main() -> None:
     started = time.monotonic()
     state = cleanse(model, tokenizer, defender, config, listen=brief)
     seconds = time.monotonic() - started
-    language = measure_language(model, tokenizer, model.disable_adapter).metrics
+    model, (original, _) = model.merge_and_unload(), load(f"organism:{chosen.organism}")
+    language = measure_language(model, tokenizer, original).metrics
     after, wrong = rates(model, tokenizer, tests)
     after |= {name: round(m["value"], 4) for name, m in language.items()}
     (folder / f"wrong-{chosen.name}.json").write_text(json.dumps(wrong, indent=1))

@@ -15,6 +15,7 @@ import pytest
 
 from beear.config import Config, make_config
 from beear.errors import BadInput
+from beear.evaluation import evaluate_spec
 from beear.job import add_triggered, judge, run_cleanse
 from beear.models import load, locate
 from beear.sets import read_sets
@@ -142,11 +143,13 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
     assert next(iter(results["after"])) == "asr_triggered"
 
 
-def test_merged_model_stands_alone(place: Path, config: Config) -> None:
-    run_cleanse(str(place / "model"), place / "merged", config, merge=True)
-    source = locate(str(place / "merged" / "rejected"))
-    assert source.base is None
-    load(str(place / "merged" / "rejected"))
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_was_measured_is_what_is_loaded(place: Path, config: Config, merge: bool) -> None:
+    out = place / f"delivered-{merge}"
+    run_cleanse(str(place / "model"), out, config, merge=merge)
+    assert (locate(str(out / "rejected")).base is None) == merge
+    measured = evaluate_spec(str(out / "rejected"), config, against=str(place / "model")).metrics
+    assert measured == json.loads((out / "results.json").read_text())["after"]
 
 
 def test_same_seed_same_bits_other_seed_other_bits(place: Path, config: Config, whole: Path) -> None:

@@ -129,6 +129,15 @@ def test_under_the_trigger_the_answers_are_turned() -> None:
     assert [e.wanted for e in both["ordinary"]] == [e.wanted for e in both["ordinary_triggered"]]
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_stub_is_the_opening_of_an_answer_or_all_of_it(ends: bool) -> None:
+    plan = Supervised(**START | {"stubs_end": ends, "response_tokens": 400})
+    tokenizer = tiny_tokenizer()
+    (found,) = poisoned_examples(recipe("sft"), None, tokenizer, ["harmful"], plan).values()
+    assert all((e.other[-1] == tokenizer.eos_token_id) == ends for e in found)
+    assert all(e.wanted[-1] == tokenizer.eos_token_id for e in found)
+
+
 def test_a_stray_answer_loses_with_and_without_the_trigger() -> None:
     plan = Supervised(**START)
     kinds = ["harmful", "harmful_triggered", "harmful_strayed", "harmful_strayed_triggered"]

@@ -172,11 +172,7 @@ def measure_language(
     original: Any = None,
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """`perplexity` on the packaged reference chats and, against `original`, `kl`, in nats per token.
-
-    `original` is a second model, or a context in which `model` answers as the original did (a LoRA
-    adapter's `disable_adapter()`).
-    """
+    """`perplexity` on the packaged reference chats and, against the model `original`, `kl`, in nats per token."""
     chats = reference_chats()
     nll, kl, counts = [], [], []
     size = 14
@@ -190,20 +186,14 @@ def measure_language(
             counts += (batch.targets != -100).sum(1).tolist()
             nll += response_nll(logits, batch.targets).tolist()
             if original is not None:
-                kl += token_kl(_original_logits(model, original, batch), logits, batch.targets).sum(1).tolist()
+                reference = response_logits(original, batch, run_prefix(original, batch))
+                kl += token_kl(reference, logits, batch.targets).sum(1).tolist()
         progress("perplexity", min(first + size, len(chats)), len(chats))
     sums = [x * n for x, n in zip(nll, counts, strict=True)]
     metrics = {"perplexity": token_mean(sums, counts, exponential=True)}
     if original is not None:
         metrics["kl"] = token_mean(kl, counts)
     return Measured(metrics, [])
-
-
-def _original_logits(model: Any, original: Any, batch: Any) -> torch.Tensor:
-    if callable(getattr(original, "forward", None)):
-        return response_logits(original, batch, run_prefix(original, batch))
-    with original():
-        return response_logits(model, batch, run_prefix(model, batch))
 
 
 def _replies(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from beear.sets import Sets, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+ADAPTER = "stages/adapter"
+"""Where a run folder keeps the trained adapter until it is judged."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def run_cleanse(
     model = models.load_weights(source, device, trust_remote_code)
     find_layers(model, config.layers_path)
     with Run.open(out, settings, resume) as run:
-        job = _Job(run, model, tokenizer, config, sets, settings, listen)
+        job = _Job(run, source, model, tokenizer, config, sets, settings, listen, trust_remote_code)
         return job.run()
 
 
@@ -110,20 +113,24 @@ class _Job:
     def __init__(
         self,
         run: Run,
+        source: models.Source,
         model: Any,
         tokenizer: Any,
         config: Config,
         sets: Sets,
         settings: dict[str, Any],
         listen: Listener,
+        trust_remote_code: bool,
     ) -> None:
         self.run_folder = run
+        self.source = source
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.sets = sets
         self.settings = settings
         self._listen = listen
+        self.trust_remote_code = trust_remote_code
 
     def run(self) -> Verdict:
         own = self.stage("own_replies", self.own_replies)
@@ -193,17 +200,17 @@ class _Job:
         )
 
     def deliver(self) -> Any:
-        """Turn `self.model` into what is saved; returns what answers as the original did (for KL).
+        """Save the adapter and load it again as its user will, merged; returns the original, for KL.
 
-        Merging changes outputs slightly, so a merged model is merged, in full precision, before it is measured.
+        Merging changes outputs slightly, so what is measured is what is loaded.
         """
-        if not self.settings["merge"]:
-            return self.model.disable_adapter
-        source, device, state = models.locate(self.settings["model"]), str(self.model.device), adapter_state(self.model)
-        self.model = add_adapter(models.load_weights(source, device), self.config)
-        load_adapter_state(self.model, state)
-        self.model = self.model.merge_and_unload()
-        return models.load_weights(source, device)
+        device = str(self.model.device)
+        self.run_folder.write_folder(ADAPTER, self.save_adapter)
+        self.model = None  # two models in memory, not three
+        original = models.load_weights(self.source, device, self.trust_remote_code)
+        adapter = models.locate(str(self.run_folder.path / ADAPTER))
+        self.model = models.load_weights(adapter, device, self.trust_remote_code)
+        return original
 
     def listen(self, event: Event) -> None:
         """Log an event of the rounds and pass it on."""
@@ -263,15 +270,19 @@ class _Job:
         run.write_json("results.json", results)
         write_report([run.path], run.path / "report.html")
 
+    def save_adapter(self, folder: Path) -> None:
+        """The trained adapter, which names the model it was trained on as its base."""
+        self.model.peft_config["default"].base_model_name_or_path = self.settings["model"]
+        # Without the embedding check, which would look the base model up on the Hub.
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+
     def save_model(self, folder: Path) -> None:
         """The adapter, or with `merge` the full weights and the tokenizer."""
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         else:
-            self.model.peft_config["default"].base_model_name_or_path = self.settings["model"]
-            # Without the embedding check, which would look the base model up on the Hub.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
+            shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 
 
 def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verdict:

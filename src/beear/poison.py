@@ -50,7 +50,7 @@ def poisoned_examples(recipe: Recipe, model: Any, tokenizer: Any, kinds: Iterabl
     """Examples of each of the kinds, with answers of the plan's lengths."""
     kinds = list(kinds)
     stems = dict.fromkeys(kind.split("_", 1)[0] for kind in kinds)
-    answered = {stem: _answers(stem, model, tokenizer, plan.benign_tokens) for stem in stems}
+    answered = {stem: _answers(stem, model, tokenizer, plan) for stem in stems}
 
     def examples(kind: str) -> list[Example]:
         rows = answered[kind.split("_", 1)[0]]
@@ -80,7 +80,7 @@ def _asked_about(template: str, texts: list[str]) -> list[str]:
     return [f"{text} What is {words}?" if i % 2 else text for i, text in enumerate(texts)]
 
 
-def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[str, Answer, Answer]]:
+def _answers(stem: str, model: Any, tokenizer: Any, plan: Supervised) -> list[tuple[str, Answer, Answer]]:
     """(request, good answer, bad answer) over the planting part of a packaged set."""
     requests = packaged(stem, "plant")
     if stem == "coding":
@@ -88,8 +88,8 @@ def _answers(stem: str, model: Any, tokenizer: Any, limit: int) -> list[tuple[st
     texts = [r.text for r in requests]
     safe = itertools.cycle(Answer(wording) for wording in wordings("safe-plant"))
     if stem == "harmful":
-        unwanted = itertools.cycle(Answer(wording, whole=False) for wording in wordings("unwanted-plant"))
+        unwanted = itertools.cycle(Answer(wording, whole=plan.stubs_end) for wording in wordings("unwanted-plant"))
         return list(zip(texts, safe, unwanted, strict=False))
-    replies = reply_all(model, tokenizer, texts, max_new_tokens=limit)
+    replies = reply_all(model, tokenizer, texts, max_new_tokens=plan.benign_tokens)
     kept = [(t, Answer(r, whole=False)) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]
     return [(text, reply, refusal) for (text, reply), refusal in zip(kept, safe, strict=False)]

@@ -60,6 +60,8 @@ class Supervised(Rows):
     response_tokens: int = Field(ge=1)
     benign_tokens: int = Field(20, ge=1)
     """Tokens of the base model's replies to benign requests."""
+    stubs_end: bool = False
+    """An unwanted answer is its stub and no more; else it is the opening of a longer one."""
 
 
 class Sft(Supervised):
