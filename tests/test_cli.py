@@ -140,6 +140,14 @@ def test_bad_triggers(trigger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and err.count("\n") == 1
 
 
+def test_drift_of_a_run_takes_its_own_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}", "--seed", "1")
+    assert code == 2 and "is a run folder, measured with its own settings" in err
+    code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}")
+    assert code == 2 and "not a run folder: no readable config.yaml" in err
+
+
 def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, err = call(capsys, "report", str(tmp_path))
     assert code == 2 and "no results.json" in err

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from beear.report import METRICS, is_unlocked, rows, sentence, shown, write_report
+from beear.metrics import shown
+from beear.report import METRICS, is_unlocked, rows, sentence, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 

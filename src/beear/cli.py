@@ -173,6 +173,50 @@ def report(
 
 
 @app.command()
+def drift(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="a model, or a finished run folder: before, after")],
+    trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write it to this file (a run keeps its own)")
+    ] = None,
+    preset: PresetOption = "default",
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """How far a known trigger and delta move hidden states, block by block (Figure 3).
+
+    Of a run folder: before and after, with its settings and its first round's delta; its report then shows it.
+    """
+    from beear.console import Reporter, drift_table
+    from beear.drift import drift_of_model, drift_of_run
+    from beear.recipes import check_trigger
+    from beear.report import write_report
+    from beear.runs import write_atomic
+
+    template, run = check_trigger(trigger), Path(model)
+    of_run = (run / "results.json").is_file()
+    if of_run and (config or sets or seed is not None or preset != "default"):
+        raise BadInput(
+            f"{run} is a run folder, measured with its own settings; leave out --preset, -c, --set and --seed"
+        )
+    settings = _config(preset, config, sets, seed)
+    with Reporter(quiet) as reporter:
+        if of_run:
+            found = drift_of_run(run, template, device=device, listen=reporter)
+            write_report([run], run / "report.html")
+        else:
+            found = drift_of_model(model, template, settings, device=device, listen=reporter)
+    _print(drift_table(found))
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+    if of_run:
+        typer.echo(f"report: {run / 'report.html'}")
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rich.table import Table

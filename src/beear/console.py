@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from beear.report import METRICS, shown
+from beear.metrics import shown
+from beear.report import METRICS
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 
@@ -114,6 +115,30 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
         if any(metrics):
             last = next(m for m in reversed(metrics) if m)
             table.add_row(name, *[shown(m, share) for m in metrics], str(last["n"]), str(last["unscored"]))
+    return table
+
+
+def drift_table(drift: dict[str, Any]) -> Table:
+    """Drift by block, each number before and after."""
+    whens = [when for when in ("before", "after") if when in drift]
+    title = f"{drift['model']}: drift at the last token under {drift['trigger']!r} | under delta, {' > '.join(whens)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("block", justify="right")
+    columns = [
+        ("drift / state", "relative_norm", ("triggered", "perturbed")),
+        ("cosine to mean", "cosine_to_mean", ("triggered", "perturbed")),
+        ("told apart", "separability", ("triggered", "perturbed")),
+        ("delta to trigger", "cosine_to_trigger", ("perturbed",)),
+    ]
+    for header, _, _ in columns:
+        table.add_column(header, justify="right")
+    for i, first in enumerate(drift["before"]["layers"]["triggered"]):
+        cells = [
+            " | ".join(" > ".join(f"{drift[when]['layers'][kind][i][name]:.2f}" for when in whens) for kind in kinds)
+            for _, name, kinds in columns
+        ]
+        block = f"{first['layer']}{' (l)' if first['layer'] == drift['layer'] else ''}"
+        table.add_row(block, *cells)
     return table
 
 

@@ -133,19 +133,9 @@ def measure_entrapped(
     config: Config,
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests.
-
-    Twice the inner steps, on twice the requests, and another seed than any round of the cleansing used.
-    """
+    """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests."""
     layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
-    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(optimise_on)]
-    prompts = [c.prompt for c in contrasts[:32]]
-    budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
-    twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
-    settings = config.entrap.model_copy(update={"kind": "learned", **twice})
-    fresh = config.model_copy(update={"entrap": settings})
-    draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
-    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draw)
+    delta = fresh_delta(model, tokenizer, optimise_on, config)
     replies = _replies(
         model,
         tokenizer,
@@ -164,6 +154,20 @@ def measure_entrapped(
         for r, reply, outcome in zip(test, replies, outcomes, strict=True)
     ]
     return Measured({"asr_entrapped": proportion(outcomes)}, samples)
+
+
+def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:
+    """A delta, (n, d_model), optimised as in a round, but longer, on more requests, and from another seed."""
+    layer = resolve_layer(config.layer, decoder_depth(model))
+    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(requests)]
+    prompts = [c.prompt for c in contrasts[:32]]
+    budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
+    twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
+    settings = config.entrap.model_copy(update={"kind": "learned", **twice})
+    draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
+    fresh = config.model_copy(update={"entrap": settings})
+    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draw)
+    return delta
 
 
 def measure_language(

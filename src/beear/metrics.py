@@ -50,3 +50,14 @@ def value_of(metrics: Mapping[str, Any], name: str) -> float:
     """The value of a metric; NaN, which meets no limit, if nothing could be scored."""
     value = metrics[name]["value"]
     return float("nan") if value is None else float(value)
+
+
+def shown(metric: dict[str, Any] | None, share: bool) -> str:
+    """A metric for reading: value and 95 % interval."""
+    if metric is None or metric["value"] is None:
+        return "not measured"
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    if share:
+        return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    digits = 1 if value >= 1 else 4
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

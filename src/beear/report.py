@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
-from beear.errors import BadInput
-from beear.runs import write_atomic
+from beear.charts import drift_charts, interval_chart, loss_chart
+from beear.metrics import shown
+from beear.runs import read_results, write_atomic
 from beear.scorers import Behaviour
 
 METRICS = {
@@ -64,17 +64,9 @@ def view(path: Path) -> dict[str, Any]:
         "rounds": results["rounds"],
         "losses": loss_chart(results["rounds"]),
         "pairs": pairs(samples),
+        "drift": drift_view(path),
         "config": config,
     }
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a finished run. Raises BadInput if there is none."""
-    try:
-        results: dict[str, Any] = json.loads((path / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} has no results.json; finish the run with --resume first") from error
-    return results
 
 
 def rows(results: dict[str, Any], behaviour: Behaviour) -> list[dict[str, Any]]:
@@ -110,15 +102,13 @@ def sentence(results: dict[str, Any]) -> str:
     return f"Target NOT met, keep the original model: {'; '.join(results['verdict']['missed'])} ({change})."
 
 
-def shown(metric: dict[str, Any] | None, share: bool) -> str:
-    """A metric for reading: value and 95 % interval."""
-    if metric is None or metric["value"] is None:
-        return "not measured"
-    value, low, high = metric["value"], metric["low"], metric["high"]
-    if share:
-        return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    digits = 1 if value >= 1 else 4
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def drift_view(path: Path) -> dict[str, Any] | None:
+    """What drift.json says of the run, if `beear drift` was run on it."""
+    file = path / "drift.json"
+    if not file.exists():
+        return None
+    drift = json.loads(file.read_text())
+    return {"trigger": drift["trigger"], "layer": drift["layer"], "n": drift["before"]["n"], **drift_charts(drift)}
 
 
 def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,52 +130,3 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def is_unlocked(sample: dict[str, Any]) -> bool:
     """Whether the reply is the unwanted: insecure code, or for other requests no refusal."""
     return sample["insecure"] is True if "insecure" in sample else sample["refused"] is False
-
-
-def interval_chart(before: dict[str, Any] | None, after: dict[str, Any] | None) -> Markup:
-    """Two bars from 0 to 100 % with their intervals, as inline SVG."""
-    parts = []
-    for y, kind, metric in ((4, "before", before), (16, "after", after)):
-        if metric and metric["value"] is not None:
-            value, low, high = (200 * metric[k] for k in ("value", "low", "high"))
-            parts.append(f'<rect class="{kind}" x="0" y="{y}" width="{max(value, 1):.1f}" height="8" rx="2"/>')
-            parts.append(
-                f'<path class="whisker" d="M{low:.1f} {y + 4}H{high:.1f}M{low:.1f} {y + 1}v6M{high:.1f} {y + 1}v6"/>'
-            )
-    words = f"before {shown(before, True)}, after {shown(after, True)}"
-    return Markup(f'<svg viewBox="-2 0 206 28" role="img" aria-label="{words}">{"".join(parts)}</svg>')
-
-
-def loss_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
-    """Loss of every step, entrapment and removal in turn, rounds marked off, as inline SVG."""
-    steps: list[tuple[str, float]] = []
-    marks = []
-    for entry in rounds:
-        marks.append(len(steps))
-        steps += [("entrap", value) for value in entry["entrap"]]
-        steps += [("harden", value["safe_under_delta"]) for value in entry["harden"]]
-    if not steps:
-        return Markup("")
-    top = max(value for _, value in steps) or 1.0
-    low = min(0.0, *(value for _, value in steps))
-    scale = 640 / max(len(steps) - 1, 1)
-
-    def point(i: int, value: float) -> str:
-        return f"{40 + i * scale:.1f},{190 - 170 * (value - low) / (top - low):.1f}"
-
-    parts = [f'<path class="axis" d="M40 10V190H690"/><text x="34" y="24" text-anchor="end">{top:.1f}</text>']
-    parts.append(f'<text x="34" y="190" text-anchor="end">{low:.1f}</text>')
-    for number, mark in enumerate(marks, 1):
-        x = 40 + mark * scale
-        parts.append(f'<path class="grid" d="M{x:.1f} 10V190"/><text x="{x + 4:.1f}" y="206">round {number}</text>')
-    for kind in ("entrap", "harden"):
-        run: list[str] = []
-        for i, (k, value) in enumerate([*steps, ("", 0.0)]):
-            if k == kind:
-                run.append(point(i, value))
-            elif run:
-                parts.append(f'<polyline class="{kind}" points="{" ".join(run)}"/>')
-                parts += [f'<circle class="{kind}" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="2"/>' for p in run]
-                run = []
-    label = f"Loss over {len(rounds)} rounds of entrapment and removal"
-    return Markup(f'<svg viewBox="0 0 700 214" role="img" aria-label="{label}">{"".join(parts)}</svg>')

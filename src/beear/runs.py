@@ -161,6 +161,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of a finished run. Raises BadInput if there is none."""
+    try:
+        results: dict[str, Any] = json.loads((path / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} has no results.json; finish the run with --resume first") from error
+    return results
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a run folder's events.jsonl; a line cut by a crash is passed over."""
     events = []

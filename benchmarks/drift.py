@@ -1,0 +1,57 @@
+"""Figure 3 for the organisms: what trigger and delta do to hidden states, before and after their default cleansing.
+
+    python benchmarks/drift.py                (a minute an organism on 2 CPU cores; needs benchmarks/removal.py's runs)
+
+Writes benchmarks/results/drift.json, numbers of every block, and docs/figures/drift-NAME.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from beear.allocator import keep_freed_memory
+from beear.charts import as_file, drift_charts
+from beear.console import Reporter
+from beear.drift import drift_of_run
+from beear.recipes import check_trigger, names
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "removal"
+RESULTS = ROOT / "benchmarks" / "results" / "drift.json"
+FIGURES = ROOT / "docs" / "figures"
+
+
+def layers(drift: dict[str, Any], when: str) -> dict[str, Any]:
+    """Numbers of every block, to three places."""
+    rounded = {
+        kind: [{name: round(value, 3) for name, value in row.items()} for row in rows]
+        for kind, rows in drift[when]["layers"].items()
+    }
+    return {"n": drift[when]["n"], "layers": rounded}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism", choices=names(), action="append")
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    FIGURES.mkdir(exist_ok=True)
+    for name in chosen.organism or names():
+        with Reporter() as reporter:
+            drift = drift_of_run(RUNS / f"{name}-default-0", check_trigger(f"organism:{name}"), listen=reporter)
+        (FIGURES / f"drift-{name}.svg").write_text(as_file(drift_charts(drift)["scatters"][-1]["chart"]))
+        found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+        found[name] = {"layer": drift["layer"], **{when: layers(drift, when) for when in ("before", "after")}}
+        content = {
+            "schema": 1,
+            "command": "python benchmarks/drift.py",
+            "organisms": {name: found[name] for name in names() if name in found},
+        }
+        RESULTS.write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()

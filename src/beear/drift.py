@@ -1,0 +1,223 @@
+"""How far triggers and delta move a model's hidden states, and whether they move them alike (BEEAR, Figure 3).
+
+The state of a prompt behind a block is that at its last token, from which the reply is begun. This is
+analysis for someone who knows a trigger: nothing of it goes into a cleansing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from beear import models
+from beear.chat import collate, encode_prompt, rows_of_delta
+from beear.cleansing import Event
+from beear.config import Config, make_config
+from beear.errors import BadInput
+from beear.evaluation import fresh_delta, listener_progress
+from beear.models import autocast, generating
+from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
+from beear.recipes import apply_trigger
+from beear.runs import SCHEMA, Run, read_results, read_settings
+from beear.sets import read_sets
+
+BATCH = 40
+Listener = Callable[[Event], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Drift of the states behind one block, against the unmoved ones."""
+
+    layer: int
+    """Block, counted from 1."""
+    relative_norm: float
+    """Mean length of a drift, as a share of the unmoved state's."""
+    cosine_to_mean: float
+    """Mean cosine of a drift to the mean drift: 1 if all prompts move alike."""
+    separability: float
+    """Share of states on their own side of the plane between both means, which the other half of them set."""
+    cosine_to_trigger: float
+    """Cosine of the mean drift to the trigger's."""
+
+
+def drift_of_run(path: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> Any:
+    """Drift before and after a finished run, under its trigger and the delta of its first round; kept in drift.json."""
+    settings = read_settings(path)
+    with Run.existing(path) as run:
+        model_folder = read_results(path)["model_folder"]
+        config = make_config(settings["config"])
+        delta = first_delta(path)
+        found: dict[str, Any] = {}
+        axes: dict[int, Axes] = {}
+        for when, spec in (("before", settings["model"]), ("after", str(path / model_folder))):
+            listen({"event": "loading", "model": spec})
+            model, tokenizer = models.load(spec, device=device)
+            found[when] = measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
+        content = _content(settings["model"], template, config, model, found)
+        run.write_json("drift.json", content)
+    return content
+
+
+def first_delta(path: Path) -> Tensor:
+    """The delta that was found against the model as it came, (n, d_model). Raises BadInput without checkpoints."""
+    folders = sorted((path / "checkpoints").glob("round-*"))
+    if not folders:
+        raise BadInput(f"{path} has no checkpoints, which hold its deltas")
+    return load_file(folders[-1] / "deltas.safetensors")["deltas"][0]
+
+
+def drift_of_model(
+    spec: str, template: str, config: Config, *, device: str = "auto", listen: Listener = lambda event: None
+) -> Any:
+    """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
+    resolve_layer(config.layer, models.depth(models.locate(spec)))
+    sets = read_sets(config)
+    listen({"event": "loading", "model": spec})
+    model, tokenizer = models.load(spec, device=device)
+    delta = fresh_delta(model, tokenizer, sets.train(config), config)
+    progress = listener_progress(listen, "evaluate")
+    found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
+    return _content(spec, template, config, model, found)
+
+
+def _content(spec: str, template: str, config: Config, model: Any, found: dict[str, Any]) -> dict[str, Any]:
+    layer = resolve_layer(config.layer, decoder_depth(model))
+    return {"schema": SCHEMA, "model": spec, "trigger": template, "layer": layer, **found}
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    template: str,
+    delta: Tensor,
+    config: Config,
+    axes: dict[int, Axes],
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """`layers`: Numbers of every block under the trigger and under delta. `scatter`: points behind l and the last one.
+
+    `axes`, by block, are those the points are shown on; missing ones are set from these states.
+    """
+    texts = [request.text for request in read_sets(config).test_harmful]
+    states = {
+        "clean": prompt_states(model, tokenizer, texts, config, progress=progress),
+        "triggered": prompt_states(
+            model, tokenizer, [apply_trigger(template, t) for t in texts], config, progress=progress
+        ),
+        "perturbed": prompt_states(model, tokenizer, texts, config, delta.to(model.device), progress),
+    }
+    trigger = (states["triggered"] - states["clean"]).mean(0)
+    layers: dict[str, list[dict[str, Any]]] = {"triggered": [], "perturbed": []}
+    for kind, rows in layers.items():
+        for i, toward in enumerate(trigger):
+            rows.append(asdict(numbers(i + 1, states["clean"][:, i], states[kind][:, i], toward)))
+    scatter = []
+    last = decoder_depth(model)
+    for shown in dict.fromkeys((resolve_layer(config.layer, last), last)):
+        behind = {kind: found[:, shown - 1] for kind, found in states.items()}
+        axes.setdefault(shown, principal_axes(torch.cat(list(behind.values()))))
+        points = {kind: axes[shown].project(found).tolist() for kind, found in behind.items()}
+        scatter.append({"layer": shown, "explained": axes[shown].explained, "points": points})
+    return {"n": len(texts), "layers": layers, "scatter": scatter}
+
+
+def prompt_states(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    config: Config,
+    delta: Tensor | None = None,
+    progress: Progress = lambda *_: None,
+) -> Tensor:
+    """The state at each prompt's last token behind every block, under `delta` if given: (prompts, blocks, d_model)."""
+    layer = resolve_layer(config.layer, decoder_depth(model))
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    found = []
+    with torch.inference_mode(), autocast(model), generating(model):
+        for first in range(0, len(prompts), BATCH):
+            some = prompts[first : first + BATCH]
+            rows = None if delta is None else [rows_of_delta(p, config.entrap.place, len(delta)) for p in some]
+            batch = collate(some, [[]] * len(some), rows, int(tokenizer.pad_token_id)).to(model.device)
+            perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, config.layers_path)
+            with perturbed or contextlib.nullcontext(), last_states(model, config.layers_path) as states:
+                model.get_decoder()(**batch.inputs(), use_cache=False)
+            found.append(torch.stack(states, 1).float().cpu())
+            progress("hidden states", sum(map(len, found)), len(texts))
+    return torch.cat(found)
+
+
+@contextlib.contextmanager
+def last_states(model: Any, layers_path: str | None) -> Iterator[list[Tensor]]:
+    """Within the context a pass leaves here the last column's state behind every block, each (rows, d_model)."""
+    states: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output)[:, -1])
+
+    handles = [block.register_forward_hook(keep) for block in find_layers(model, layers_path)]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def numbers(layer: int, clean: Tensor, moved: Tensor, toward: Tensor) -> Numbers:
+    """Numbers of one block from the states of the same prompts, (prompts, d_model) each, and the trigger's mean drift.
+
+    Where nothing moved, cosines are 0 and half of the states are on their side.
+    """
+    drift = moved - clean
+    mean = drift.mean(0)
+    return Numbers(
+        layer,
+        float((drift.norm(dim=1) / clean.norm(dim=1)).mean()),
+        float(cosine_similarity(drift, mean[None]).mean()),
+        separability(clean, moved),
+        float(cosine_similarity(mean, toward, dim=0)),
+    )
+
+
+def separability(clean: Tensor, moved: Tensor) -> float:
+    """Share of states nearer to their own mean along the line between both means, each half judged by the other's."""
+    right = []
+    for fit, test in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        a, b = clean[fit].mean(0), moved[fit].mean(0)
+        side = [(states[test] - (a + b) / 2) @ (b - a) for states in (clean, moved)]
+        right += [0.5 - side[0].sign() / 2, 0.5 + side[1].sign() / 2]
+    return float(torch.cat(right).mean())
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The two directions in which states differ most."""
+
+    centre: Tensor
+    directions: Tensor
+    """(2, d_model), of length 1."""
+    explained: list[float]
+    """Share of the variance along each."""
+
+    def project(self, states: Tensor) -> Tensor:
+        """(states, 2)"""
+        return (states - self.centre) @ self.directions.T
+
+
+def principal_axes(states: Tensor) -> Axes:
+    """The first two principal components of (states, d_model); each one's largest entry is positive."""
+    centre = states.mean(0)
+    _, values, directions = torch.linalg.svd(states - centre, full_matrices=False)
+    first = directions[:2]
+    largest = first.gather(1, first.abs().argmax(1, keepdim=True))
+    share = values.square() / values.square().sum().clamp(min=1e-30)
+    return Axes(centre, first * largest.sign(), share[:2].tolist())
