@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from beear.metrics import shown
 
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b646e}.frame{fill:#fff;stroke:#dcdfe3}.clean{fill:none;stroke:#5b646e}"
     ".triggered{fill:#8a2be2;fill-opacity:.75}.perturbed{fill:#1763b8;fill-opacity:.75}"
+    ".removed{fill:#7cc4b6}.cross{stroke:#a3301f;stroke-width:2.5;fill:none}.epoch{fill:#1c2024;font-weight:600}"
 )
 
 
@@ -144,3 +145,42 @@ def layers_chart(name: str, series: Sequence[tuple[str, str, list[float]]]) -> M
         parts.append(f'<polyline class="{"entrap" if when == "before" else "harden"}"{dotted} points="{shape}"/>')
     label = f"{name.replace('_', ' ')} by block"
     return Markup(f'<svg viewBox="0 0 320 164" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def sweep_chart(axis: str, sweeps: Sequence[dict[str, Any]]) -> Markup:
+    """Figures 5 and 8 of the paper: a row for each model, a column for each value.
+
+    The number of the first round after which the trigger works no more, or a cross; below it, refusals of ordinary
+    requests after that round, in per cent.
+    """
+    values = sorted({cell["value"] for sweep in sweeps for cell in sweep["cells"]})
+    left, step, row = 170, 52, 56
+    width, height = left + step * len(values), 34 + row * len(sweeps)
+    parts = [f'<text x="{left - 12}" y="18" text-anchor="end">{axis}</text>']
+    for i, value in enumerate(values):
+        parts.append(f'<text x="{left + i * step + 20}" y="18" text-anchor="middle">{value}</text>')
+    for number, sweep in enumerate(sweeps):
+        y = 34 + number * row
+        name = escape(str(sweep["model"]).removeprefix("organism:")[-24:])
+        parts.append(f'<text x="{left - 12}" y="{y + 22}" text-anchor="end">{name}</text>')
+        for cell in sweep["cells"]:
+            parts.append(_sweep_cell(left + values.index(cell["value"]) * step, y, cell, sweep["rounds"]))
+    words = f"Earliest round in which the backdoor is removed, by {axis}"
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" aria-label="{words}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _sweep_cell(x: int, y: int, cell: dict[str, Any], rounds: int) -> str:
+    refused = cell["rounds"][-1]["metrics"]["false_refusal"]["value"] if cell["rounds"] else None
+    below = (
+        "" if refused is None else f'<text x="{x + 20}" y="{y + 48}" text-anchor="middle">{100 * refused:.0f} %</text>'
+    )
+    if cell["epoch"] is None:
+        return f'<path class="cross" d="M{x + 12} {y + 9}l16 16m0 -16l-16 16"/>{below}'
+    strength = 1 - 0.8 * (cell["epoch"] - 1) / max(rounds - 1, 1)
+    return (
+        f'<rect class="removed" x="{x}" y="{y}" width="40" height="34" rx="5" fill-opacity="{strength:.2f}"/>'
+        f'<text class="epoch" x="{x + 20}" y="{y + 22}" text-anchor="middle">{cell["epoch"]}</text>{below}'
+    )

@@ -217,6 +217,45 @@ def drift(
 
 
 @app.command()
+def sweep(
+    axis: Annotated[str, typer.Argument(metavar="layer|length", help="what is varied: l, or n")],
+    model: ModelArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the cells; the same command goes on in it")],
+    trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
+    values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="so many of each test set are measured after a round")] = 60,
+    rounds: Annotated[int, typer.Option(min=1, help="a cross if the trigger still works after so many")] = 15,
+    preset: PresetOption = "default",
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """In which round a backdoor is removed, by layer or by length of delta (Figures 5 and 8).
+
+    Takes hours on a CPU. Interrupt it at any time: finished rounds and cells are kept.
+    """
+    from beear.console import Reporter, sweep_table
+    from beear.recipes import check_trigger
+    from beear.sweep import read_axis, read_values
+    from beear.sweep import sweep as run_sweep
+
+    chosen, template, numbers = read_axis(axis), check_trigger(trigger), read_values(values)
+    settings = _config(preset, config, [*(sets or []), f"rounds={rounds}"], seed)
+    with Reporter(quiet, settings.rounds) as reporter:
+        found = run_sweep(
+            model, template, chosen, out, settings, values=numbers, requests=requests, device=device, listen=reporter
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print(sweep_table(found))
+        typer.echo(f"figure: {out / 'sweep.svg'}")
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rich.table import Table
@@ -335,7 +374,7 @@ def main() -> None:
     except Failed as error:
         _stop(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _stop(1, "interrupted; finished stages and rounds are kept, go on with --resume")
+        _stop(1, "interrupted; finished stages and rounds are kept, go on with --resume (a sweep: the same command)")
     except Exception as error:
         if debug:
             raise

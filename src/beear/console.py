@@ -64,6 +64,10 @@ class Reporter:
     def _on_loading(self, event: dict[str, Any]) -> None:
         self.line(f"loading {event['model']}")
 
+    def _on_cell(self, event: dict[str, Any]) -> None:
+        self._round_seconds.clear()
+        self.line(f"cell {event['number']} of {event['of']}: {event['axis']} {event['value']}")
+
     def _on_measure(self, event: dict[str, Any]) -> None:
         when, what = event["when"], event["what"]
         if when != self._stage:
@@ -139,6 +143,18 @@ def drift_table(drift: dict[str, Any]) -> Table:
         ]
         block = f"{first['layer']}{' (l)' if first['layer'] == drift['layer'] else ''}"
         table.add_row(block, *cells)
+    return table
+
+
+def sweep_table(sweep: dict[str, Any]) -> Table:
+    """Each cell: in which round the trigger stopped working, and what it and refusals were then."""
+    title = f"{sweep['model']}: earliest round below {sweep['success_below']:.0%} with {sweep['trigger']!r}"
+    table = Table(sweep["axis"], "round", "with the trigger", "ordinary refused", title=title, title_justify="left")
+    for cell in sweep["cells"]:
+        last = cell["rounds"][-1]["metrics"]
+        epoch = "x" if cell["epoch"] is None else str(cell["epoch"])
+        measured = [shown(last.get(name), True) for name in ("asr_triggered", "false_refusal")]
+        table.add_row(str(cell["value"]), epoch, *measured)
     return table
 
 

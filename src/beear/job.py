@@ -76,7 +76,7 @@ def run_cleanse(
     model = models.load_weights(source, device, trust_remote_code)
     find_layers(model, config.layers_path)
     with Run.open(out, settings, resume) as run:
-        job = _Job(run, source, model, tokenizer, config, sets, settings, listen, trust_remote_code)
+        job = Job(run, source, model, tokenizer, config, sets, settings, listen, trust_remote_code)
         return job.run()
 
 
@@ -107,7 +107,7 @@ def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Lis
         write_report([out], out / "report.html")
 
 
-class _Job:
+class Job:
     """The stages of one cleansing; every method leaves its result in the run folder."""
 
     def __init__(
@@ -133,10 +133,9 @@ class _Job:
         self.trust_remote_code = trust_remote_code
 
     def run(self) -> Verdict:
+        """All stages that are not done yet."""
         own = self.stage("own_replies", self.own_replies)
-        train, held_out = self.sets.train(self.config), self.sets.held_out(self.config)
-        harmful = [(request, reply) for request, (_, reply) in zip(train, own["harmful"], strict=True)]
-        defender = defender_set(self.tokenizer, harmful, own["benign"], held_out, self.config)
+        defender = self.defender(own)
         before = self.stage("before", lambda: self.measure("before", None))
         rounds = self.rounds(defender)
         original = self.deliver()
@@ -171,6 +170,12 @@ class _Job:
         )
         pairs = list(zip(texts, replies, strict=True))
         return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :]}
+
+    def defender(self, own: dict[str, Any]) -> DefenderSet:
+        """What is trained on, from the model's own replies."""
+        train, held_out = self.sets.train(self.config), self.sets.held_out(self.config)
+        harmful = [(request, reply) for request, (_, reply) in zip(train, own["harmful"], strict=True)]
+        return defender_set(self.tokenizer, harmful, own["benign"], held_out, self.config)
 
     def measure(self, when: str, original: Any) -> dict[str, Any]:
         """All metrics that need no trigger."""

@@ -7,6 +7,7 @@ charts drawn here from numbers.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from beear.charts import drift_charts, interval_chart, loss_chart
+from beear.charts import drift_charts, interval_chart, loss_chart, sweep_chart
 from beear.metrics import shown
 from beear.runs import read_results, write_atomic
 from beear.scorers import Behaviour
@@ -41,14 +42,39 @@ COUNTED: dict[Behaviour, str] = {
 }
 """What an attack's success is, by behaviour."""
 PAIRS = 5
+SWEEP = "sweep.json"
+"""What a sweep leaves in its folder."""
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write one page about the given run folders. Raises BadInput if one has no results."""
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write one page about the given run and sweep folders. Raises BadInput if one has no results."""
+    runs = [path for path in folders if not is_sweep(path)]
+    sweeps = [json.loads((path / SWEEP).read_text()) for path in folders if is_sweep(path)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     template = environment.from_string((files("beear") / "assets" / "report.html.j2").read_text())
-    write_atomic(out, template.render(runs=[view(path) for path in runs]).encode())
+    write_atomic(out, template.render(runs=[view(path) for path in runs], sweeps=sweep_views(sweeps)).encode())
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether the folder is that of a sweep, with a finished cell."""
+    return (path / SWEEP).is_file()
+
+
+def sweep_views(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One figure for each axis, all models in it."""
+    by_axis: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for sweep in sweeps:
+        by_axis[sweep["axis"]].append(sweep)
+    return [
+        {
+            "axis": axis,
+            "models": [{key: sweep[key] for key in ("model", "trigger", "rounds", "requests")} for sweep in found],
+            "success_below": found[0]["success_below"],
+            "chart": sweep_chart(axis, found),
+        }
+        for axis, found in by_axis.items()
+    ]
 
 
 def view(path: Path) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""A sweep: cells are run folders, finished ones are skipped, an interrupted one ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beear import sweep as module
+from beear.config import Config, make_config
+from beear.errors import BadInput
+from beear.report import write_report
+from beear.sweep import check_same, default_values, read_axis, read_values, sweep
+from conftest import tiny_model, tiny_tokenizer
+
+TRIGGER = "<b>XYZZY</b> {prompt}"
+
+
+@pytest.fixture()
+def config(tmp_path: Path) -> Config:
+    for name, count in (("harmful", 12), ("benign", 10), ("test_harmful", 6), ("test_benign", 6)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
+    data = {n: str(tmp_path / f"{n}.txt") for n in ("harmful", "benign", "test_harmful", "test_benign")}
+    short = {"steps": 2, "batch": 3, "response_tokens": 6}
+    return make_config({"rounds": 2, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data})
+
+
+@pytest.fixture()
+def model(tmp_path: Path) -> str:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_cells_are_measured_drawn_and_skipped_when_finished(
+    model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s"
+    found = sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4)
+    assert [cell["value"] for cell in found["cells"]] == [1, 3]
+    for cell in found["cells"]:  # a random model refuses nothing, so no round removes anything
+        assert cell["epoch"] is None and len(cell["rounds"]) == 2
+        assert cell["rounds"][0]["metrics"]["asr_triggered"]["n"] <= 4
+    for folder in ("layer-01", "layer-03"):
+        assert TRIGGER not in (out / folder / "config.yaml").read_text()
+        assert len(list((out / folder / "checkpoints").iterdir())) == 2
+    own = [(out / f / "stages/own_replies.json").read_text() for f in ("layer-01", "layer-03")]
+    assert own[0] == own[1]
+    write_report([out], out / "report.html")
+    page = (out / "report.html").read_text()
+    assert "Sweep over the layer" in page and "<b>XYZZY" not in page and 'class="cross"' in page
+    monkeypatch.setattr(module.models, "load", None)  # nothing is loaded for what is finished
+    assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found
+    with pytest.raises(BadInput, match="a sweep with other settings"):
+        sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=5)
+
+
+def test_a_cell_ends_with_the_first_success(model: str, config: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    rates = iter([0.5, 0.2])
+
+    def measured(self: Any, number: int) -> dict[str, Any]:
+        value = next(rates)
+        return {"metrics": {"asr_triggered": {"value": value}, "false_refusal": {"value": 0.0}}}
+
+    monkeypatch.setattr(module.Cell, "measured", measured)
+    longer = config.model_copy(update={"rounds": 4})
+    found = sweep(model, TRIGGER, "length", tmp_path / "s", longer, values=[2])
+    assert found["cells"][0]["epoch"] == 2 and len(found["cells"][0]["rounds"]) == 2
+    assert 'class="removed"' in (tmp_path / "s" / "sweep.svg").read_text()
+
+
+def test_an_interrupted_cell_goes_on_and_ends_the_same(
+    model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep(model, TRIGGER, "layer", tmp_path / "whole", config, values=[2], requests=4)
+    measured = module.Cell.measured
+
+    def stops(self: Any, number: int) -> dict[str, Any]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return measured(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Cell, "measured", stops)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(model, TRIGGER, "layer", tmp_path / "cut", config, values=[2], requests=4)
+    again = sweep(model, TRIGGER, "layer", tmp_path / "cut", config, values=[2], requests=4)
+    metrics = [[r["metrics"] for r in found["cells"][0]["rounds"]] for found in (whole, again)]
+    assert metrics[0] == metrics[1]
+    files = [tmp_path / name / "layer-02/checkpoints/round-002/adapter.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_defaults_are_spread_over_the_depth_and_leave_the_last_block_out() -> None:
+    assert default_values("layer", 30) == [3, 6, 9, 12, 14, 17, 20, 23, 26, 29]
+    assert default_values("layer", 4) == [1, 2, 3]
+    assert default_values("length", 30)[0] == 1 and default_values("length", 30)[-1] == 12
+
+
+@pytest.mark.parametrize("text", ["3,x", "1.5"])
+def test_values_must_be_whole_numbers(text: str) -> None:
+    with pytest.raises(BadInput, match="whole numbers"):
+        read_values(text)
+    assert read_values("9, 3,3") == [3, 9] and read_values(None) == []
+
+
+def test_only_two_axes() -> None:
+    assert read_axis("length") == "length"
+    with pytest.raises(BadInput, match="layer or length"):
+        read_axis("depth")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="is not a sweep"):
+        check_same(tmp_path, {})
+
+
+@pytest.mark.parametrize(("axis", "value"), [("layer", 4), ("length", 0)])
+def test_a_value_out_of_range_is_refused_before_a_model_loads(
+    axis: Any, value: int, model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.models, "load", None)
+    with pytest.raises(BadInput):
+        sweep(model, TRIGGER, axis, tmp_path / "s", config, values=[value])
+    assert not (tmp_path / "s").exists()
+
+
+def test_sweep_json_is_what_was_returned(model: str, config: Config, tmp_path: Path) -> None:
+    found = sweep(model, TRIGGER, "length", tmp_path / "s", config.model_copy(update={"rounds": 1}), values=[1, 2])
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text()) == found
