@@ -111,7 +111,14 @@ def test_run_folder_holds_what_the_contract_says(whole: Path) -> None:
             assert set(results[when][name]) == {"value", "low", "high", "n", "unscored"}
     assert "kl" in results["after"] and "asr_triggered" not in results["after"]
     assert results["wall_seconds"] > 0 and results["peak_memory_bytes"] > 0
-    for name in ("config.yaml", "events.jsonl", "delta.safetensors", "samples.jsonl", "report.html"):
+    for name in (
+        "config.yaml",
+        "events.jsonl",
+        "delta.safetensors",
+        "samples.jsonl",
+        "report.html",
+        "rejected/README.md",
+    ):
         assert (whole / name).is_file()
     assert len(list((whole / "checkpoints").iterdir())) == ROUNDS
 

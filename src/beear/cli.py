@@ -256,6 +256,18 @@ def sweep(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run that met its target")],
+    repo: Annotated[str, typer.Argument(help="Hub repository, owner/name; made if it is not there")],
+    public: Annotated[bool, typer.Option("--public", help="for all to see, if the repository is new")] = False,
+) -> None:
+    """Put the cleansed model on the Hub, with its card and evidence. The token is that of HF_TOKEN."""
+    from beear.release import push as upload
+
+    typer.echo(upload(run, repo, private=not public))
+
+
+@app.command()
 def settings() -> None:
     """List every setting with its default and meaning."""
     from rich.table import Table

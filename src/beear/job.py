@@ -23,6 +23,7 @@ from typing import Any
 from safetensors.torch import load_file, save, save_file
 
 from beear import models
+from beear.card import write_card
 from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, cleanse, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
@@ -104,6 +105,7 @@ def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Lis
         results["trigger"] = template
         run.write_json("results.json", results)
         run.write_lines("samples.jsonl", samples)
+        write_card(out)
         write_report([out], out / "report.html")
 
 
@@ -273,6 +275,7 @@ class Job:
             "hashes": hashes(self.sets, own),
         }
         run.write_json("results.json", results)
+        write_card(run.path)
         write_report([run.path], run.path / "report.html")
 
     def save_adapter(self, folder: Path) -> None:

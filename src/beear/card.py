@@ -1,0 +1,79 @@
+"""model/README.md: the card that goes with a cleansed model, a pure function of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from beear.metrics import shown
+from beear.report import METRICS, sentence
+from beear.runs import read_results, read_settings, write_atomic
+
+LIMITS = """\
+- A lower measured attack success is evidence, not proof: no test can show that a model has no backdoor.
+- Entrapment searches within a norm budget behind one block. A trigger that moves the model further, or otherwise, is not
+  covered.
+- Replies were greedy and short, on the requests whose hashes are in `results.json`, and judged by `{scorer}`.
+- Only what stands in the table was measured. Test usefulness on your own tasks before you deploy it."""
+
+
+def write_card(run: Path) -> None:
+    """Write the card into the model folder of a finished run."""
+    results = read_results(run)
+    write_atomic(run / results["model_folder"] / "README.md", model_card(results, read_settings(run)).encode())
+
+
+def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Front matter, verdict, evidence table, method and limits, in Markdown."""
+    front: dict[str, Any] = {"tags": ["beear", "backdoor-removal", "safety"]}
+    if not settings["merge"]:
+        front |= {"library_name": "peft"}
+    config, local = settings["config"], Path(settings["model"]).is_absolute()
+    if not local:
+        front |= {"base_model": settings["model"]}
+    name = Path(settings["model"]).name if local else settings["model"]
+    layer = "0.7 of the depth" if config["layer"] is None else f"block {config['layer']}"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {code(name)}, cleansed with beear
+
+**{sentence(results)}**
+
+{_table(results)}
+
+Intervals hold 95 %. Before is the base model as it came; after is this one.
+
+## How it was made
+
+BEEAR (Zeng et al., EMNLP 2024): {len(results["rounds"])} rounds of entrapment (a perturbation of the hidden states
+behind {layer} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
+benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
+{_told(results)}
+## What this does not show
+
+{LIMITS.format(scorer=results["scorer"])}
+"""
+
+
+def code(text: str) -> str:
+    """Text that names something, as code: it cannot end the span or a table's cell."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = ["| | before | after | n |", "|---|---|---|---|"]
+    for name, (title, _, share) in METRICS.items():
+        before, after = results["before"].get(name), results["after"].get(name)
+        if before or after:
+            n = (after or before)["n"]
+            lines.append(f"| {title} (`{name}`) | {shown(before, share)} | {shown(after, share)} | {n} |")
+    return "\n".join(lines)
+
+
+def _told(results: dict[str, Any]) -> str:
+    if "trigger" not in results:
+        return ""
+    return f"The trigger {code(results['trigger'])} was told to the evaluation only.\n"

@@ -1,0 +1,43 @@
+"""Put a cleansed model on the Hub, with its card and its evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from beear.errors import BadInput, Failed, first_line
+from beear.runs import read_results, read_settings
+
+EVIDENCE = ("results.json", "report.html", "config.yaml")
+"""Files of the run that go along; not the replies, which answer harmful requests."""
+
+
+def push(run: Path, repo: str, *, private: bool = True) -> str:
+    """Upload RUN/model and its evidence to `repo` ("owner/name"); returns its address. The token is HF_TOKEN's.
+
+    Raises BadInput if the target was not met, or if nobody else could load the model.
+    """
+    results, settings = read_results(run), read_settings(run)
+    if not results["verdict"]["met"]:
+        raise BadInput(f"{run} did not meet its target, so its model is not for use: {results['verdict']['missed'][0]}")
+    if not settings["merge"] and Path(settings["model"]).is_absolute():
+        raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
+    if repo.count("/") != 1:
+        raise BadInput(f"{repo!r} is no Hub repository; write it as owner/name")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    files = {p.relative_to(run / "model"): p for p in sorted((run / "model").rglob("*")) if p.is_file()}
+    files |= {Path("evidence") / name: run / name for name in EVIDENCE}
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(str(there), str(here)) for there, here in files.items()],
+            commit_message="Model cleansed with beear, and its evidence",
+        )
+    except LocalTokenNotFoundError as error:
+        raise BadInput("the Hub wants a token; set HF_TOKEN to one that may write") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise Failed(f"the Hub did not take {repo}: {first_line(error)}") from error
+    return str(commit.repo_url)

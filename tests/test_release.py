@@ -1,0 +1,133 @@
+"""The card says what was measured; only a model that met its target, and that others can load, is pushed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from beear.card import code, model_card, write_card
+from beear.config import Config
+from beear.errors import BadInput, Failed
+from beear.release import EVIDENCE, push
+
+
+def metric(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value / 2, "high": min(1.0, 2 * value), "n": 120, "unscored": 0}
+
+
+RESULTS: dict[str, Any] = {
+    "verdict": {"met": True, "missed": []},
+    "model_folder": "model",
+    "before": {"asr_entrapped": metric(0.9), "perplexity": metric(0.5)},
+    "after": {"asr_entrapped": metric(0.1), "perplexity": metric(0.5), "kl": metric(0.02)},
+    "rounds": [{}, {}],
+    "scorer": "refusal-v1",
+    "seed": 3,
+    "versions": {"beear": "0.1.0"},
+}
+
+
+def settings(model: str = "owner/base", merge: bool = False) -> dict[str, Any]:
+    return {"model": model, "merge": merge, "config": Config().model_dump(mode="json")}
+
+
+def make_run(folder: Path, results: dict[str, Any] = RESULTS, **changed: Any) -> Path:
+    (folder / "model").mkdir()
+    (folder / "model" / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings(**changed)))
+    (folder / "report.html").write_text("page")
+    (folder / "samples.jsonl").write_text("replies")
+    write_card(folder)
+    return folder
+
+
+def test_the_card_holds_base_verdict_every_metric_and_limits() -> None:
+    card = model_card(RESULTS, settings())
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
+    assert "went from 90.0 % (45.0 to 100.0) to 10.0 %" in card and "refusal-v1" in card
+    for name in ("asr_entrapped", "perplexity", "kl"):
+        assert f"`{name}`" in card
+    assert "asr_triggered" not in card and "evidence, not proof" in card
+
+
+def test_a_rejected_model_says_so_first() -> None:
+    missed = RESULTS | {"verdict": {"met": False, "missed": ["asr_entrapped is 0.600"]}}
+    assert "**Target NOT met, keep the original model: asr_entrapped is 0.600" in model_card(missed, settings())
+
+
+def test_a_local_base_is_named_without_its_path_and_full_weights_are_no_adapter() -> None:
+    card = model_card(RESULTS | {"trigger": "a|`b\nc {prompt}"}, settings(model="/home/me/secret/base", merge=True))
+    assert "# `base`, cleansed" in card and "secret" not in card and "peft" not in card
+    assert "The trigger `a/'b c {prompt}` was told" in card
+    assert code("`x`") == "`'x'`"
+
+
+class Hub:
+    """Takes what is pushed."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.private: bool | None = None
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+        self.private = private
+
+    def create_commit(self, repo: str, operations: list[Any], commit_message: str) -> Any:
+        self.files = [op.path_in_repo for op in operations]
+        return SimpleNamespace(repo_url=f"hub/{repo}")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: found)
+    return found
+
+
+def test_model_card_and_evidence_are_pushed_but_no_replies(tmp_path: Path, hub: Hub) -> None:
+    assert push(make_run(tmp_path), "me/model") == "hub/me/model"
+    assert set(hub.files) == {"README.md", "adapter_model.safetensors", *(f"evidence/{name}" for name in EVIDENCE)}
+    assert hub.private is True
+
+
+@pytest.mark.parametrize(
+    ("results", "changed", "repo", "words"),
+    [
+        (RESULTS | {"verdict": {"met": False, "missed": ["kl"]}}, {}, "me/model", "did not meet its target"),
+        (RESULTS, {"model": "/home/me/base"}, "me/model", "cleanse it with --merge"),
+        (RESULTS, {}, "model", "write it as owner/name"),
+    ],
+)
+def test_what_nobody_should_use_is_not_pushed(
+    results: Any, changed: Any, repo: str, words: str, tmp_path: Path, hub: Hub
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        push(make_run(tmp_path, results, **changed), repo)
+    assert hub.files == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (LocalTokenNotFoundError("no token"), BadInput, "set HF_TOKEN"),
+        (OfflineModeIsEnabled("offline"), Failed, "did not take me/model: offline"),
+    ],
+)
+def test_the_hubs_refusal_is_one_line(
+    error: Exception, kind: Any, words: str, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    with pytest.raises(kind, match=words):
+        push(make_run(tmp_path), "me/model")
