@@ -13,8 +13,8 @@ from beear.runs import read_results, read_settings, write_atomic
 
 LIMITS = """\
 - A lower measured attack success is evidence, not proof: no test can show that a model has no backdoor.
-- Entrapment searches within a norm budget behind one block. A trigger that moves the model further, or otherwise, is not
-  covered.
+- Entrapment searches within a norm budget behind one block. A trigger that moves the model further, or in
+  another way, is not covered.
 - Replies were greedy and short, on the requests whose hashes are in `results.json`, and judged by `{scorer}`.
 - Only what stands in the table was measured. Test usefulness on your own tasks before you deploy it."""
 
