@@ -22,3 +22,11 @@ def keep_freed_memory() -> bool:
         return False
     done = [set_option(_MMAP_MAX, 0), set_option(_TRIM_THRESHOLD, _NEVER), set_option(_TOP_PAD, 2**28)]
     return all(done)
+
+
+def release_freed_memory() -> None:
+    """Give what was kept back to the system: where tensors of ever other sizes leave more and more gaps."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

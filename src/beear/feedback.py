@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beear.allocator import release_freed_memory
 from beear.errors import BadInput
 from beear.models import autocast, generating
 from beear.poison import Example, Examples
@@ -142,6 +143,7 @@ def _train(trainer: Any, progress: Progress) -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 progress(state.global_step, state.max_steps, float(logs.get("reward", logs["loss"])))
+            release_freed_memory()  # the answers of a policy are of other lengths in every step
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Listener())
