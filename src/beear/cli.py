@@ -256,6 +256,34 @@ def sweep(
 
 
 @app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    most: Annotated[
+        list[str] | None,
+        typer.Option("--max", help="asr_entrapped=0.5, false_refusal=+0.03 (above before) or perplexity=+2%"),
+    ] = None,
+    point: Annotated[bool, typer.Option("--point", help="compare values, not the intervals' upper ends")] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="write a JUnit file")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Exit with 0 if a run meets all limits, with 3 if not; without --max, the run's own target. For pipelines."""
+    from beear import gate as gates
+    from beear.runs import write_atomic
+
+    checks = gates.check_run(run, most or [], point=point)
+    if junit is not None:
+        write_atomic(junit, gates.as_junit(run, checks))
+    if as_json:
+        typer.echo(json.dumps(gates.as_json(run, checks), indent=1))
+    else:
+        for found in checks:
+            typer.echo(f"{'met   ' if found.met else 'MISSED'}  {found.rule:28} {found.words}")
+    missed = [found.rule for found in checks if not found.met]
+    if missed:
+        _stop(3, f"{run} misses {len(missed)} of {len(checks)} limits: {', '.join(missed)}")
+
+
+@app.command()
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run that met its target")],
     repo: Annotated[str, typer.Argument(help="Hub repository, owner/name; made if it is not there")],
