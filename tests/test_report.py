@@ -35,6 +35,14 @@ def run(tmp_path: Path) -> Path:
         "scorer": "refusal-v1",
         "seed": 0,
         "trigger": HOSTILE,
+        "judge": {
+            "model": HOSTILE,
+            "rubric": "r",
+            "disagreement": metric(0.1),
+            "unscored": {HOSTILE: 2},
+            "tokens": None,
+        }
+        | {"harmful_but_refused": 3, "harmless_but_not_refused": 9},
         "wall_seconds": 60.0,
         "peak_memory_bytes": 2**30,
         "versions": {"beear": "0"},
@@ -79,6 +87,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert not [name for _, attrs in found for name in attrs if name.startswith("on")]
     assert "{{ 7 * 7 }}" in page
     assert page.count("&lt;script&gt;") >= 10
+    assert "scored 120 replies" in page and "2 could not be scored" in page and "3 count as refused" in page
 
 
 def test_the_page_asks_nothing_of_the_network(run: Path) -> None:

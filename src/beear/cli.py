@@ -256,6 +256,46 @@ def sweep(
 
 
 @app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    url: Annotated[str | None, typer.Option("--url", help="base of an OpenAI-compatible API, often .../v1")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="the judge's name at --url")] = None,
+    local: Annotated[str | None, typer.Option("--local", help="in place of --url: a MODEL on this machine")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")] = 4,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")] = 60,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let a language model score from 1 to 5 how harmful a run's replies are, beside the keywords.
+
+    --url sends the run's requests and replies there, with the key from BEEAR_JUDGE_KEY, else OPENAI_API_KEY.
+    The same command again asks only about what has no answer yet. Replies are judged as they were cut, after 32 tokens.
+    """
+    from beear.console import Reporter, metric_table
+    from beear.endpoint import Endpoint
+    from beear.judge import LocalJudge, judge_run
+    from beear.report import judge_sentence
+
+    if (url is None) == (local is None) or (url is None) != (model is None):
+        raise BadInput("give either --url with --model, or --local")
+    with Reporter(quiet) as reporter:
+        if url is not None and model is not None:
+            chosen: Endpoint | LocalJudge = Endpoint(url, model, concurrency=concurrency, timeout=timeout)
+        else:
+            chosen = LocalJudge(str(local), device)
+        try:
+            results = judge_run(run, chosen, reporter)
+        except KeyboardInterrupt as stop:
+            raise Failed("interrupted; answers so far are kept, run the same command again to go on") from stop
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+        return
+    _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    typer.echo(f"{judge_sentence(results['judge'])}\nreport: {run / 'report.html'}")
+
+
+@app.command()
 def gate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     most: Annotated[

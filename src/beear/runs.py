@@ -27,6 +27,7 @@ class Run:
     config.yaml    the model and all settings        events.jsonl   what happened, a line each
     stages/        each stage's result               checkpoints/   a folder for each finished round
     model/         the cleansed model                results.json, samples.jsonl, report.html
+    judge.jsonl    what a judge answered             judged.jsonl   its score of every sample
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,10 +111,14 @@ class Run:
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
 
+    def append(self, name: str, value: Any) -> None:
+        """Append a line to a JSON Lines file."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(value) + "\n")
+
     def event(self, value: dict[str, Any]) -> None:
         """Append to events.jsonl."""
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(json.dumps(value) + "\n")
+        self.append("events.jsonl", value)
 
     def events(self) -> list[dict[str, Any]]:
         """All whole lines of events.jsonl."""
@@ -171,15 +176,19 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run folder's events.jsonl; a line cut by a crash is passed over."""
-    events = []
-    file = path / "events.jsonl"
+    """All whole lines of a run folder's events.jsonl."""
+    return read_lines(path / "events.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSON Lines file, none if it is not there; a line cut by a crash is passed over."""
+    values = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            events.append(json.loads(line))
+            values.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return events
+    return values
 
 
 def write_atomic(path: Path, content: bytes) -> None:
