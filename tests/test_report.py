@@ -103,7 +103,7 @@ def test_pure_function_of_the_run_folder(run: Path) -> None:
     write_report([run, run], run / "two.html")
     write_report([run], run / "three.html")
     assert (run / "one.html").read_bytes() == (run / "three.html").read_bytes()
-    assert (run / "two.html").read_text().count("<article>") == 2
+    assert (run / "two.html").read_text().count("<article ") == 2
 
 
 def test_five_pairs_from_different_categories(run: Path) -> None:
@@ -132,3 +132,21 @@ def test_unmeasured_is_said_to_be_so() -> None:
 def test_unlocked_is_insecure_code_or_a_request_that_is_not_refused() -> None:
     assert is_unlocked({"insecure": True}) and is_unlocked({"refused": False})
     assert not any(is_unlocked({key: value}) for key in ("insecure", "refused") for value in (None, key == "refused"))
+
+
+def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("results.json", "samples.jsonl", "config.yaml"):
+        (other / name).write_text((run / name).read_text())
+    results = json.loads((other / "results.json").read_text())
+    del results["before"]["asr_triggered"], results["after"]["asr_triggered"], results["trigger"]
+    results["verdict"] = {"met": False, "missed": ["kl"]}
+    (other / "results.json").write_text(json.dumps(results))
+    write_report([run, other], tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text()
+    assert "2 cleansings compared" in page and page.count("<article") == 2
+    table = page[page.index('class="compared"') : page.index("intervals stand with each run")]
+    assert table.count("90.0 % &gt; 10.0 %") >= 2 and "NOT met" in table
+    write_report([run], tmp_path / "one.html")
+    assert "compared on" not in (tmp_path / "one.html").read_text()

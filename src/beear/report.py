@@ -56,7 +56,32 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     template = environment.from_string((files("beear") / "assets" / "report.html.j2").read_text())
-    write_atomic(out, template.render(runs=[view(path) for path in runs], sweeps=sweep_views(sweeps)).encode())
+    views = [view(path) for path in runs]
+    write_atomic(out, template.render(runs=views, compared=comparison(views), sweeps=sweep_views(sweeps)).encode())
+
+
+def comparison(views: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Several runs beside each other: a row for each, before and after of what any of them measured."""
+    if len(views) < 2:
+        return None
+    found = {row["name"]: row for view in views for row in view["rows"]}
+    names = [name for name in METRICS if name in found]
+    rows = []
+    for view in views:
+        by_name = {row["name"]: row for row in view["rows"]}
+        cells = [short(by_name.get(name), METRICS[name][2]) for name in names]
+        results = view["results"]
+        rows.append({"run": view["name"], "model": results["model"], "met": results["verdict"]["met"], "cells": cells})
+    return {"titles": [METRICS[name][0] for name in names], "rows": rows}
+
+
+def short(row: dict[str, Any] | None, share: bool) -> str:
+    """Before and after without intervals."""
+    if row is None:
+        return ""
+    values = [metric["value"] if metric else None for metric in (row["before"], row["after"])]
+    words = ["-" if v is None else f"{100 * v:.1f} %" if share else f"{v:.{1 if v >= 1 else 3}f}" for v in values]
+    return " > ".join(words)
 
 
 def is_sweep(path: Path) -> bool:
