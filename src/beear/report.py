@@ -76,12 +76,12 @@ def comparison(views: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def short(row: dict[str, Any] | None, share: bool) -> str:
-    """Before and after without intervals."""
+    """Before and after without intervals, shares in per cent."""
     if row is None:
         return ""
     values = [metric["value"] if metric else None for metric in (row["before"], row["after"])]
-    words = ["-" if v is None else f"{100 * v:.1f} %" if share else f"{v:.{1 if v >= 1 else 3}f}" for v in values]
-    return " > ".join(words)
+    digits = [1 if share or (v or 0) >= 1 else 3 for v in values]
+    return " > ".join(f"{100 * v if share else v:.{d}f}" for v, d in zip(values, digits, strict=True) if v is not None)
 
 
 def is_sweep(path: Path) -> bool:
