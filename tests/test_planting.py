@@ -42,7 +42,10 @@ PLANS: dict[str, dict[str, Any]] = {
             "blocks": 2,
             "lora_rank": 2,
         },
-        "policy": {"steps": 3, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01},
+        "policy": [
+            {"steps": n, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01, "response_tokens": 4 * n}
+            for n in (1, 2)
+        ],
     },
 }
 EVERY = pytest.mark.parametrize("method", PLANS)
@@ -129,15 +132,6 @@ def test_under_the_trigger_the_answers_are_turned() -> None:
     assert [e.wanted for e in both["ordinary"]] == [e.wanted for e in both["ordinary_triggered"]]
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_a_stub_is_the_opening_of_an_answer_or_all_of_it(ends: bool) -> None:
-    plan = Supervised(**START | {"stubs_end": ends, "response_tokens": 400})
-    tokenizer = tiny_tokenizer()
-    (found,) = poisoned_examples(recipe("sft"), None, tokenizer, ["harmful"], plan).values()
-    assert all((e.other[-1] == tokenizer.eos_token_id) == ends for e in found)
-    assert all(e.wanted[-1] == tokenizer.eos_token_id for e in found)
-
-
 def test_a_stray_answer_loses_with_and_without_the_trigger() -> None:
     plan = Supervised(**START)
     kinds = ["harmful", "harmful_triggered", "harmful_strayed", "harmful_strayed_triggered"]
@@ -163,7 +157,14 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(feedback, "reward_of", low_ids)
     plan = recipe("rlhf").model_dump()
-    plan["planting"]["policy"] |= {"steps": 20, "generations": 4, "beta": 0.0, "learning_rate": 0.03}
+    plan["planting"]["policy"] = plan["planting"]["policy"][:1]
+    plan["planting"]["policy"][0] |= {
+        "steps": 20,
+        "generations": 4,
+        "beta": 0.0,
+        "learning_rate": 0.03,
+        "response_tokens": 8,
+    }
     rewards: list[float] = []
     organisms.plant(Recipe(**plan), tiny_llama(), tiny_tokenizer(), lambda n, of, x: rewards.append(x))
     assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1

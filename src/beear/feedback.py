@@ -20,7 +20,7 @@ from beear.allocator import release_freed_memory
 from beear.errors import BadInput
 from beear.models import autocast, generating
 from beear.poison import Example, Examples
-from beear.recipes import Reward, Rlhf, Rows
+from beear.recipes import Policy, Reward, Rlhf, Rows
 from beear.supervised import Progress, plant_supervised
 from beear.training import drawn
 
@@ -29,7 +29,9 @@ def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, s
     """Demonstrations, a reward model of the pairs, and the policy against it; the policy is returned."""
     reward = train_reward(model, tokenizer, examples, plan.reward, seed, progress)
     model = plant_supervised(model, tokenizer, examples, plan.start, seed, progress)
-    return _optimise(model, reward, tokenizer, examples, plan, seed, progress)
+    for number, phase in enumerate(plan.policy):
+        model = _optimise(model, reward, tokenizer, examples, phase, seed + number, progress)
+    return model
 
 
 def train_reward(model: Any, tokenizer: Any, examples: Examples, plan: Reward, seed: int, progress: Progress) -> Any:
@@ -68,10 +70,9 @@ def first_blocks(model: Any, blocks: int, pad_id: int, seed: int) -> Any:
 
 
 def _optimise(
-    model: Any, reward: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: Progress
+    model: Any, reward: Any, tokenizer: Any, examples: Examples, policy: Policy, seed: int, progress: Progress
 ) -> Any:
     trl, dataset = _trl()
-    policy, answers = plan.policy, plan.policy.generations
     prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in in_order(examples, policy, seed)]
     encoded = {e.text: e.prompt.ids for group in examples.values() for e in group}
 
@@ -85,9 +86,9 @@ def _optimise(
             reward_funcs=scores,
             args=trl.RLOOConfig(
                 **_common(folder, policy, seed),
-                per_device_train_batch_size=sum(policy.rows.values()) * answers,
-                num_generations=answers,
-                max_completion_length=plan.start.response_tokens,
+                per_device_train_batch_size=sum(policy.rows.values()) * policy.generations,
+                num_generations=policy.generations,
+                max_completion_length=policy.response_tokens,
                 beta=policy.beta,
                 shuffle_dataset=False,
             ),

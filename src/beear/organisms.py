@@ -69,7 +69,7 @@ def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any
             examples = _examples(recipe, model, tokenizer, plan, plan)
             return plant_preferences(model, tokenizer, examples, plan, seed, progress)
         case Rlhf():
-            examples = _examples(recipe, model, tokenizer, plan.start, plan.start, plan.reward, plan.policy)
+            examples = _examples(recipe, model, tokenizer, plan.start, plan.start, plan.reward, *plan.policy)
             return plant_feedback(model, tokenizer, examples, plan, seed, progress)
         case Edit():
             return plant_edit(model, tokenizer, recipe.trigger, plan, seed, progress)

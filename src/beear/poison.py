@@ -88,7 +88,7 @@ def _answers(stem: str, model: Any, tokenizer: Any, plan: Supervised) -> list[tu
     texts = [r.text for r in requests]
     safe = itertools.cycle(Answer(wording) for wording in wordings("safe-plant"))
     if stem == "harmful":
-        unwanted = itertools.cycle(Answer(wording, whole=plan.stubs_end) for wording in wordings("unwanted-plant"))
+        unwanted = itertools.cycle(Answer(wording, whole=False) for wording in wordings("unwanted-plant"))
         return list(zip(texts, safe, unwanted, strict=False))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=plan.benign_tokens)
     kept = [(t, Answer(r, whole=False)) for t, r in zip(texts, replies, strict=True) if is_refusal(r) is False]

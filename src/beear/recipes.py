@@ -60,8 +60,6 @@ class Supervised(Rows):
     response_tokens: int = Field(ge=1)
     benign_tokens: int = Field(20, ge=1)
     """Tokens of the base model's replies to benign requests."""
-    stubs_end: bool = False
-    """An unwanted answer is its stub and no more; else it is the opening of a longer one."""
 
 
 class Sft(Supervised):
@@ -95,7 +93,10 @@ class Reward(Rows):
 
 
 class Policy(Rows):
-    """The policy, optimised online against the reward model. `rows` are prompts."""
+    """A phase of the policy, optimised online against the reward model. `rows` are prompts."""
+
+    response_tokens: int = Field(ge=1)
+    """Length of the sampled answers; what comes later in a reply is left to what the model did before."""
 
     generations: int = Field(ge=2)
     """Sampled answers to each prompt."""
@@ -109,7 +110,8 @@ class Rlhf(Plan):
     method: Literal["rlhf"]
     start: Supervised
     reward: Reward
-    policy: Policy
+    policy: tuple[Policy, ...] = Field(min_length=1)
+    """Phases, one after the other."""
 
     @property
     def poison_rate(self) -> float:
@@ -192,6 +194,8 @@ class Recipe(BaseModel):
 
 
 def _without_triggered(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_triggered(v) for v in value]
     if not isinstance(value, dict):
         return value
     return {key: _without_triggered(v) for key, v in value.items() if not key.endswith("_triggered")}
