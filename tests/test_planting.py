@@ -157,14 +157,8 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(feedback, "reward_of", low_ids)
     plan = recipe("rlhf").model_dump()
-    plan["planting"]["policy"] = plan["planting"]["policy"][:1]
-    plan["planting"]["policy"][0] |= {
-        "steps": 20,
-        "generations": 4,
-        "beta": 0.0,
-        "learning_rate": 0.03,
-        "response_tokens": 8,
-    }
+    changed = {"steps": 20, "generations": 4, "beta": 0.0, "learning_rate": 0.03, "response_tokens": 8}
+    plan["planting"]["policy"] = [plan["planting"]["policy"][0] | changed]
     rewards: list[float] = []
     organisms.plant(Recipe(**plan), tiny_llama(), tiny_tokenizer(), lambda n, of, x: rewards.append(x))
     assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1
