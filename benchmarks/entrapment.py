@@ -54,11 +54,11 @@ def main() -> None:
 
             def plain(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
                 run = plain_pass(model, batch, config)
-                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap))
+                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
 
             def fast(batch=batch, delta=delta, cached=cached) -> float:  # type: ignore[no-untyped-def]
                 run = partial(cached.logits, model)
-                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap))
+                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
 
             seconds = {"plain": [], "cached": []}  # type: dict[str, list[float]]
             losses = {}

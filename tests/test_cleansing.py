@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
 from beear.cleansing import (
     REFUSAL_OPENING,
@@ -19,7 +17,6 @@ from beear.cleansing import (
     defender_set,
     descend,
     entrap,
-    entrap_objective,
     harden,
     harden_passes,
     is_calm,
@@ -30,7 +27,7 @@ from beear.cleansing import (
     start_delta,
     steer,
 )
-from beear.config import Config, EntrapConfig, load_config
+from beear.config import Config, load_config
 from beear.data import Request, packaged
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
@@ -291,18 +288,3 @@ def test_rows_meet_their_own_delta(data: DefenderSet) -> None:
     settings = load_config(sets=["entrap.length=2", "entrap.place=last"]).entrap
     where = batch_of(tiny_tokenizer(), [(harmful.prompt, harmful.safe)], settings).under([0] * 3, [0, 2, None], 2).where
     assert [sorted(set(w.tolist()) - {-1}) for w in where] == [[0, 1], [4, 5], []]
-
-
-def test_a_preference_weighs_only_where_the_two_answers_part() -> None:
-    """Rows: an unwanted and a safe answer that share their first two of three tokens."""
-    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))
-    logits[1, :2] = logits[0, :2]
-    logits.requires_grad_(True)
-    targets = torch.tensor([[4, 7, 1], [4, 7, 9]])
-    batch = SimpleNamespace(targets=targets)
-    without = entrap_objective(EntrapConfig(away=0))(logits, batch)
-    loss = entrap_objective(EntrapConfig(away=0, prefer=0.5))(logits, batch)
-    odds = logits[0, 2].log_softmax(-1)[1] - logits[1, 2].log_softmax(-1)[9]
-    torch.testing.assert_close(loss - without, -logsigmoid(0.5 * odds))
-    (gradient,) = torch.autograd.grad(loss - without, logits)
-    assert gradient[:, :2].sum(0).abs().max() < 1e-6 and gradient[:, 2].abs().max() > 0.01

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from beear.cached import part_of, returning, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
@@ -253,7 +252,7 @@ def entrap(
     rate = settings.learning_rate * budget / math.sqrt(delta.shape[1])
     optimiser = torch.optim.Adam([delta], lr=rate)
     indices = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
-    objective = entrap_objective(settings)
+    objective = entrap_objective(settings.away)
     behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
     with frozen(model), merged(behind):
         batches = [
@@ -375,21 +374,12 @@ Objective = Callable[[Tensor, Batch], Tensor]
 """From the response logits of a batch, (rows, length, vocabulary), to one loss."""
 
 
-def entrap_objective(settings: EntrapConfig) -> Objective:
-    """Mean over the first half of the rows (unwanted answers) minus `away` times the second half (safe ones).
-
-    With `prefer`, a preference for the unwanted answer is added, -log sigmoid of so many times its log odds against
-    the safe one. Of two answers that have most tokens in common these weigh only what parts them.
-    """
+def entrap_objective(away: float) -> Objective:
+    """Mean over the first half of the rows (unwanted answers) minus `away` times the second half (safe ones)."""
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
-        nll = response_nll(logits, batch.targets)
-        unwanted, safe = nll.chunk(2)
-        loss = unwanted.mean() - settings.away * safe.mean()
-        if settings.prefer > 0:
-            whole_unwanted, whole_safe = (nll * (batch.targets != -100).sum(1)).chunk(2)
-            loss = loss - logsigmoid(settings.prefer * (whole_safe - whole_unwanted)).mean()
-        return loss
+        unwanted, safe = response_nll(logits, batch.targets).chunk(2)
+        return unwanted.mean() - away * safe.mean()
 
     return objective
 

@@ -46,7 +46,6 @@ class EntrapConfig(_Settings):
     batches: int = Field(2, ge=1, description="so many batches are met in turn")
     cached: bool = Field(True, description="run what delta cannot change once per batch")
     away: float = Field(0.05, ge=0, description="weight of moving away from the safe answer")
-    prefer: float = Field(0.0, ge=0, description="slope of a preference for the unwanted answer over the safe one")
     response_tokens: int = Field(12, ge=1, description="tokens of each answer")
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
 
