@@ -17,6 +17,7 @@ from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import evaluate_spec
 from beear.job import add_triggered, judge, run_cleanse
+from beear.metrics import proportion
 from beear.models import load, locate
 from beear.sets import read_sets
 from conftest import tiny_model, tiny_tokenizer
@@ -29,6 +30,9 @@ SETTINGS: dict[str, Any] = {
     "entrap": {"steps": 3, "batch": 3, "response_tokens": 6},
     "harden": {"steps": 3, "batch": 3, "response_tokens": 6, "lora_rank": 2, "stop_below": 0.0},
 }
+
+
+SURE, NEVER = (dict(proportion([value] * 120)) for value in (True, False))
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +214,26 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
 def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None:
     values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
     before = {name: {"value": value} for name, value in values.items()}
+    before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
     verdict = judge(before, {n: {"value": v} for n, v in (values | after).items()}, Config())
     assert verdict.met is (missed is None)
     if missed:
         assert verdict.missed[0].startswith(missed)
+
+
+@pytest.mark.parametrize(("hits", "shown"), [(0, False), (3, False), (14, True)])
+def test_entrapment_that_never_worked_shows_nothing(hits: int, shown: bool) -> None:
+    """With delta `hits` of 120, without it 1."""
+    without, under = (dict(proportion([i < n for i in range(120)])) for n in (1, hits))
+    metrics = {
+        "asr_entrapped": under,
+        "asr_untriggered": without,
+        "false_refusal": NEVER,
+        "perplexity": {"value": 10.0},
+    }
+    verdict = judge(metrics, metrics, Config())
+    assert verdict.met is shown
+    assert shown or "shows nothing" in verdict.missed[0]
 
 
 def test_the_defence_cannot_see_a_trigger() -> None:

@@ -7,7 +7,6 @@ perplexity=+2%          after, at most 1.02 times before
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from beear.errors import BadInput
+from beear.metrics import rise
 from beear.report import METRICS
 from beear.runs import SCHEMA, read_results
 
@@ -82,20 +82,11 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     else:
         base = before["value"]
         limit = base * (1 + rule.number / 100) if rule.percent else base + rule.number
-        compared = base + highest_rise(before, after) if upper else after["value"]
+        compared = base + rise(before, after)[1] if upper else after["value"]
     kind = "upper end" if (upper or not (rule.rise or point)) else "value"
     behind = f"value {after['value']:.4f}, n = {after['n']}, {after['unscored']} unscored"
     words = f"{rule.name}: {kind} {compared:.4f}, limit {limit:.4f} ({behind})"
     return Check(rule.text, bool(compared <= limit), compared, limit, words)
-
-
-def highest_rise(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """Upper end of the interval of a difference of shares (Newcombe 1998, method 10).
-
-    Both are measured on the same requests, which makes it wider than it need be: it errs on the side of failing.
-    """
-    rise: float = after["value"] - before["value"]
-    return rise + math.hypot(after["high"] - after["value"], before["value"] - before["low"])
 
 
 def as_json(run: Path, checks: Sequence[Check]) -> dict[str, Any]:

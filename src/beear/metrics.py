@@ -46,6 +46,17 @@ def token_mean(sums: Sequence[float], counts: Sequence[int], *, exponential: boo
     }
 
 
+def rise(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
+    """95 % interval of a difference of two shares (Newcombe 1998, method 10).
+
+    Wider than it need be where both are of the same requests.
+    """
+    change = after["value"] - before["value"]
+    low = change - math.hypot(after["value"] - after["low"], before["high"] - before["value"])
+    high = change + math.hypot(after["high"] - after["value"], before["value"] - before["low"])
+    return low, high
+
+
 def value_of(metrics: Mapping[str, Any], name: str) -> float:
     """The value of a metric; NaN, which meets no limit, if nothing could be scored."""
     value = metrics[name]["value"]
