@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from beear.config import Place
-from beear.errors import BadInput
+from beear.errors import BadInput, first_line
 from beear.perturbation import NOWHERE
 
 
@@ -78,6 +79,10 @@ def check_template(tokenizer: Any) -> None:
         raise BadInput("this model has no chat template; add chat_template.jinja to its folder (beear works on chats)")
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput("this model has no fast tokenizer (tokenizer.json), which is needed to find the user's words")
+    try:
+        encode_prompt(tokenizer, "Hello there")
+    except TemplateError as error:
+        raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
 
 
 def encode_prompt(tokenizer: Any, text: str) -> Prompt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -96,6 +97,8 @@ def read_requests(source: str, column: str | None = None) -> list[Request]:
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise BadInput(f"cannot read {source} as UTF-8 text: {error}") from error
+    if "\0" in text:
+        raise BadInput(f"{source} is no text file; give a .txt, .csv or .jsonl file")
     requests = _parse(path, text, column)
     if not requests:
         raise BadInput(f"{source} holds no requests; give at least one per line")
@@ -125,7 +128,7 @@ def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     if path.suffix == ".txt":
         records: list[dict[str, object]] = [{"text": line} for line in text.splitlines()]
     elif path.suffix == ".csv":
-        records = list(csv.DictReader(text.splitlines()))
+        records = list(csv.DictReader(io.StringIO(text, newline="")))
     elif path.suffix == ".jsonl":
         records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:

@@ -75,6 +75,7 @@ def run_cleanse(
     check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
     listen({"event": "loading", "model": spec})
     model = models.load_weights(source, device, trust_remote_code)
+    models.check_vocabulary(model, tokenizer, spec)
     find_layers(model, config.layers_path)
     with Run.open(out, settings, resume) as run:
         job = Job(run, source, model, tokenizer, config, sets, settings, listen, trust_remote_code)

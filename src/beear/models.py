@@ -10,16 +10,20 @@ import contextlib
 import copy
 import json
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
+READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
+"""What libraries raise for files that are not as they should be."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,15 @@ def load(spec: str, *, device: str = "auto", trust_remote_code: bool = False) ->
     """
     source = locate(spec)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    return load_weights(source, device, trust_remote_code), tokenizer
+    model = load_weights(source, device, trust_remote_code)
+    check_vocabulary(model, tokenizer, spec)
+    return model, tokenizer
 
 
-def locate(spec: str) -> Source:
-    """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights."""
+def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
+    """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights. `within`: adapters on top of it."""
+    if spec in within:
+        raise BadInput(f"the adapters {', '.join(within)} are each other's base; none of them names a model")
     if spec == "embedded":
         from beear.embedded import embedded_folder
 
@@ -54,11 +62,12 @@ def locate(spec: str) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"no GGUF file {spec}")
+        check_gguf(path)
         return Source(spec, path.parent, gguf=path.name)
     if path.is_dir():
-        return _locate_folder(spec, path)
+        return _locate_folder(spec, path, within)
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-        return _locate_folder(spec, _download(spec))
+        return _locate_folder(spec, _download(spec), within)
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
 
@@ -83,7 +92,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
-    except (OSError, ValueError, ImportError) as error:
+    except READING as error:
         raise _unreadable("tokenizer", source, error) from error
     check_template(tokenizer)
     if tokenizer.pad_token_id is None:
@@ -101,18 +110,43 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
         return _merge(load_weights(source.base, device, trust_remote_code), source)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told = AutoModelForCausalLM.from_pretrained(
             source.folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of, and refused below in words
             dtype=torch.float32 if where == "cpu" else torch.bfloat16,
             attn_implementation="eager" if where == "cpu" else None,  # faster on short rows (decision 7)
             trust_remote_code=trust_remote_code,
             **gguf,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except READING as error:
         raise _unreadable("weights", source, error) from error
+    check_weights(model, told, source.spec)
     if source.gguf is not None:
         unmark_quantised(model)
     return model.to(where).eval()
+
+
+def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
+    """Every tensor of the architecture came from the files, in its shape, and holds numbers. Raises BadInput.
+
+    Else transformers would make up what is missing, at random.
+    """
+    for problem in ("missing_keys", "mismatched_keys"):
+        found = sorted(key[0] if isinstance(key, tuple) else key for key in told[problem])
+        if found:
+            words = "lacks" if problem == "missing_keys" else "has in another shape than its config says"
+            raise BadInput(f"{spec} {words} {len(found)} of its tensors, such as {found[0]}")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise BadInput(f"{spec} holds NaN or infinity in {name}")
+
+
+def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
+    """Every token has an embedding. Raises BadInput."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
 
 
 def depth(source: Source, trust_remote_code: bool = False) -> int:
@@ -125,7 +159,7 @@ def depth(source: Source, trust_remote_code: bool = False) -> int:
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
         return int(config.get_text_config().num_hidden_layers)
-    except (OSError, ValueError, AttributeError) as error:
+    except (*READING, AttributeError) as error:
         raise _unreadable("config", source, error) from error
 
 
@@ -218,10 +252,10 @@ def _locate_organism(spec: str) -> Source:
     return Source(spec, folder, base=locate(_adapter_base(folder)))
 
 
-def _locate_folder(spec: str, folder: Path) -> Source:
+def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
     if (folder / "adapter_config.json").is_file():
         _require_safetensors(spec, folder)
-        return Source(spec, folder, base=locate(_adapter_base(folder)))
+        return Source(spec, folder, base=locate(_adapter_base(folder), (*within, spec)))
     if not (folder / "config.json").is_file():
         raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
     _require_safetensors(spec, folder)
@@ -230,7 +264,7 @@ def _locate_folder(spec: str, folder: Path) -> Source:
 
 def _require_safetensors(spec: str, folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
-        return
+        return check_folder(folder)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise BadInput(
