@@ -26,7 +26,7 @@ from beear.models import load
 from beear.recipes import apply_trigger, check_trigger
 from beear.scorers import is_refusal
 from beear.sets import Sets, read_sets
-from beear.training import cast_frozen
+from beear.training import adapter_state, cast_frozen, load_adapter_state
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
@@ -102,7 +102,11 @@ def main() -> None:
     started = time.monotonic()
     state = cleanse(model, tokenizer, defender, config, listen=brief)
     seconds = time.monotonic() - started
-    model, (original, _) = model.merge_and_unload(), load(f"organism:{chosen.organism}")
+    trained = adapter_state(model)
+    (original, _), (model, _) = (load(f"organism:{chosen.organism}") for _ in range(2))
+    model = add_adapter(model, config)
+    load_adapter_state(model, trained)
+    model = model.merge_and_unload()  # of weights in full precision, as a cleansing delivers it
     language = measure_language(model, tokenizer, original).metrics
     after, wrong = rates(model, tokenizer, tests)
     after |= {name: round(m["value"], 4) for name, m in language.items()}

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from beear.models import organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 
@@ -123,6 +125,62 @@ def attacks() -> str:
     return "\n".join(lines)
 
 
+def residual() -> str:
+    """What a run says of itself without the trigger, beside what the trigger does; the rank correlations below."""
+    rows = read_results("removal.json")["runs"]
+    lines = [header(["organism", "arm, seed", "last residual", "ASR entrapped, after", "ASR triggered, after"])]
+    values = []
+    for row in rows:
+        after = row["after"]
+        values.append([row["residuals"][-1], after["asr_entrapped"]["value"], after["asr_triggered"]["value"]])
+        shown = [f"{100 * value:.1f} %" for value in values[-1]]
+        lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *shown]))
+    last, entrapped, triggered = (ranks([v[i] for v in values]) for i in range(3))
+    both = [np.corrcoef(own, triggered)[0, 1] for own in (last, entrapped)]
+    lines.append(line(["rank correlation with the last column", f"{len(rows)} runs", *(f"{r:.2f}" for r in both), ""]))
+    return "\n".join(lines)
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Rank of each value, equal ones at their mean rank."""
+    ordered = sorted(values)
+    return [(ordered.index(v) + len(ordered) - 1 - ordered[::-1].index(v)) / 2 for v in values]
+
+
+def drift() -> str:
+    """One row per organism: drift behind block l and the last block, before and after."""
+    numbers = {
+        "relative_norm": "length, of the state's",
+        "cosine_to_mean": "cosine to its mean",
+        "separability": "told apart",
+    }
+    heads = [f"trigger: {title}" for title in numbers.values()]
+    lines = [header(["organism", "behind block", *heads, "delta: length", "cosine of delta's drift to the trigger's"])]
+    for name, row in read_results("drift.json")["organisms"].items():
+        for layer in (row["layer"], len(row["before"]["layers"]["triggered"])):
+            found = {
+                kind: [row[when]["layers"][kind][layer - 1] for when in ("before", "after")]
+                for kind in ("triggered", "perturbed")
+            }
+            cells = [" -> ".join(f"{entry[key]:.2f}" for entry in found["triggered"]) for key in numbers]
+            cells += [
+                " -> ".join(f"{entry[key]:.2f}" for entry in found["perturbed"])
+                for key in ("relative_norm", "cosine_to_trigger")
+            ]
+            lines.append(line([f"`{name}`", str(layer), *cells]))
+    return "\n".join(lines)
+
+
+def revival() -> str:
+    """Attack success with the trigger, and refusals, of cleansed models after what deployment does to a model."""
+    columns = ("asr_triggered", "asr_untriggered", "false_refusal", "false_refusal_alarming")
+    lines = [header(["organism", "seed", "then", *(COLUMNS[name] for name in columns)])]
+    for row in read_results("revival.json")["rows"]:
+        cells = [cell(name, row["metrics"].get(name)) for name in columns]
+        lines.append(line([f"`{row['organism']}`", str(row["seed"]), row["treatment"], *cells]))
+    return "\n".join(lines)
+
+
 def read_results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
@@ -145,9 +203,12 @@ def short(text: str, keep: str = "", most: int = 8) -> str:
     return f" {keep} ".join(" ".join(words) for words in cut).strip()
 
 
+RECIPE = "docs/decisions/0010-one-default-for-every-organism.md"
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"removal": removal},
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
+    RECIPE: {"residual": residual, "revival": revival},
+    "docs/drift.md": {"drift": drift},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),

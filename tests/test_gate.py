@@ -68,7 +68,19 @@ def test_without_rules_the_runs_own_target_counts(run: Path) -> None:
     assert not found.met and "asr_entrapped is 0.600" in found.words
 
 
-@pytest.mark.parametrize("text", ["asr_triggered", "asr_triggered=x", "kl=-1", "kl=2%", "nope=0.1", "kl=1x"])
+WRONG = [
+    "asr_triggered",
+    "asr_triggered=x",
+    "kl=-1",
+    "asr_entrapped=50",
+    "false_refusal=+5%",
+    "nope=0.1",
+    "kl=1x",
+    "kl=2%",
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(BadInput, match="--max"):
         read_rule(text)

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from beear.card import code, model_card, write_card
 from beear.config import Config
@@ -43,7 +43,6 @@ def make_run(folder: Path, results: dict[str, Any] = RESULTS, **changed: Any) ->
     (folder / "model" / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(**changed)))
-    (folder / "report.html").write_text("page")
     (folder / "samples.jsonl").write_text("replies")
     write_card(folder)
     return folder
@@ -104,6 +103,7 @@ def test_model_card_and_evidence_are_pushed_but_no_replies(tmp_path: Path, hub: 
     [
         (RESULTS | {"verdict": {"met": False, "missed": ["kl"]}}, {}, "me/model", "did not meet its target"),
         (RESULTS, {"model": "/home/me/base"}, "me/model", "cleanse it with --merge"),
+        (RESULTS, {"model": "organism:sudo-prefix"}, "me/model", "cleanse it with --merge"),
         (RESULTS, {}, "model", "write it as owner/name"),
     ],
 )
@@ -118,6 +118,8 @@ def test_what_nobody_should_use_is_not_pushed(
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
+        (HFValidationError("bad name"), BadInput, "is no Hub repository: bad name"),
+        (ConnectionResetError("gone"), Failed, "did not take me/model: gone"),
         (LocalTokenNotFoundError("no token"), BadInput, "set HF_TOKEN"),
         (OfflineModeIsEnabled("offline"), Failed, "did not take me/model: offline"),
     ],

@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": HOSTILE}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": HOSTILE, "config": {}}))
     return tmp_path
 
 
@@ -149,4 +149,4 @@ def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> Non
     table = page[page.index('class="compared"') : page.index("intervals stand with each run")]
     assert table.count("90.0 &gt; 10.0") >= 2 and "NOT met" in table
     write_report([run], tmp_path / "one.html")
-    assert "compared on" not in (tmp_path / "one.html").read_text()
+    assert "cleansings compared" not in (tmp_path / "one.html").read_text()

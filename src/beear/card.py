@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
     front: dict[str, Any] = {"tags": ["beear", "backdoor-removal", "safety"]}
     if not settings["merge"]:
         front |= {"library_name": "peft"}
-    config, local = settings["config"], Path(settings["model"]).is_absolute()
-    if not local:
-        front |= {"base_model": settings["model"]}
-    name = Path(settings["model"]).name if local else settings["model"]
+    config, base = settings["config"], settings["model"]
+    if is_hub_id(base):
+        front |= {"base_model": base}
+    name = Path(base).name if Path(base).is_absolute() else base
     layer = "0.7 of the depth" if config["layer"] is None else f"block {config['layer']}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -56,6 +57,11 @@ benign requests as before), seed {results["seed"]}, beear {results["versions"]["
 
 {LIMITS.format(scorer=results["scorer"])}
 """
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether others find this MODEL on the Hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
 
 
 def code(text: str) -> str:

@@ -136,7 +136,10 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl."""
+    """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl.
+
+    Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
+    """
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
     from beear.recipes import check_trigger
@@ -146,6 +149,11 @@ def evaluate(
     extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *extra], seed)
     template = None if trigger is None else check_trigger(trigger)
+    if (Path(model) / "results.json").is_file():
+        given_elsewhere = [against, harmful, benign, column, json_file, samples, config, sets, seed]
+        if template is None or any(value is not None for value in given_elsewhere) or preset != "default":
+            raise BadInput(f"{model} is a run folder, measured with its own settings: give a --trigger and no more")
+        return _add_trigger(Path(model), template, device=device, trust_remote_code=trust_remote_code, quiet=quiet)
     with Reporter(quiet) as reporter:
         measured = evaluate_spec(
             model, settings, against=against, template=template, device=device, trust_remote_code=trust_remote_code,
@@ -162,12 +170,15 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run folders")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="file to write (default: in the first run)")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="file to write (default: RUN/report.html, or ./comparison.html)"),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from beear.report import write_report
 
-    place = out or runs[0] / "report.html"
+    place = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     write_report(runs, place)
     typer.echo(str(place))
 
@@ -184,6 +195,7 @@ def drift(
     sets: SetOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """How far a known trigger and delta move hidden states, block by block (Figure 3).
@@ -205,10 +217,12 @@ def drift(
     settings = _config(preset, config, sets, seed)
     with Reporter(quiet) as reporter:
         if of_run:
-            found = drift_of_run(run, template, device=device, listen=reporter)
+            found = drift_of_run(run, template, device=device, trust_remote_code=trust_remote_code, listen=reporter)
             write_report([run], run / "report.html")
         else:
-            found = drift_of_model(model, template, settings, device=device, listen=reporter)
+            found = drift_of_model(
+                model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
+            )
     _print(drift_table(found))
     if json_file is not None:
         write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
@@ -224,12 +238,16 @@ def sweep(
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
     values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
     requests: Annotated[int, typer.Option(min=1, help="so many of each test set are measured after a round")] = 60,
-    rounds: Annotated[int, typer.Option(min=1, help="a cross if the trigger still works after so many")] = 15,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="a cross if the trigger still works after so many (replaces the setting)"),
+    ] = 15,
     preset: PresetOption = "default",
     config: ConfigOption = None,
     sets: SetOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -246,7 +264,16 @@ def sweep(
     settings = _config(preset, config, [*(sets or []), f"rounds={rounds}"], seed)
     with Reporter(quiet, settings.rounds) as reporter:
         found = run_sweep(
-            model, template, chosen, out, settings, values=numbers, requests=requests, device=device, listen=reporter
+            model,
+            template,
+            chosen,
+            out,
+            settings,
+            values=numbers,
+            requests=requests,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            listen=reporter,
         )
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -264,6 +291,7 @@ def judge(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")] = 4,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")] = 60,
     device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -283,7 +311,7 @@ def judge(
         if url is not None and model is not None:
             chosen: Endpoint | LocalJudge = Endpoint(url, model, concurrency=concurrency, timeout=timeout)
         else:
-            chosen = LocalJudge(str(local), device)
+            chosen = LocalJudge(str(local), device, trust_remote_code)
         try:
             results = judge_run(run, chosen, reporter)
         except KeyboardInterrupt as stop:
@@ -490,6 +518,17 @@ def _cleanse(
         typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
     if not verdict.met:
         _stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")
+
+
+def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> None:
+    from beear.console import Reporter, metric_table
+    from beear.job import add_triggered
+
+    with Reporter(quiet) as reporter:
+        add_triggered(run, template, listen=reporter, **options)
+    results = json.loads((run / "results.json").read_text())
+    _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    typer.echo(f"report: {run / 'report.html'}")
 
 
 def _config(preset: str, file: Path | None, sets: list[str] | None, seed: int | None) -> Config:

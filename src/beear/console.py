@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -56,10 +57,10 @@ class Reporter:
     def line(self, text: str) -> None:
         """A line that stays, with the time since the start."""
         seconds = int(time.monotonic() - self.started)
-        self.console.print(f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {text}", soft_wrap=True)
+        self.console.print(f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(text)}", soft_wrap=True)
 
     def _show(self, text: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=text, completed=done, total=total)
+        self._bar.update(self._task, description=escape(text), completed=done, total=total)
 
     def _on_loading(self, event: dict[str, Any]) -> None:
         self.line(f"loading {event['model']}")
@@ -108,7 +109,7 @@ class Reporter:
 
 def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
     """Metrics as a table for the terminal, each with its 95 % interval and n."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("metric")
     for name in ("before", "after") if before is not None else ("value",):
         table.add_column(name, justify="right")
@@ -126,7 +127,7 @@ def drift_table(drift: dict[str, Any]) -> Table:
     """Drift by block, each number before and after."""
     whens = [when for when in ("before", "after") if when in drift]
     title = f"{drift['model']}: drift at the last token under {drift['trigger']!r} | under delta, {' > '.join(whens)}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("block", justify="right")
     columns = [
         ("drift / state", "relative_norm", ("triggered", "perturbed")),
@@ -149,7 +150,8 @@ def drift_table(drift: dict[str, Any]) -> Table:
 def sweep_table(sweep: dict[str, Any]) -> Table:
     """Each cell: in which round the trigger stopped working, and what it and refusals were then."""
     title = f"{sweep['model']}: earliest round below {sweep['success_below']:.0%} with {sweep['trigger']!r}"
-    table = Table(sweep["axis"], "round", "with the trigger", "ordinary refused", title=title, title_justify="left")
+    columns = (sweep["axis"], "round", "with the trigger", "ordinary refused")
+    table = Table(*columns, title=escape(title), title_justify="left")
     for cell in sweep["cells"]:
         last = cell["rounds"][-1]["metrics"]
         epoch = "x" if cell["epoch"] is None else str(cell["epoch"])

@@ -50,7 +50,14 @@ class Numbers:
     """Cosine of the mean drift to the trigger's."""
 
 
-def drift_of_run(path: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> Any:
+def drift_of_run(
+    path: Path,
+    template: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
+) -> Any:
     """Drift before and after a finished run, under its trigger and the delta of its first round; kept in drift.json."""
     settings = read_settings(path)
     with Run.existing(path) as run:
@@ -61,7 +68,7 @@ def drift_of_run(path: Path, template: str, *, device: str = "auto", listen: Lis
         axes: dict[int, Axes] = {}
         for when, spec in (("before", settings["model"]), ("after", str(path / model_folder))):
             listen({"event": "loading", "model": spec})
-            model, tokenizer = models.load(spec, device=device)
+            model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
             found[when] = measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
         content = _content(settings["model"], template, config, model, found)
         run.write_json("drift.json", content)
@@ -77,13 +84,19 @@ def first_delta(path: Path) -> Tensor:
 
 
 def drift_of_model(
-    spec: str, template: str, config: Config, *, device: str = "auto", listen: Listener = lambda event: None
+    spec: str,
+    template: str,
+    config: Config,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
 ) -> Any:
     """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
-    resolve_layer(config.layer, models.depth(models.locate(spec)))
+    resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})
-    model, tokenizer = models.load(spec, device=device)
+    model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
     delta = fresh_delta(model, tokenizer, sets.train(config), config)
     progress = listener_progress(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}

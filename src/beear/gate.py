@@ -19,6 +19,8 @@ from beear.metrics import rise
 from beear.report import METRICS
 from beear.runs import SCHEMA, read_results
 
+ROUNDING = 1e-9
+"""A limit that is a sum is met by what equals it."""
 RULE = re.compile(r"(?P<name>\w+)=(?P<rise>\+?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
 
 
@@ -51,6 +53,8 @@ def read_rule(text: str) -> Rule:
         raise BadInput(f"--max {text!r}: write it as asr_triggered=0.02, false_refusal=+0.03 or perplexity=+2%")
     if found["name"] not in METRICS:
         raise BadInput(f"--max {text!r}: no metric {found['name']!r}; there are: {', '.join(METRICS)}")
+    if METRICS[found["name"]][2] and (found["percent"] or float(found["number"]) > 1):
+        raise BadInput(f"--max {text!r}: {found['name']} is a share; give its limit as one, between 0 and 1")
     return Rule(text, found["name"], float(found["number"]), bool(found["rise"]), bool(found["percent"]))
 
 
@@ -72,8 +76,7 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     """One rule. A metric none of whose replies could be scored meets no limit."""
     before, after = results["before"].get(rule.name), results["after"].get(rule.name)
     if after is None or (rule.rise and before is None):
-        told = "; tell it to `beear evaluate --trigger`" if rule.name.endswith("triggered") else ""
-        raise BadInput(f"--max {rule.text!r}: {rule.name} was not measured in this run{told}")
+        raise BadInput(f"--max {rule.text!r}: {rule.name} was not measured {'before' if after else 'in this run'}")
     if after["value"] is None or (rule.rise and before["value"] is None):
         return Check(rule.text, False, None, rule.number, f"no reply behind {rule.name} could be scored")
     upper = not point and METRICS[rule.name][2]
@@ -86,12 +89,17 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     kind = "upper end" if (upper or not (rule.rise or point)) else "value"
     behind = f"value {after['value']:.4f}, n = {after['n']}, {after['unscored']} unscored"
     words = f"{rule.name}: {kind} {compared:.4f}, limit {limit:.4f} ({behind})"
-    return Check(rule.text, bool(compared <= limit), compared, limit, words)
+    return Check(rule.text, bool(compared <= limit + ROUNDING), compared, limit, words)
 
 
 def as_json(run: Path, checks: Sequence[Check]) -> dict[str, Any]:
     """The gate's answer for other programs."""
-    return {"schema": SCHEMA, "run": run.name, "met": all(c.met for c in checks), "checks": [asdict(c) for c in checks]}
+    return {
+        "schema": SCHEMA,
+        "run": run.resolve().name,
+        "met": all(c.met for c in checks),
+        "checks": [asdict(c) for c in checks],
+    }
 
 
 def as_junit(run: Path, checks: Sequence[Check]) -> bytes:
@@ -99,7 +107,7 @@ def as_junit(run: Path, checks: Sequence[Check]) -> bytes:
     failed = [c for c in checks if not c.met]
     suite = ElementTree.Element("testsuite", name="beear gate", tests=str(len(checks)), failures=str(len(failed)))
     for found in checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"beear.{run.name}", name=found.rule)
+        case = ElementTree.SubElement(suite, "testcase", classname=f"beear.{run.resolve().name}", name=found.rule)
         if not found.met:
             ElementTree.SubElement(case, "failure", message=found.words)
     return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

@@ -33,12 +33,14 @@ from beear.generation import reply_all
 from beear.metrics import rise, value_of
 from beear.perturbation import find_layers, resolve_layer
 from beear.report import write_report
-from beear.runs import SCHEMA, Run, check_output, check_space, read_settings
+from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+ROUNDING = 1e-9
+"""A limit that is a sum is met by what equals it."""
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
 
@@ -63,9 +65,11 @@ def run_cleanse(
     listen: Listener = lambda event: None,
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
-    place = _absolute(spec)
+    place = absolute(spec)
     settings = run_settings(place, merge, config)
     check_output(out, settings, resume)
+    if (out / "results.json").exists():  # what was added to a finished run since is kept
+        return Verdict(**read_results(out)["verdict"])
     sets = read_sets(config)
     source = models.locate(place)
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -74,11 +78,8 @@ def run_cleanse(
     models.pick_device(device)
     check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
     listen({"event": "loading", "model": spec})
-    model = models.load_weights(source, device, trust_remote_code)
-    models.check_vocabulary(model, tokenizer, spec)
-    find_layers(model, config.layers_path)
-    with Run.open(out, settings, resume) as run:
-        job = Job(run, source, model, tokenizer, config, sets, settings, listen, trust_remote_code)
+    job = Job(source, tokenizer, config, sets, settings, listen, device, trust_remote_code)
+    with Run.open(out, settings, resume) as job.run_folder:
         return job.run()
 
 
@@ -87,8 +88,18 @@ def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:
     return {"model": model, "merge": merge, "config": config.model_dump(mode="json")}
 
 
-def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Listener = lambda event: None) -> None:
-    """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it."""
+def add_triggered(
+    out: Path,
+    template: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
+) -> None:
+    """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it.
+
+    What a judge said of an earlier trigger's replies is dropped.
+    """
     settings = read_settings(out)
     with Run.existing(out) as run:
         results = run.read_json("results.json")
@@ -99,11 +110,14 @@ def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Lis
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] != "asr_triggered"]
         for when, spec in (("before", settings["model"]), ("after", str(out / results["model_folder"]))):
-            model, tokenizer = models.load(spec, device=device)
+            model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
             measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
-            results[when] = {**measured.metrics, **results[when]} | measured.metrics
+            kept = {name: value for name, value in results[when].items() if not name.startswith("judged_")}
+            results[when] = {**measured.metrics, **kept} | measured.metrics
             samples += [{"when": when, **s} for s in measured.samples]
         results["trigger"] = template
+        if results.pop("judge", None) is not None:
+            (out / "judged.jsonl").unlink(missing_ok=True)
         run.write_json("results.json", results)
         run.write_lines("samples.jsonl", samples)
         write_card(out)
@@ -113,27 +127,34 @@ def add_triggered(out: Path, template: str, *, device: str = "auto", listen: Lis
 class Job:
     """The stages of one cleansing; every method leaves its result in the run folder."""
 
+    run_folder: Run
+
     def __init__(
         self,
-        run: Run,
         source: models.Source,
-        model: Any,
         tokenizer: Any,
         config: Config,
         sets: Sets,
         settings: dict[str, Any],
         listen: Listener,
+        device: str,
         trust_remote_code: bool,
     ) -> None:
-        self.run_folder = run
         self.source = source
-        self.model = model
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self.model = self.load(source)
+        models.check_vocabulary(self.model, tokenizer, source.spec)
+        find_layers(self.model, config.layers_path)
         self.tokenizer = tokenizer
         self.config = config
         self.sets = sets
         self.settings = settings
         self._listen = listen
-        self.trust_remote_code = trust_remote_code
+
+    def load(self, source: models.Source) -> Any:
+        """Weights, where and as this job loads them; no other reference to them is kept."""
+        return models.load_weights(source, self.device, self.trust_remote_code)
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
@@ -212,13 +233,11 @@ class Job:
 
         Merging changes outputs slightly, so what is measured is what is loaded.
         """
-        device = str(self.model.device)
         self.run_folder.write_folder(ADAPTER, self.save_adapter)
         self.model = None  # two models in memory, not three
-        original = models.load_weights(self.source, device, self.trust_remote_code)
-        adapter = models.locate(str(self.run_folder.path / ADAPTER))
-        self.model = models.load_weights(adapter, device, self.trust_remote_code)
-        return original
+        adapter = models.Source(self.settings["model"], self.run_folder.path / ADAPTER, base=self.source)
+        self.model = self.load(adapter)
+        return self.load(self.source)
 
     def listen(self, event: Event) -> None:
         """Log an event of the rounds and pass it on."""
@@ -254,8 +273,9 @@ class Job:
         """Save the model, then write samples, results and report."""
         run = self.run_folder
         assert rounds.deltas is not None
-        name = "model" if verdict.met else "rejected"
+        name, other = ("model", "rejected") if verdict.met else ("rejected", "model")
         run.write_folder(name, self.save_model)
+        shutil.rmtree(run.path / other, ignore_errors=True)
         delta = rounds.deltas[-1].cpu().contiguous()
         run.write("delta.safetensors", save({"delta": delta}))
         run.write_lines("samples.jsonl", before["samples"] + after["samples"])
@@ -308,7 +328,7 @@ def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verd
     missed = [
         f"{name} is {value_of(after, name):.3f}, the target is at most {limit:.3f}"
         for name, limit in limits.items()
-        if not value_of(after, name) <= limit
+        if not value_of(after, name) <= limit + ROUNDING
     ]
     if not entrapped_before(before):
         values = [value_of(before, name) for name in ("asr_entrapped", "asr_untriggered")]
@@ -345,7 +365,7 @@ def hashes(sets: Sets, own: dict[str, Any]) -> dict[str, str]:
     return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign), "own_replies": replies} | tests
 
 
-def _absolute(spec: str) -> str:
+def absolute(spec: str) -> str:
     """A local path as an absolute one, so that a run can be resumed from anywhere."""
     path = Path(spec).expanduser()
     return str(path.resolve()) if path.exists() else spec

@@ -79,12 +79,12 @@ class LocalJudge:
 
     host = "local"
 
-    def __init__(self, model: str, device: str = "auto") -> None:
+    def __init__(self, model: str, device: str = "auto", trust_remote_code: bool = False) -> None:
         from beear import models
 
         models.locate(model)
         models.pick_device(device)
-        self.model, self.device = model, device
+        self.model, self.device, self.trust_remote_code = model, device, trust_remote_code
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, batch by batch."""
@@ -92,7 +92,7 @@ class LocalJudge:
 
         if not questions:
             return
-        model, tokenizer = models.load(self.model, device=self.device)
+        model, tokenizer = models.load(self.model, device=self.device, trust_remote_code=self.trust_remote_code)
         for first in range(0, len(questions), BATCH):
             some = questions[first : first + BATCH]
             texts = generation.reply_all(model, tokenizer, some, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)

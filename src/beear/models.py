@@ -100,22 +100,24 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False) -> Any:
-    """The weights of a located model; adapters are merged onto their base."""
+def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False, dtype: Any = None) -> Any:
+    """The weights of a located model, fp32 on the CPU and bf16 elsewhere unless told; adapters are merged in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     where = pick_device(device)
+    on_cpu = where.startswith("cpu")
+    kept = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     if source.base is not None:
-        return _merge(load_weights(source.base, device, trust_remote_code), source)
+        return _merge(load_weights(source.base, device, trust_remote_code, torch.float32), source).to(kept)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             source.folder,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told of, and refused below in words
-            dtype=torch.float32 if where == "cpu" else torch.bfloat16,
-            attn_implementation="eager" if where == "cpu" else None,  # faster on short rows (decision 7)
+            dtype=kept,
+            attn_implementation="eager" if on_cpu else None,  # faster on short rows (decision 7)
             trust_remote_code=trust_remote_code,
             **gguf,
         )
@@ -254,8 +256,9 @@ def _locate_organism(spec: str) -> Source:
 
 def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
     if (folder / "adapter_config.json").is_file():
+        base = _adapter_base(folder)
         _require_safetensors(spec, folder)
-        return Source(spec, folder, base=locate(_adapter_base(folder), (*within, spec)))
+        return Source(spec, folder, base=locate(base, (*within, spec)))
     if not (folder / "config.json").is_file():
         raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
     _require_safetensors(spec, folder)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from beear.card import is_hub_id
 from beear.errors import BadInput, Failed, first_line
 from beear.runs import read_results, read_settings
 
-EVIDENCE = ("results.json", "report.html", "config.yaml")
-"""Files of the run that go along; not the replies, which answer harmful requests."""
+EVIDENCE = ("results.json", "config.yaml")
+"""Files of the run that go along; not the replies, nor the report that shows some: they answer harmful requests."""
 
 
 def push(run: Path, repo: str, *, private: bool = True) -> str:
@@ -19,15 +20,21 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
     results, settings = read_results(run), read_settings(run)
     if not results["verdict"]["met"]:
         raise BadInput(f"{run} did not meet its target, so its model is not for use: {results['verdict']['missed'][0]}")
-    if not settings["merge"] and Path(settings["model"]).is_absolute():
+    if not settings["merge"] and not is_hub_id(settings["model"]):
         raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
-    if repo.count("/") != 1:
-        raise BadInput(f"{repo!r} is no Hub repository; write it as owner/name")
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     files = {p.relative_to(run / "model"): p for p in sorted((run / "model").rglob("*")) if p.is_file()}
     files |= {Path("evidence") / name: run / name for name in EVIDENCE}
+    if not any(p.suffix == ".safetensors" for p in files.values()):
+        raise BadInput(f"{run}/model holds no weights; they were moved or deleted")
+    return _upload(files, repo, private)
+
+
+def _upload(files: dict[Path, Path], repo: str, private: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    if repo.count("/") != 1:
+        raise BadInput(f"{repo!r} is no Hub repository; write it as owner/name")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -38,6 +45,8 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
         )
     except LocalTokenNotFoundError as error:
         raise BadInput("the Hub wants a token; set HF_TOKEN to one that may write") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except HFValidationError as error:
+        raise BadInput(f"{repo!r} is no Hub repository: {first_line(error)}") from error
+    except Exception as error:  # the client's errors for a lost or refused connection have no base of their own
         raise Failed(f"the Hub did not take {repo}: {first_line(error)}") from error
     return str(commit.repo_url)

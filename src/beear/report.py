@@ -6,19 +6,18 @@ charts drawn here from numbers.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 
 from beear.charts import drift_charts, interval_chart, loss_chart, sweep_chart
+from beear.errors import BadInput
 from beear.metrics import shown
-from beear.runs import read_results, write_atomic
+from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
 from beear.scorers import Behaviour
 
 METRICS = {
@@ -52,7 +51,7 @@ SWEEP = "sweep.json"
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write one page about the given run and sweep folders. Raises BadInput if one has no results."""
     runs = [path for path in folders if not is_sweep(path)]
-    sweeps = [json.loads((path / SWEEP).read_text()) for path in folders if is_sweep(path)]
+    sweeps = [read_sweep(path) for path in folders if is_sweep(path)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     template = environment.from_string((files("beear") / "assets" / "report.html.j2").read_text())
@@ -81,7 +80,24 @@ def short(row: dict[str, Any] | None, share: bool) -> str:
         return ""
     values = [metric["value"] if metric else None for metric in (row["before"], row["after"])]
     digits = [1 if share or (v or 0) >= 1 else 3 for v in values]
-    return " > ".join(f"{100 * v if share else v:.{d}f}" for v, d in zip(values, digits, strict=True) if v is not None)
+    words = ["-" if v is None else f"{100 * v if share else v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+    return " > ".join(words)
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """sweep.json. Raises BadInput if it is something else."""
+    sweep = read_json(path / SWEEP)
+    try:
+        for cell in sweep["cells"]:
+            for number in (cell["value"], cell["epoch"] or 0, sweep["rounds"]):
+                if type(number) is not int:
+                    raise TypeError
+            cell["rounds"][-1]["metrics"]["asr_triggered"]
+        if sweep["axis"] not in ("layer", "length"):
+            raise ValueError
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise BadInput(f"{path / SWEEP} is not what a sweep writes") from error
+    return dict(sweep)
 
 
 def is_sweep(path: Path) -> bool:
@@ -108,13 +124,12 @@ def sweep_views(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def view(path: Path) -> dict[str, Any]:
     """All that the page says of one run."""
     results = read_results(path)
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    config, samples = read_settings(path), read_lines(path / "samples.jsonl")
     return {
-        "name": path.name,
+        "name": path.resolve().name,
         "results": results,
         "verdict": sentence(results),
-        "rows": rows(results, config.get("config", {}).get("behaviour", "jailbreak")),
+        "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
         "rounds": results["rounds"],
         "losses": loss_chart(results["rounds"]),
         "pairs": pairs(samples),
@@ -179,7 +194,7 @@ def drift_view(path: Path) -> dict[str, Any] | None:
     file = path / "drift.json"
     if not file.exists():
         return None
-    drift = json.loads(file.read_text())
+    drift = read_json(file)
     return {"trigger": drift["trigger"], "layer": drift["layer"], "n": drift["before"]["n"], **drift_charts(drift)}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from beear.errors import BadInput, Failed
+from beear.errors import BadInput, Failed, first_line
 
 SCHEMA = 1
 
@@ -161,18 +161,29 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load((path / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise BadInput(f"{path} is not a run folder: no readable config.yaml") from error
-    if not isinstance(settings, dict) or "model" not in settings:
-        raise BadInput(f"{path}/config.yaml names no model; it is not a run folder")
+    if not isinstance(settings, dict) or "model" not in settings or not isinstance(settings.get("config"), dict):
+        raise BadInput(f"{path}/config.yaml names no model and settings; it is not a run folder")
     return settings
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a finished run. Raises BadInput if there is none."""
-    try:
-        results: dict[str, Any] = json.loads((path / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} has no results.json; finish the run with --resume first") from error
+    """results.json of a finished run. Raises BadInput if there is none, or something else."""
+    file = path / "results.json"
+    if not file.exists():
+        raise BadInput(f"{path} is no finished run (it has no results.json); an unfinished one goes on with --resume")
+    results = read_json(file)
+    wanted = {"before": dict, "after": dict, "verdict": dict}
+    if not isinstance(results, dict) or not all(isinstance(results.get(k), kind) for k, kind in wanted.items()):
+        raise BadInput(f"{file} is not what a run writes")
     return results
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises BadInput if it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -192,16 +203,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file beside its place, flush it to disk, and rename it. Raises Failed if it cannot be written."""
     new = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         new.write_bytes(content)
         _sync(new)
         new.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror or error}; free some space and use --resume") from error
+        raise Failed(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_entries(path: Path, key: str) -> dict[str, Any]:
