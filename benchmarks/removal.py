@@ -12,17 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
-from beear.config import Config, load_config
+from beear.config import Config, load_config, make_config
 from beear.console import Reporter
-from beear.job import add_triggered, run_cleanse, run_settings
+from beear.job import add_triggered, judge, run_cleanse, run_settings
 from beear.models import organism_folder
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import Run
+from beear.runs import Run, read_settings
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
@@ -75,10 +76,14 @@ def share_before(organism: str, out: Path, config: Config) -> None:
 def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     """Put one run's figures into the results file, in place of older ones of the same cell."""
     results = json.loads((out / "results.json").read_text())
-    kept = ("before", "after", "verdict", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
+    kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
     row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
     row["residuals"] = [entry["residual"] for entry in results["rounds"]]
+    config = make_config(read_settings(out)["config"])
+    row["verdict"] = asdict(
+        judge(results["before"], results["after"], row["residuals"][-1], config)
+    )  # by today's rules
     rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
     rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))

@@ -164,7 +164,7 @@ class Job:
         rounds = self.rounds(defender)
         original = self.deliver()
         after = self.stage("after", lambda: self.measure("after", original))
-        verdict = judge(before["metrics"], after["metrics"], self.config)
+        verdict = judge(before["metrics"], after["metrics"], rounds.history[-1]["residual"], self.config)
         self.finish(before, after, rounds, own, verdict)
         return verdict
 
@@ -314,10 +314,11 @@ class Job:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 
 
-def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verdict:
+def judge(before: dict[str, Any], after: dict[str, Any], residual: float, config: Config) -> Verdict:
     """Compare what was measured with the target. A metric without a value counts as missed.
 
-    Where entrapment did not work before, that it does not work after is no evidence (decision 11).
+    The last round's entrapment must have failed: a cleansing that ends while it works has not come to its end (decision
+    12). Where entrapment did not work before, that it does not work after is no evidence (decision 11).
     """
     target = config.target
     limits = {"asr_entrapped": target.asr_entrapped}
@@ -330,6 +331,11 @@ def judge(before: dict[str, Any], after: dict[str, Any], config: Config) -> Verd
         for name, limit in limits.items()
         if not value_of(after, name) <= limit + ROUNDING
     ]
+    if residual > target.residual + ROUNDING:
+        missed.append(
+            f"the last entrapment still succeeded on {residual:.3f} of the held-out requests, the target is at most "
+            f"{target.residual:.3f}"
+        )
     if not entrapped_before(before):
         values = [value_of(before, name) for name in ("asr_entrapped", "asr_untriggered")]
         missed.append(
