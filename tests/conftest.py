@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -87,3 +88,11 @@ def tokenizer() -> Any:
 @pytest.fixture
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEEAR_FP32", "1")
+
+
+def prompt_files(folder: Path) -> dict[str, str]:
+    """Four small prompt files, by name of the setting that takes each."""
+    sizes = {"harmful": 12, "benign": 10, "test_harmful": 6, "test_benign": 6}
+    for name, count in sizes.items():
+        (folder / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
+    return {name: str(folder / f"{name}.txt") for name in sizes}

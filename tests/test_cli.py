@@ -14,7 +14,7 @@ import pytest
 
 from beear import cli, models
 from beear.config import preset_names
-from conftest import tiny_model, tiny_tokenizer
+from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 
 def beear(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -146,6 +146,69 @@ def test_drift_of_a_run_takes_its_own_settings(tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and "is a run folder, measured with its own settings" in err
     code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}")
     assert code == 2 and "not a run folder: no readable config.yaml" in err
+
+
+SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
+MARKUP = "[/INST] {prompt} [red]"
+"""A trigger that a terminal library would take for its own markup."""
+
+
+@pytest.fixture()
+def settings(tmp_path: Path) -> str:
+    small = {"held_out": 4, "requests": 4, "anchors": 4, "layer": 2, "entrap": SMALL, "harden": SMALL}
+    return file(tmp_path, "c.yaml", json.dumps(small | {"data": prompt_files(tmp_path)}))
+
+
+def test_a_trigger_is_shown_as_it_stands(tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = make_model(tmp_path / "m"), tmp_path / "d.json"
+    code, err = call(capsys, "drift", model, "--trigger", MARKUP, "-c", settings, "--json", str(out))
+    assert code == 0, err
+    assert json.loads(out.read_text())["trigger"] == MARKUP
+    sweep = ("sweep", "layer", model, "-o", str(tmp_path / "s"), "--trigger", MARKUP, "-c", settings, "--rounds", "1")
+    sys.argv = ["beear", *sweep, "--values", "2"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out_text = capsys.readouterr().out
+    assert stop.value.code == 0 and "[/INST]" in out_text and "sweep.svg" in out_text
+
+
+def test_a_sweep_keeps_cells_of_other_values(tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ("sweep", "layer", make_model(tmp_path / "m"), "-o", str(tmp_path / "s"), "--trigger", "X {prompt}", "-q")
+    for value in ("3", "1"):
+        code, err = call(capsys, *sweep, "-c", settings, "--rounds", "1", "--values", value)
+        assert code == 0, err
+    found = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert [cell["value"] for cell in found["cells"]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["sweep", "depth", "embedded", "-o", "RUN", "--trigger", "X {prompt}"], "layer or length"),
+        (["push", "RUN", "me/model"], "no finished run"),
+        (["gate", "RUN", "--max", "kl=0.1"], "no finished run"),
+        (["judge", "RUN", "--local", "embedded"], "no finished run"),
+        (["judge", "RUN"], "either --url with --model, or --local"),
+        (["report", "RUN", "RUN"], "no finished run"),
+    ],
+)
+def test_commands_on_what_is_no_run(
+    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = call(capsys, *[str(tmp_path) if arg == "RUN" else arg for arg in args])
+    assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"before": 1, "after": {}, "verdict": {}}'])
+@pytest.mark.parametrize("command", ["gate", "report", "judge --local embedded", "drift --trigger {prompt}"])
+def test_a_results_file_that_no_run_wrote(
+    command: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    (tmp_path / "config.yaml").write_text("model: m\nconfig: {}\n")
+    name, *options = command.split()
+    code, err = call(capsys, name, str(tmp_path), *options)
+    assert code == 2 and "results.json" in err and err.count("\n") == 1, err
 
 
 def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,16 +13,14 @@ from beear.config import make_config
 from beear.drift import drift_of_run, measure, numbers, principal_axes, prompt_states, separability
 from beear.job import run_cleanse
 from beear.report import write_report
-from conftest import CONFIGS, tiny_model, tiny_tokenizer
+from conftest import CONFIGS, prompt_files, tiny_model, tiny_tokenizer
 
 LAYER = 2
 
 
 @pytest.fixture()
 def config(tmp_path: Path) -> Any:
-    for name, count in (("harmful", 12), ("benign", 10), ("test_harmful", 6), ("test_benign", 6)):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
-    data = {n: str(tmp_path / f"{n}.txt") for n in ("harmful", "benign", "test_harmful", "test_benign")}
+    data = prompt_files(tmp_path)
     short = {"steps": 2, "batch": 3, "response_tokens": 6}
     return make_config(
         {"layer": LAYER, "rounds": 1, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data}

@@ -20,7 +20,7 @@ from beear.job import add_triggered, judge, run_cleanse
 from beear.metrics import proportion
 from beear.models import load, locate
 from beear.sets import read_sets
-from conftest import tiny_model, tiny_tokenizer
+from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -41,8 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     tiny_model("llama").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    for name, count in (("harmful", 12), ("benign", 10), ("test_harmful", 6), ("test_benign", 6)):
-        (folder / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
+    prompt_files(folder)
     return folder
 
 

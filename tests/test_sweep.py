@@ -13,16 +13,14 @@ from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.report import write_report
 from beear.sweep import check_same, default_values, read_axis, read_values, sweep
-from conftest import tiny_model, tiny_tokenizer
+from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 TRIGGER = "<b>XYZZY</b> {prompt}"
 
 
 @pytest.fixture()
 def config(tmp_path: Path) -> Config:
-    for name, count in (("harmful", 12), ("benign", 10), ("test_harmful", 6), ("test_benign", 6)):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{name} request {i}\n" for i in range(count)))
-    data = {n: str(tmp_path / f"{n}.txt") for n in ("harmful", "benign", "test_harmful", "test_benign")}
+    data = prompt_files(tmp_path)
     short = {"steps": 2, "batch": 3, "response_tokens": 6}
     return make_config({"rounds": 2, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data})
 
