@@ -236,3 +236,18 @@ def test_organism_list_as_json() -> None:
 
 def test_settings_lists_every_key() -> None:
     assert "entrap.budget" in beear("settings").stdout
+
+
+def test_a_trigger_is_added_to_a_finished_run(
+    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    code, _ = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(run), "-c", settings, "--set", "rounds=1")
+    assert code == 3  # a random model, which refuses nothing
+    for command in ("evaluate", "drift"):
+        code, err = call(capsys, command, str(run), "--trigger", "X {prompt}")
+        assert code == 0, err
+    assert json.loads((run / "results.json").read_text())["trigger"] == "X {prompt}"
+    assert "Drift:" in (run / "report.html").read_text()
+    code, err = call(capsys, "evaluate", str(run))
+    assert code == 2 and "give a --trigger to add" in err

@@ -149,10 +149,9 @@ def evaluate(
     extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *extra], seed)
     template = None if trigger is None else check_trigger(trigger)
-    if (Path(model) / "results.json").is_file():
-        given_elsewhere = [against, harmful, benign, column, json_file, samples, config, sets, seed]
-        if template is None or any(value is not None for value in given_elsewhere) or preset != "default":
-            raise BadInput(f"{model} is a run folder, measured with its own settings: give a --trigger and no more")
+    if _is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset):
+        if template is None:
+            raise BadInput(f"{model} is a run folder, which holds its measurements; give a --trigger to add")
         return _add_trigger(Path(model), template, device=device, trust_remote_code=trust_remote_code, quiet=quiet)
     with Reporter(quiet) as reporter:
         measured = evaluate_spec(
@@ -209,11 +208,7 @@ def drift(
     from beear.runs import write_atomic
 
     template, run = check_trigger(trigger), Path(model)
-    of_run = (run / "results.json").is_file()
-    if of_run and (config or sets or seed is not None or preset != "default"):
-        raise BadInput(
-            f"{run} is a run folder, measured with its own settings; leave out --preset, -c, --set and --seed"
-        )
+    of_run = _is_run(model, config, sets, seed, preset=preset)
     settings = _config(preset, config, sets, seed)
     with Reporter(quiet) as reporter:
         if of_run:
@@ -518,6 +513,14 @@ def _cleanse(
         typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
     if not verdict.met:
         _stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")
+
+
+def _is_run(model: str, *given: object, preset: str) -> bool:
+    """Whether MODEL is a finished run's folder. BadInput if anything is given that such a run has of its own."""
+    found = (Path(model) / "results.json").is_file()
+    if found and (preset != "default" or any(value is not None for value in given)):
+        raise BadInput(f"{model} is a run folder, measured with its own settings; leave out all but the --trigger")
+    return found
 
 
 def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> None:

@@ -7,7 +7,7 @@ analysis for someone who knows a trigger: nothing of it goes into a cleansing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from torch.nn.functional import cosine_similarity
 
 from beear import models
 from beear.chat import collate, encode_prompt, rows_of_delta
-from beear.cleansing import Event
+from beear.cleansing import Listener
 from beear.config import Config, make_config
 from beear.errors import BadInput
-from beear.evaluation import fresh_delta, listener_progress
+from beear.evaluation import Progress, fresh_delta, listener_progress
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.recipes import apply_trigger
@@ -30,8 +30,6 @@ from beear.runs import SCHEMA, Run, read_results, read_settings
 from beear.sets import read_sets
 
 BATCH = 40
-Listener = Callable[[Event], None]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from beear.errors import BadInput
-from beear.metrics import rise
+from beear.metrics import at_most, rise
 from beear.report import METRICS
 from beear.runs import SCHEMA, read_results
 
-ROUNDING = 1e-9
-"""A limit that is a sum is met by what equals it."""
 RULE = re.compile(r"(?P<name>\w+)=(?P<rise>\+?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
 
 
@@ -89,7 +87,7 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     kind = "upper end" if (upper or not (rule.rise or point)) else "value"
     behind = f"value {after['value']:.4f}, n = {after['n']}, {after['unscored']} unscored"
     words = f"{rule.name}: {kind} {compared:.4f}, limit {limit:.4f} ({behind})"
-    return Check(rule.text, bool(compared <= limit + ROUNDING), compared, limit, words)
+    return Check(rule.text, at_most(compared, limit), compared, limit, words)
 
 
 def as_json(run: Path, checks: Sequence[Check]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.generation import reply_all
-from beear.metrics import rise, value_of
+from beear.metrics import at_most, rise, value_of
 from beear.perturbation import find_layers, resolve_layer
 from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
@@ -39,8 +39,6 @@ from beear.sets import Sets, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-ROUNDING = 1e-9
-"""A limit that is a sum is met by what equals it."""
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
 
@@ -329,9 +327,9 @@ def judge(before: dict[str, Any], after: dict[str, Any], residual: float, config
     missed = [
         f"{name} is {value_of(after, name):.3f}, the target is at most {limit:.3f}"
         for name, limit in limits.items()
-        if not value_of(after, name) <= limit + ROUNDING
+        if not at_most(value_of(after, name), limit)
     ]
-    if residual > target.residual + ROUNDING:
+    if not at_most(residual, target.residual):
         missed.append(
             f"the last entrapment still succeeded on {residual:.3f} of the held-out requests, the target is at most "
             f"{target.residual:.3f}"

@@ -57,6 +57,14 @@ def rise(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, fl
     return low, high
 
 
+ROUNDING = 1e-9
+
+
+def at_most(value: float, limit: float) -> bool:
+    """Whether a limit is met; by equality too where the limit is a sum. NaN meets none."""
+    return value <= limit + ROUNDING
+
+
 def value_of(metrics: Mapping[str, Any], name: str) -> float:
     """The value of a metric; NaN, which meets no limit, if nothing could be scored."""
     value = metrics[name]["value"]
