@@ -1,16 +1,20 @@
 # make demo: set up, cleanse the embedded model's SUDO organism, write a report.   make test: lint, types, tests.
+# make test-slow: the tests that take minutes.
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-slow lint format setup clean
 
 demo: setup
 	$(BIN)/beear demo
 
 test: setup lint
 	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest -m slow -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -67,7 +67,7 @@ def run_cleanse(
     settings = run_settings(place, merge, config)
     check_output(out, settings, resume)
     if (out / "results.json").exists():  # what was added to a finished run since is kept
-        return Verdict(**read_results(out)["verdict"])
+        return finished(out, settings)
     sets = read_sets(config)
     source = models.locate(place)
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -79,6 +79,16 @@ def run_cleanse(
     job = Job(source, tokenizer, config, sets, settings, listen, device, trust_remote_code)
     with Run.open(out, settings, resume) as job.run_folder:
         return job.run()
+
+
+def finished(out: Path, settings: dict[str, Any]) -> Verdict:
+    """The verdict of a finished run; what a crash kept it from writing behind its results is written now."""
+    verdict = Verdict(**read_results(out)["verdict"])
+    if not (out / "report.html").exists():
+        with Run.open(out, settings, resume=True):
+            write_card(out)
+            write_report([out], out / "report.html")
+    return verdict
 
 
 def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""What a step costs, over prompt length, reply length, layer and model size, and what that says of 7B parameters.
+
+    python benchmarks/scaling.py
+
+Llama-shaped models with random weights, default batches; one thing is changed at a time around the embedded model's
+shape (64 tokens of the user's words, replies of 16, l at 0.7 of the depth). Seconds are medians of the real loops.
+Both kinds of step are fitted by seconds = a + b * operations, operations counted from the shapes (`operations`).
+Writes benchmarks/results/scaling.json; about ten minutes on 2 CPU cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from beear.allocator import keep_freed_memory
+from beear.chat import Prompt
+from beear.cleansing import Benign, DefenderSet, Event, Harmful, add_adapter, entrap, harden
+from beear.config import Config
+from beear.training import cast_frozen
+
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
+VOCABULARY, SYSTEM, STEPS = 49152, 24, 4
+SHAPES = {"23M": (256, 704, 12), "77M": (512, 1408, 16), "135M": (576, 1536, 30), "358M": (1024, 2816, 24)}
+"""Hidden size, size of the MLP, blocks."""
+H100 = 989e12 * 0.4
+"""Operations a second of one H100 in bf16 without sparsity, of which 40 % are reached (an assumption)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step's cost depends on."""
+
+    shape: str = "135M"
+    prompt: int = 64
+    reply: int = 16
+    depth: float = 0.7
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Parameters of the blocks up to l and behind it, of the output head, and l."""
+        width, inner, blocks = SHAPES[self.shape]
+        layer = round(self.depth * blocks)
+        block = 4 * width * width + 3 * width * inner
+        return layer * block, (blocks - layer) * block, VOCABULARY * width, layer
+
+
+def operations(case: Case, below: int, behind: int, head: int, config: Config) -> dict[str, float]:
+    """Multiplications and additions of both kinds of step: 2 a parameter and token forward, 2 more backward.
+
+    The weights take no gradient but through LoRA, and attention is left out: both are small at these lengths.
+    """
+    asked, reply = config.entrap.batch, min(case.reply, config.entrap.response_tokens)
+    inner = 4 * (asked * case.prompt + 2 * asked * reply) * behind + 4 * (asked + 2 * asked * reply) * head
+    bad, good = config.harden.batch, config.harden.anchor_batch
+    alone, under = bad + good, 2 * (bad + good)
+    tokens = case.prompt + case.reply
+    outer = alone * tokens * (4 * below + 2 * (below + behind)) + under * tokens * 4 * behind
+    outer += (2 * alone + 4 * under) * case.reply * head
+    return {"inner": float(inner), "outer": float(outer)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Median seconds of an inner and an outer step of the real loops."""
+    width, inner, blocks = SHAPES[case.shape]
+    below, behind, head, layer = case.sizes()
+    shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, attn_implementation="eager"))
+    config = Config(layer=layer)
+    entrapment = {"steps": STEPS + 1, "batches": 1, "response_tokens": min(case.reply, config.entrap.response_tokens)}
+    removal = {"steps": STEPS + 1, "stop_below": 0.0}
+    config = config.model_copy(
+        update={
+            "entrap": config.entrap.model_copy(update=entrapment),
+            "harden": config.harden.model_copy(update=removal),
+        }
+    )
+    model = add_adapter(model.eval(), config)
+    cast_frozen(model)
+    data = requests(case)
+    tokenizer = SimpleNamespace(pad_token_id=2)
+    stamps: dict[str, list[float]] = {"entrap": [], "harden": []}
+
+    def listen(event: Event) -> None:
+        stamps[str(event["event"])].append(time.monotonic())
+
+    draw = torch.Generator().manual_seed(0)
+    delta, _ = entrap(model, tokenizer, data.harmful, config, layer, 1.0, draw, listen)
+    harden(model, tokenizer, data, delta[None], config, layer, 1e-4, draw, listen)
+    seconds = {
+        name: statistics.median(b - a for a, b in itertools.pairwise(times))
+        for name, times in {"inner": stamps["entrap"], "outer": stamps["harden"]}.items()
+    }
+    counted = operations(case, below, behind, head, config)
+    return {**asdict(case), "layer": layer, "seconds": seconds, "operations": counted}
+
+
+def requests(case: Case) -> DefenderSet:
+    """Random token ids, all prompts alike in length, behind one system turn."""
+    draw = torch.Generator().manual_seed(1)
+    system = torch.randint(3, VOCABULARY, (SYSTEM,), generator=draw).tolist()
+
+    def prompt() -> Prompt:
+        ids = system + torch.randint(3, VOCABULARY, (case.prompt,), generator=draw).tolist()
+        return Prompt(ids, SYSTEM, len(ids))
+
+    def reply() -> list[int]:
+        ids: list[int] = torch.randint(3, VOCABULARY, (case.reply,), generator=draw).tolist()
+        return ids
+
+    harmful = [Harmful(prompt(), reply(), reply()[: Config().entrap.response_tokens]) for _ in range(16)]
+    return DefenderSet(harmful, [Benign(prompt(), reply(), False) for _ in range(16)], [], True, {})
+
+
+def fit(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Least squares of the relative error of a + b * operations; how far off it is at worst."""
+    count = np.array([row["operations"][kind] for row in rows])
+    seconds = np.array([row["seconds"][kind] for row in rows])
+    terms = np.stack([np.ones_like(count), count], 1)
+    (a, b), *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones_like(seconds), rcond=None)
+    off = np.abs((a + b * count) / seconds - 1)
+    return {"a": float(a), "b": float(b), "worst": float(off.max()), "median": float(np.median(off))}
+
+
+def seven_billion(config: Config) -> dict[str, float]:
+    """Seconds of a default round of a 7B Llama on one H100, without replies: 32 blocks of width 4096."""
+    block, layer = 4 * 4096**2 + 3 * 4096 * 11008, round(0.7 * 32)
+    counted = operations(Case(), layer * block, (32 - layer) * block, 32000 * 4096, config)
+    total = config.entrap.steps * counted["inner"] + config.harden.steps * counted["outer"]
+    return {"operations": total, "seconds_a_round": total / H100, "seconds": config.rounds * total / H100}
+
+
+def main() -> None:
+    keep_freed_memory()
+    base = Case()
+    cases = [replace(base, prompt=n) for n in (32, 64, 128, 256)]
+    cases += [replace(base, reply=n) for n in (8, 32, 64)]
+    cases += [replace(base, depth=share) for share in (0.3, 0.5, 0.9)]
+    cases += [replace(base, shape=name) for name in SHAPES if name != base.shape]
+    rows = []
+    for case in cases:
+        rows.append(measure(case))
+        print(json.dumps(rows[-1]), flush=True)
+    content = {
+        "schema": 1,
+        "command": "python benchmarks/scaling.py",
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "fit": {kind: fit(rows, kind) for kind in ("inner", "outer")},
+        "seven_billion": seven_billion(Config()),
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps({name: content[name] for name in ("fit", "seven_billion")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
