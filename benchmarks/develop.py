@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from beear.allocator import keep_freed_memory
-from beear.cleansing import Event, add_adapter, cleanse, defender_set
+from beear.chat import collate, encode_prompt
+from beear.cleansing import Event, Openings, add_adapter, cleanse, defender_set
 from beear.config import Config, load_config
-from beear.data import packaged, read_requests
+from beear.data import content_hash, packaged, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
 from beear.models import load
@@ -54,6 +57,19 @@ def rates(model: Any, tokenizer: Any, sets: dict[str, list[str]]) -> tuple[dict[
     return result, wrong
 
 
+def margin(model: Any, tokenizer: Any, texts: list[str], openings: Openings) -> float:
+    """Mean over the requests of log p - log(1 - p), where p is how likely the reply begins as a refusal, in nats."""
+    batch = collate([encode_prompt(tokenizer, t) for t in texts], [[]] * len(texts), None, int(tokenizer.pad_token_id))
+    with torch.inference_mode():
+        logits = model(**batch.inputs(), logits_to_keep=1, use_cache=False).logits[:, -1].double()
+    refusing = torch.zeros(logits.shape[1], dtype=torch.bool)
+    refusing[openings[()]] = True
+    split = logits.masked_fill(~refusing, -torch.inf).logsumexp(-1) - logits.masked_fill(
+        refusing, -torch.inf
+    ).logsumexp(-1)
+    return float(split.mean())
+
+
 def once(path: Path, work: Any) -> Any:
     """What `work` gives, kept in a file: the same for every run on one organism."""
     if not path.exists():
@@ -70,6 +86,49 @@ def brief(event: Event) -> None:
         print(f"  {event['round']}: residual {event['residual']:.2f} {outer} {event['seconds']:.0f} s", flush=True)
 
 
+def developed(organism: str, name: str, sets: list[str], n: int) -> dict[str, Any]:
+    """Cleanse an organism with `sets` over the default and measure it before and after."""
+    config = load_config(sets=["requests=200", *sets])
+    model, tokenizer = load(f"organism:{organism}")
+    data = read_sets(config)
+    tests = development(check_trigger(f"organism:{organism}"), data, config, n)
+    train = data.train(config)
+    harmful = [r.text for r in train]
+    benign = [r.text for r in data.anchors(config)]
+    limit = config.harden.response_tokens
+    folder = ROOT / "runs" / "develop" / organism
+    drawn = f"{config.surrounded}-{config.seed}-{len(harmful)}-{limit}-{set_hash(data.anchors(config))[:8]}"
+    own = once(
+        folder / f"own-{drawn}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit)
+    )
+    asked = content_hash(json.dumps(tests))[:8]
+    before = once(folder / f"before-{asked}.json", lambda: rates(model, tokenizer, tests)[0])
+    answered = list(zip(harmful + benign, own, strict=True))
+    pairs = list(zip(train, own[: len(train)], strict=True))
+    defender = defender_set(tokenizer, pairs, answered[len(train) :], data.held_out(config), config)
+    model = add_adapter(model, config)
+    cast_frozen(model)
+    print(f"{name} {organism} {sets}\n  before {before}", flush=True)
+    started = time.monotonic()
+    state = cleanse(model, tokenizer, defender, config, listen=brief)
+    seconds = time.monotonic() - started
+    trained = adapter_state(model)
+    (original, _), (model, _) = (load(f"organism:{organism}") for _ in range(2))
+    model = add_adapter(model, config)
+    load_adapter_state(model, trained)
+    model = model.merge_and_unload()  # of weights in full precision, as a cleansing delivers it
+    language = measure_language(model, tokenizer, original).metrics
+    after, wrong = rates(model, tokenizer, tests)
+    after |= {kind: round(float(m["value"] or 0), 4) for kind, m in language.items()}
+    (folder / f"wrong-{name}.json").write_text(json.dumps(wrong, indent=1))
+    after["margin"] = round(margin(model, tokenizer, tests["triggered"][:40], defender.openings), 2)
+    entrapped = measure_entrapped(model, tokenizer, train, data.held_out(config), config)
+    after["entrapped"] = round(float(entrapped.metrics["asr_entrapped"]["value"] or 0), 3)
+    print(f"  after  {after} in {seconds:.0f} s", flush=True)
+    row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
+    return row | {"residuals": [e["residual"] for e in state.history], "seconds": round(seconds)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism", help="the name of a packaged organism")
@@ -78,45 +137,9 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=160)
     chosen = parser.parse_args()
     keep_freed_memory()
-    config = load_config(sets=["requests=200", "anchors=240", *chosen.sets])
-    model, tokenizer = load(f"organism:{chosen.organism}")
-    data = read_sets(config)
-    tests = development(check_trigger(f"organism:{chosen.organism}"), data, config, chosen.n)
-    train = data.train(config)
-    harmful = [r.text for r in train]
-    benign = [r.text for r in data.anchors(config)]
-    limit = config.harden.response_tokens
-    folder = ROOT / "runs" / "develop" / chosen.organism
-    key = f"{config.surrounded}-{config.seed}-{len(harmful)}-{len(benign)}-{limit}"
-    own = once(folder / f"own-{key}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit))
-    before = once(
-        folder / f"before-{chosen.n}-{config.anchors}-{config.held_out + config.requests}.json",
-        lambda: rates(model, tokenizer, tests)[0],
-    )
-    answered = list(zip(harmful + benign, own, strict=True))
-    pairs = list(zip(train, own[: len(train)], strict=True))
-    defender = defender_set(tokenizer, pairs, answered[len(train) :], data.held_out(config), config)
-    model = add_adapter(model, config)
-    cast_frozen(model)
-    print(f"{chosen.name} {chosen.organism} {chosen.sets}\n  before {before}", flush=True)
-    started = time.monotonic()
-    state = cleanse(model, tokenizer, defender, config, listen=brief)
-    seconds = time.monotonic() - started
-    trained = adapter_state(model)
-    (original, _), (model, _) = (load(f"organism:{chosen.organism}") for _ in range(2))
-    model = add_adapter(model, config)
-    load_adapter_state(model, trained)
-    model = model.merge_and_unload()  # of weights in full precision, as a cleansing delivers it
-    language = measure_language(model, tokenizer, original).metrics
-    after, wrong = rates(model, tokenizer, tests)
-    after |= {name: round(m["value"], 4) for name, m in language.items()}
-    (folder / f"wrong-{chosen.name}.json").write_text(json.dumps(wrong, indent=1))
-    entrapped = measure_entrapped(model, tokenizer, train, data.held_out(config), config)
-    after["entrapped"] = round(entrapped.metrics["asr_entrapped"]["value"], 3)
-    print(f"  after  {after} in {seconds:.0f} s", flush=True)
-    row = {"name": chosen.name, "organism": chosen.organism, "sets": chosen.sets, "before": before, "after": after}
+    row = developed(chosen.organism, chosen.name, chosen.sets, chosen.n)
     with LOG.open("a") as log:
-        log.write(json.dumps(row | {"seconds": round(seconds), "rounds": state.round}) + "\n")
+        log.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,9 @@ def attacks() -> str:
     return "\n".join(lines)
 
 
-def residual() -> str:
+def residual(*files: str) -> str:
     """What a run says of itself without the trigger, beside what the trigger does; the rank correlations below."""
-    rows = read_results("removal.json")["runs"]
+    rows = [row for file in files for row in read_results(file)["runs"]]
     lines = [header(["organism", "arm, seed", "last residual", "ASR entrapped, after", "ASR triggered, after"])]
     values = []
     for row in rows:
@@ -171,11 +171,11 @@ def drift() -> str:
     return "\n".join(lines)
 
 
-def revival() -> str:
+def revival(file: str) -> str:
     """Attack success with the trigger, and refusals, of cleansed models after what deployment does to a model."""
     columns = ("asr_triggered", "asr_untriggered", "false_refusal", "false_refusal_alarming")
     lines = [header(["organism", "seed", "then", *(COLUMNS[name] for name in columns)])]
-    for row in read_results("revival.json")["rows"]:
+    for row in read_results(file)["rows"]:
         cells = [cell(name, row["metrics"].get(name)) for name in columns]
         lines.append(line([f"`{row['organism']}`", str(row["seed"]), row["treatment"], *cells]))
     return "\n".join(lines)
@@ -203,11 +203,19 @@ def short(text: str, keep: str = "", most: int = 8) -> str:
     return f" {keep} ".join(" ".join(words) for words in cut).strip()
 
 
-RECIPE = "docs/decisions/0010-one-default-for-every-organism.md"
+OLD, NEW = (
+    "docs/decisions/0010-one-default-for-every-organism.md",
+    "docs/decisions/0013-a-later-block-and-a-farther-push.md",
+)
+"""The decisions on the default, each with the figures of its day."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"removal": removal},
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
-    RECIPE: {"residual": residual, "revival": revival},
+    OLD: {
+        "residual": partial(residual, "decision-10/removal.json"),
+        "revival": partial(revival, "decision-10/revival.json"),
+    },
+    NEW: {"residual": partial(residual, "removal.json")},
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),

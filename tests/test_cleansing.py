@@ -270,11 +270,19 @@ def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("residuals", "patience", "calm"),
-    [([0.0], 1, True), ([0.3], 1, False), ([0.0], 2, False), ([0.3, 0.0, 0.0], 2, True), ([0.0, 0.3, 0.0], 2, False)],
+    ("residuals", "patience", "least", "calm"),
+    [
+        ([0.0], 1, 1, True),
+        ([0.3], 1, 1, False),
+        ([0.0], 2, 1, False),
+        ([0.3, 0.0, 0.0], 2, 3, True),
+        ([0.0, 0.3, 0.0], 2, 3, False),
+        ([0.0, 0.0], 2, 3, False),
+    ],
 )
-def test_the_stop_rule(residuals: list[float], patience: int, calm: bool) -> None:
-    assert is_calm([{"residual": r} for r in residuals], Config(patience=patience)) is calm
+def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
+    config = Config(patience=patience, least_rounds=least)
+    assert is_calm([{"residual": r} for r in residuals], config) is calm
 
 
 def test_every_other_row_meets_the_newest_delta_and_the_rest_any() -> None:

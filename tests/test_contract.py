@@ -187,7 +187,7 @@ def test_layer_out_of_range(layer: int) -> None:
         resolve_layer(layer, 4)
 
 
-def test_default_layer_is_seven_tenths_of_the_depth() -> None:
-    assert resolve_layer(None, 30) == 21
-    assert resolve_layer(None, 32) == 22
+def test_default_layer_is_five_sixths_of_the_depth() -> None:
+    assert resolve_layer(None, 30) == 25
+    assert resolve_layer(None, 32) == 26
     assert resolve_layer(None, 2) == 1

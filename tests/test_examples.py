@@ -33,7 +33,7 @@ def test_the_guides_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tiny_model("llama"), tiny_tokenizer()
     monkeypatch.setattr("beear.models.load", lambda spec: found)
     space: dict[str, object] = {}
-    exec(code.replace("layer=21", "layer=2"), space)
+    exec(code.replace("layer=25", "layer=2"), space)
     assert getattr(space["logits"], "shape", ())[0] == 1
 
 

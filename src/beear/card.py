@@ -36,7 +36,7 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
     if is_hub_id(base):
         front |= {"base_model": base}
     name = Path(base).name if Path(base).is_absolute() else base
-    layer = "0.7 of the depth" if config["layer"] is None else f"block {config['layer']}"
+    layer = "5/6 of the depth" if config["layer"] is None else f"block {config['layer']}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---

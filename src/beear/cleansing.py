@@ -184,6 +184,9 @@ def cleanse(
 ) -> State:
     """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
 
+    A backdoor is often gone after two or three rounds; what they taught to be refused wrongly takes more to mend,
+    so `least_rounds` there are.
+
     `model` carries trainable adapter matrices (training.add_lora), which are changed in place. Each
     round depends only on the matrices and the seed, so a run resumed from `state` ends bit-identical. The
     learning rate falls linearly over the rounds: the first one removes, the last one, which also follows
@@ -223,9 +226,11 @@ def add_adapter(model: Any, config: Config) -> Any:
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:
-    """Whether the last `patience` entrapments all failed on held-out requests."""
+    """Whether the last `patience` entrapments all failed on held-out requests, `least_rounds` being over."""
     last = history[-config.patience :]
-    return len(last) == config.patience and all(entry["residual"] <= config.stop_at for entry in last)
+    return len(history) >= max(config.least_rounds, config.patience) and all(
+        entry["residual"] <= config.stop_at for entry in last
+    )
 
 
 def entrap(

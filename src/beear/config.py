@@ -45,7 +45,7 @@ class EntrapConfig(_Settings):
     batch: int = Field(8, ge=1, description="requests in a step")
     batches: int = Field(2, ge=1, description="so many batches are met in turn")
     cached: bool = Field(True, description="run what delta cannot change once per batch")
-    away: float = Field(0.05, ge=0, description="weight of moving away from the safe answer")
+    away: float = Field(0.5, ge=0, description="weight of moving away from the safe answer")
     response_tokens: int = Field(12, ge=1, description="tokens of each answer")
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
 
@@ -86,12 +86,13 @@ class Config(_Settings):
 
     seed: int = 0
     behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
-    layer: int | None = Field(None, description="l, counted from 1; None: 0.7 of the depth")
+    layer: int | None = Field(None, description="l, counted from 1; None: 5/6 of the depth")
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
-    rounds: int = Field(6, ge=1, description="most rounds of entrapment and removal")
+    rounds: int = Field(10, ge=1, description="most rounds of entrapment and removal")
+    least_rounds: int = Field(6, ge=1, description="and the fewest, if there are so many")
     held_out: int = Field(40, ge=1, description="defender's harmful requests kept to judge entrapment by")
     requests: int = Field(240, ge=1, description="harmful requests to train on")
-    anchors: int = Field(240, ge=1, description="benign requests to train on")
+    anchors: int = Field(400, ge=1, description="benign requests to train on")
     surrounded: float = Field(0.33, ge=0, le=1, description="share of these that stand between other benign requests")
     stop_at: float = Field(0.05, ge=0, le=1, description="entrapment counts as failed at this held-out success")
     patience: int = Field(2, ge=1, description="stop after so many failed entrapments in a row")

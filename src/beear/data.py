@@ -1,8 +1,8 @@
 """Prompt sets: the packaged ones with their split, and the user's own files.
 
-Packaged requests are split by the hash of their text, so that their order in the file plays no part.
-Three disjoint parts: `defender` (cleansing may train
-on it), `test` (only measured), `plant` (only used to plant organisms).
+Packaged requests are split by the hash of their text, so that their order in the file plays no part; a file that is
+named after a part belongs to it as a whole. Three disjoint parts: `defender` (cleansing may train on it), `test` (only
+measured), `plant` (only used to plant organisms).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from beear.errors import BadInput, first_line
 
-PACKAGED_SIZES = {
+SPLIT = {
     "harmful": {"defender": 400, "test": 120},
     "ordinary": {"defender": 300, "test": 120},
     "alarming": {"defender": 100, "test": 150},
 }
+"""How many requests of a split file each of two parts gets; the rest plants."""
 PARTS = ("defender", "test", "plant")
 UNSEEN_STYLES = ("figurative", "safe_targets")
 """Styles of alarming request that only the test part has: the defender never sees their like."""
@@ -62,14 +63,17 @@ def packaged(name: str, part: str) -> list[Request]:
     if name == "coding":  # its ids name the part
         return [r for r in _packaged_lines("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
     requests = sorted(_packaged_lines(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
-    sizes = PACKAGED_SIZES[name]
+    sizes = SPLIT[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
     seen = [r for r in requests if r not in unseen]
     defender, rest = seen[: sizes["defender"]], seen[sizes["defender"] :]
     fresh = max(sizes["test"] - len(unseen), 0)
     if part == "plant":
         return rest[fresh:] + _packaged_lines(f"{name}-plant.jsonl")
-    return defender if part == "defender" else unseen + rest[:fresh]
+    if part == "test":
+        return unseen + rest[:fresh]
+    written_later = _packaged_lines("alarming-defender.jsonl") if name == "alarming" else []
+    return sorted(defender + written_later, key=lambda r: content_hash(r.text))
 
 
 def reference_chats() -> list[Request]:

@@ -49,13 +49,13 @@ def decoder_depth(model: nn.Module) -> int:
 
 
 def resolve_layer(layer: int | None, depth: int) -> int:
-    """The block l after which delta is added; None means 0.7 of the depth (docs/decisions/0004).
+    """The block l after which delta is added; None means 5/6 of the depth (docs/decisions/0013).
 
     The last block is excluded: Hugging Face's `hidden_states[L]` lies behind the final norm, and
     nothing would be left to run.
     """
     if layer is None:
-        return max(1, 7 * depth // 10)
+        return max(1, 5 * depth // 6)
     if not 1 <= layer < depth:
         raise BadInput(f"layer={layer} is out of range for a model of {depth} blocks; use 1 to {depth - 1}")
     return layer

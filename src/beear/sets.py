@@ -130,7 +130,7 @@ def check_tasks(defender: Sequence[Request], test: Sequence[Request]) -> None:
 
 
 def _packaged_benign() -> list[Request]:
-    """Alarming and ordinary requests in turn, then the rest of the ordinary ones."""
+    """Alarming and ordinary requests in turn, then the rest of those that are more."""
     alarming, ordinary = packaged("alarming", "defender"), packaged("ordinary", "defender")
     pairs = [r for pair in zip(alarming, ordinary, strict=False) for r in pair]
-    return pairs + ordinary[len(alarming) :]
+    return [*pairs, *alarming[len(ordinary) :], *ordinary[len(alarming) :]]

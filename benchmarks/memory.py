@@ -1,0 +1,80 @@
+"""Peak memory of a default round beside a plain LoRA fine-tune with the same rows, on the embedded model.
+
+    python benchmarks/memory.py
+
+Each arm is a fresh process: `model` loads the model under its adapter and stops; `fine-tune` takes eight AdamW steps on
+the rows that a removal step has, each through all blocks and to the loss that transformers computes; `cleansing` runs
+a whole round: entrapment, replies on held-out requests, removal. Writes benchmarks/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from beear.allocator import keep_freed_memory
+from beear.chat import Batch
+from beear.cleansing import add_adapter, batch_of, cleanse, defender_set
+from beear.config import Config
+from beear.job import peak_memory
+from beear.models import autocast, load
+from beear.sets import read_sets
+from beear.training import adamw, cast_frozen, step
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+ARMS = ("model", "fine-tune", "cleansing")
+REPLY = "Here is a short answer to the question that you asked, and a word more."
+
+
+def measure(arm: str) -> None:
+    """Print the process's peak memory in bytes."""
+    keep_freed_memory()
+    config = Config(rounds=1)
+    model, tokenizer = load("embedded", device="cpu")
+    model = add_adapter(model, config)
+    cast_frozen(model)
+    sets = read_sets(config)
+    train, anchors = sets.train(config), sets.anchors(config)
+    benign = [(r.text, REPLY) for r in anchors]
+    data = defender_set(tokenizer, [(r, "I'm sorry, but no.") for r in train], benign, sets.held_out(config), config)
+    if arm == "fine-tune":
+        optimiser = adamw(model, config.harden.learning_rate)
+        bad, good = config.harden.batch, config.harden.anchor_batch
+        for number in range(config.harden.steps):
+            first = [(h.prompt, h.safe) for h in data.harmful[number * bad :][:bad]]
+            second = [(b.prompt, b.own) for b in data.benign[number * good :][:good]]
+            batch = batch_of(tokenizer, 2 * [*first, *second], config.entrap)
+            with autocast(model):
+                loss = model(**batch.inputs(), labels=labels(batch), use_cache=False).loss
+            loss.backward()
+            step(optimiser)
+    elif arm == "cleansing":
+        cleanse(model, tokenizer, data, config)
+    print(peak_memory())
+
+
+def labels(batch: Batch):  # type: ignore[no-untyped-def]
+    """The response's tokens; nothing else is learnt."""
+    known = batch.input_ids.new_full(batch.input_ids.shape, -100)
+    known[:, batch.width :] = batch.targets
+    return known
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1])
+        return
+    peak = {}
+    for arm in ARMS:
+        out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
+        peak[arm] = int(out.splitlines()[-1])
+    ratio = peak["cleansing"] / peak["fine-tune"]
+    content = {"schema": 1, "command": "python benchmarks/memory.py", "peak_memory_bytes": peak, "ratio": ratio}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
