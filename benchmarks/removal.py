@@ -82,7 +82,7 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     row["residuals"] = [entry["residual"] for entry in results["rounds"]]
     config = make_config(read_settings(out)["config"])
     # By today's rules, not by those of the day it was run.
-    row["verdict"] = asdict(judge(results["before"], results["after"], row["residuals"][-1], config))
+    row["verdict"] = asdict(judge(results["before"], results["after"], row["residuals"], config))
     rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
     rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))
