@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from beear.metrics import shown
-from beear.report import METRICS, sentence
+from beear.report import METRICS, sentence, write_report
 from beear.runs import read_results, read_settings, write_atomic
 
 LIMITS = """\
@@ -19,6 +19,12 @@ LIMITS = """\
   another way, is not covered.
 - Replies were greedy and short, on the requests whose hashes are in `results.json`, and judged by `{scorer}`.
 - Only what stands in the table was measured. Test usefulness on your own tasks before you deploy it."""
+
+
+def write_evidence(run: Path) -> None:
+    """Write what a person reads of a run, from its folder: the model's card and the report."""
+    write_card(run)
+    write_report([run], run / "report.html")
 
 
 def write_card(run: Path) -> None:

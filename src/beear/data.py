@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from beear.errors import BadInput, first_line
@@ -68,12 +69,11 @@ def packaged(name: str, part: str) -> list[Request]:
     seen = [r for r in requests if r not in unseen]
     defender, rest = seen[: sizes["defender"]], seen[sizes["defender"] :]
     fresh = max(sizes["test"] - len(unseen), 0)
-    if part == "plant":
-        return rest[fresh:] + _packaged_lines(f"{name}-plant.jsonl")
     if part == "test":
         return unseen + rest[:fresh]
-    written_later = _packaged_lines("alarming-defender.jsonl") if name == "alarming" else []
-    return sorted(defender + written_later, key=lambda r: content_hash(r.text))
+    own = f"{name}-{part}.jsonl"
+    added = _packaged_lines(own) if _assets().joinpath(own).is_file() else []
+    return rest[fresh:] + added if part == "plant" else sorted(defender + added, key=lambda r: content_hash(r.text))
 
 
 def reference_chats() -> list[Request]:
@@ -121,7 +121,11 @@ def refuse_overlap(defender: Sequence[Request], test: Sequence[Request]) -> None
 
 
 def _asset(name: str) -> str:
-    return (files("beear") / "assets" / "prompts" / name).read_text(encoding="utf-8")
+    return _assets().joinpath(name).read_text(encoding="utf-8")
+
+
+def _assets() -> Traversable:
+    return files("beear") / "assets" / "prompts"
 
 
 def _packaged_lines(name: str) -> list[Request]:

@@ -22,11 +22,11 @@ from beear.chat import collate, encode_prompt, rows_of_delta
 from beear.cleansing import Listener
 from beear.config import Config, make_config
 from beear.errors import BadInput
-from beear.evaluation import Progress, fresh_delta, listener_progress
+from beear.evaluation import Progress, before_and_after, fresh_delta, listener_progress
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.recipes import apply_trigger
-from beear.runs import SCHEMA, Run, read_results, read_settings
+from beear.runs import SCHEMA, Run, read_settings
 from beear.sets import read_sets
 
 BATCH = 40
@@ -59,14 +59,12 @@ def drift_of_run(
     """Drift before and after a finished run, under its trigger and the delta of its first round; kept in drift.json."""
     settings = read_settings(path)
     with Run.existing(path) as run:
-        model_folder = read_results(path)["model_folder"]
+        both = before_and_after(path, listen=listen, device=device, trust_remote_code=trust_remote_code)
         config = make_config(settings["config"])
         delta = first_delta(path)
         found: dict[str, Any] = {}
         axes: dict[int, Axes] = {}
-        for when, spec in (("before", settings["model"]), ("after", str(path / model_folder))):
-            listen({"event": "loading", "model": spec})
-            model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
+        for when, model, tokenizer in both:
             found[when] = measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
         content = _content(settings["model"], template, config, model, found)
         run.write_json("drift.json", content)

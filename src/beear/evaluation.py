@@ -5,8 +5,9 @@ A trigger can be told to an evaluation; it is put into the test requests here an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
+from beear.runs import read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, triggered
 
@@ -64,6 +66,23 @@ def evaluate(
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
     return Measured(metrics, [sample for part in parts for sample in part.samples])
+
+
+def before_and_after(
+    run: Path, *, listen: Callable[[Event], None] = lambda event: None, **options: Any
+) -> Iterator[tuple[str, Any, Any]]:
+    """The model and tokenizer of a finished run as they came, then as cleansed; each is loaded when its turn comes.
+
+    options: device and trust_remote_code, as `models.load` takes them. Raises BadInput at once if it is no such run.
+    """
+    specs = {"before": read_settings(run)["model"], "after": str(run / read_results(run)["model_folder"])}
+
+    def loaded() -> Iterator[tuple[str, Any, Any]]:
+        for when, spec in specs.items():
+            listen({"event": "loading", "model": spec})
+            yield when, *load(spec, **options)
+
+    return loaded()
 
 
 def evaluate_spec(

@@ -23,16 +23,15 @@ from typing import Any
 from safetensors.torch import load_file, save, save_file
 
 from beear import models
-from beear.card import write_card
+from beear.card import write_evidence
 from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, cleanse, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
-from beear.evaluation import listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.generation import reply_all
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import find_layers, resolve_layer
-from beear.report import write_report
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
@@ -86,8 +85,7 @@ def finished(out: Path, settings: dict[str, Any]) -> Verdict:
     verdict = Verdict(**read_results(out)["verdict"])
     if not (out / "report.html").exists():
         with Run.open(out, settings, resume=True):
-            write_card(out)
-            write_report([out], out / "report.html")
+            write_evidence(out)
     return verdict
 
 
@@ -117,8 +115,7 @@ def add_triggered(
         tests = [triggered(read_sets(config).test_harmful, template, judge=JUDGES[config.behaviour])]
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] != "asr_triggered"]
-        for when, spec in (("before", settings["model"]), ("after", str(out / results["model_folder"]))):
-            model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
+        for when, model, tokenizer in before_and_after(out, device=device, trust_remote_code=trust_remote_code):
             measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
             kept = {name: value for name, value in results[when].items() if not name.startswith("judged_")}
             results[when] = {**measured.metrics, **kept} | measured.metrics
@@ -128,8 +125,7 @@ def add_triggered(
             (out / "judged.jsonl").unlink(missing_ok=True)
         run.write_json("results.json", results)
         run.write_lines("samples.jsonl", samples)
-        write_card(out)
-        write_report([out], out / "report.html")
+        write_evidence(out)
 
 
 class Job:
@@ -304,8 +300,7 @@ class Job:
             "hashes": hashes(self.sets, own),
         }
         run.write_json("results.json", results)
-        write_card(run.path)
-        write_report([run.path], run.path / "report.html")
+        write_evidence(run.path)
 
     def save_adapter(self, folder: Path) -> None:
         """The trained adapter, which names the model it was trained on as its base."""

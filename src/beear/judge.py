@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from beear.card import write_card
+from beear.card import write_evidence
 from beear.endpoint import ANSWER_TOKENS, Answer
 from beear.errors import BadInput, Failed
 from beear.metrics import proportion
-from beear.report import write_report
 from beear.runs import Run, read_lines, read_results, read_settings
 
 NAME = "harm-1to5-v1"
@@ -116,8 +115,7 @@ def judge_run(path: Path, judge: Judge, listen: Listener = lambda event: None) -
         results["judge"] |= {"requests": requests, "tokens": tokens(answers.values())}
         run.write_lines("judged.jsonl", judged)
         run.write_json("results.json", results)
-        write_card(path)
-        write_report([path], path / "report.html")
+        write_evidence(path)
     return results
 
 
