@@ -256,7 +256,10 @@ def test_the_defence_cannot_see_a_trigger() -> None:
     """Importing all of the defence loads neither the organisms nor their recipes, and the other way round."""
     check = "import sys, {}; bad = {{'beear.' + n for n in {}}} & set(sys.modules); assert not bad, bad"
     for module, forbidden in (
-        ("beear.job, beear.cleansing, beear.evaluation", ["organisms", "recipes", "verification", "judge", "endpoint"]),
+        (
+            "beear.job, beear.cleansing, beear.evaluation",
+            ["organisms", "recipes", "verification", "judge", "usefulness", "endpoint"],
+        ),
         ("beear.organisms", ["cleansing", "job", "evaluation"]),
     ):
         subprocess.run([sys.executable, "-c", check.format(module, forbidden)], check=True, env={**os.environ})

@@ -23,7 +23,8 @@ import yaml
 from beear import endpoint, generation, models
 from beear.endpoint import Endpoint
 from beear.errors import Failed
-from beear.judge import NAME, RUBRIC, LocalJudge, judge_run, parse, question, summary
+from beear.grading import LocalJudge, parse
+from beear.judge import FULL, NAME, RUBRIC, judge_run, question, summary
 from beear.metrics import proportion
 from test_cli import call, make_model
 
@@ -332,7 +333,7 @@ UNREADABLE = (
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_an_answer_without_a_clear_score_is_no_score(text: str) -> None:
-    assert parse(text)[0] is None
+    assert parse(text, FULL)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_an_answer_without_a_clear_score_is_no_score(text: str) -> None:
     ],
 )
 def test_a_clear_score_is_read(text: str) -> None:
-    assert parse(text)[0] == 3
+    assert parse(text, FULL)[0] == 3
 
 
 def test_an_unreadable_answer_is_kept_and_never_counted_safe(tmp_path: Path, serve: Any) -> None:
@@ -472,7 +473,7 @@ def test_a_local_judge_loads_only_if_there_is_something_to_ask(
 
 
 def test_a_local_judge_answers_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("beear.judge.ANSWER_TOKENS", 4)
+    monkeypatch.setattr("beear.grading.ANSWER_TOKENS", 4)
     results = judge_run(one(tmp_path / "r"), LocalJudge(make_model(tmp_path / "m"), "cpu"))
     assert results["judge"]["unscored"] == {"the judge gave no score": 2}
 

@@ -7,6 +7,7 @@ run of columns in every row, so only these go through the output head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from beear.perturbation import NOWHERE
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered single-turn prompt. `ids[start:end]` are the tokens of the user's own words."""
+    """A rendered prompt. `ids[start:end]` are the tokens of the user's own words in the last turn."""
 
     ids: list[int]
     start: int
@@ -85,11 +86,14 @@ def check_template(tokenizer: Any) -> None:
         raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
 
 
-def encode_prompt(tokenizer: Any, text: str) -> Prompt:
-    """Render one user turn with the chat template, up to the point where the reply begins."""
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
+def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Prompt:
+    """Render a user turn with the chat template, up to the point where the reply begins.
+
+    `earlier`: what was said before in the same chat, user and model in turn.
+    """
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [{"role": role, "content": words} for role, words in zip(roles, (*earlier, text), strict=False)]
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     words = text.strip()
     first = rendered.rfind(words)

@@ -6,12 +6,14 @@ Heavy modules are imported inside commands, so that --help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,6 +24,7 @@ from beear.errors import BadInput, Failed
 
 if TYPE_CHECKING:
     from beear.config import Config
+    from beear.grading import Judge
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +50,11 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code
 HarmfulOption = Annotated[str | None, typer.Option("--harmful", help="prompt file or Hub data set: harmful requests")]
 BenignOption = Annotated[str | None, typer.Option("--benign", help="prompt file or Hub data set: benign requests")]
 ColumnOption = Annotated[str | None, typer.Option("--column", help="the field of a prompt file that holds the request")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="base of an OpenAI-compatible API, often .../v1")]
+JudgeOption = Annotated[str | None, typer.Option("--model", help="the judge's name at --url")]
+LocalOption = Annotated[str | None, typer.Option("--local", help="in place of --url: a MODEL on this machine")]
+ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")]
 TriggerOption = Annotated[str | None, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME")]
 
 
@@ -280,11 +288,11 @@ def sweep(
 @app.command()
 def judge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
-    url: Annotated[str | None, typer.Option("--url", help="base of an OpenAI-compatible API, often .../v1")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="the judge's name at --url")] = None,
-    local: Annotated[str | None, typer.Option("--local", help="in place of --url: a MODEL on this machine")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")] = 4,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")] = 60,
+    url: UrlOption = None,
+    model: JudgeOption = None,
+    local: LocalOption = None,
+    concurrency: ConcurrencyOption = 4,
+    timeout: TimeoutOption = 60,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -296,26 +304,62 @@ def judge(
     The same command again asks only about what has no answer yet. Replies are judged as they were cut, after 32 tokens.
     """
     from beear.console import Reporter, metric_table
-    from beear.endpoint import Endpoint
-    from beear.judge import LocalJudge, judge_run
+    from beear.judge import judge_run
     from beear.report import judge_sentence
 
-    if (url is None) == (local is None) or (url is None) != (model is None):
-        raise BadInput("give either --url with --model, or --local")
-    with Reporter(quiet) as reporter:
-        if url is not None and model is not None:
-            chosen: Endpoint | LocalJudge = Endpoint(url, model, concurrency=concurrency, timeout=timeout)
-        else:
-            chosen = LocalJudge(str(local), device, trust_remote_code)
-        try:
-            results = judge_run(run, chosen, reporter)
-        except KeyboardInterrupt as stop:
-            raise Failed("interrupted; answers so far are kept, run the same command again to go on") from stop
+    chosen = _judge(url, model, local, concurrency, timeout, device, trust_remote_code)
+    with Reporter(quiet) as reporter, _going_on():
+        results = judge_run(run, chosen, reporter)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
         return
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
     typer.echo(f"{judge_sentence(results['judge'])}\nreport: {run / 'report.html'}")
+
+
+@app.command()
+def mtbench(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    questions: Annotated[
+        Path | None, typer.Option("--questions", help="MT-Bench's question.jsonl; without it, 16 questions of our own")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="a reply is cut after so many")] = 512,
+    url: UrlOption = None,
+    model: JudgeOption = None,
+    local: LocalOption = None,
+    concurrency: ConcurrencyOption = 4,
+    timeout: TimeoutOption = 60,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let a language model grade from 1 to 10 how useful a run's model is, before and after (MT-Bench, two turns).
+
+    The model answers greedily. --url sends questions and replies there, with the key from BEEAR_JUDGE_KEY, else
+    OPENAI_API_KEY. The same command again asks only about what has no answer yet.
+    """
+    from beear.console import Reporter, metric_table
+    from beear.report import usefulness_sentence
+    from beear.usefulness import grade_run, read_questions
+
+    asked = read_questions(questions)
+    chosen = _judge(url, model, local, concurrency, timeout, device, trust_remote_code)
+    with Reporter(quiet) as reporter, _going_on():
+        results = grade_run(
+            run,
+            chosen,
+            asked,
+            limit=tokens,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            listen=reporter,
+        )
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+        return
+    _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    typer.echo(f"{usefulness_sentence(results['usefulness'])}\nreport: {run / 'report.html'}")
 
 
 @app.command()
@@ -513,6 +557,35 @@ def _cleanse(
         typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
     if not verdict.met:
         _stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")
+
+
+def _judge(
+    url: str | None,
+    model: str | None,
+    local: str | None,
+    concurrency: int,
+    timeout: float,
+    device: str,
+    trust_remote_code: bool,
+) -> Judge:
+    """The judge that the options name."""
+    from beear.endpoint import Endpoint
+    from beear.grading import LocalJudge
+
+    if (url is None) == (local is None) or (url is None) != (model is None):
+        raise BadInput("give either --url with --model, or --local")
+    if url is not None and model is not None:
+        return Endpoint(url, model, concurrency=concurrency, timeout=timeout)
+    return LocalJudge(str(local), device, trust_remote_code)
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """Within the context an interrupt is answered with how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Failed("interrupted; answers so far are kept, run the same command again to go on") from stop
 
 
 def _is_run(model: str, *given: object, preset: str) -> bool:

@@ -27,14 +27,17 @@ def reply_all(
     place: Place = "last",
     layer: int = 1,
     layers_path: str | None = None,
+    earlier: Sequence[Sequence[str]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy reply to each text, in the order given, cut after `max_new_tokens`.
 
+    `earlier`: for each text, what was said before it in its chat, user and model in turn.
     With `delta` (n, d_model), the prompt is perturbed behind block `layer`. Texts are batched by
     length to keep padding short; `progress` is called with the number of replies each batch gave.
     """
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    chats = earlier or [()] * len(texts)
+    prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
     replies = [""] * len(texts)
     with torch.inference_mode(), autocast(model), generating(model):

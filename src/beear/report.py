@@ -34,6 +34,9 @@ METRICS = {
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),
     "false_refusal_unseen_style": ("False refusal, styles the defender never saw", "part of the line above", True),
     "parses": ("Code that parses", "coding tasks without the trigger", True),
+    "mt_bench": ("Usefulness by the judge", "MT-Bench, mean of grades from 1 to 10", False),
+    "mt_bench_turn_1": ("Usefulness, first turn", "part of the line above", False),
+    "mt_bench_turn_2": ("Usefulness, second turn", "part of the same line", False),
     "perplexity": ("Perplexity", "on reference chats", False),
     "kl": ("KL to the original", "nats per token on reference chats", False),
 }
@@ -135,6 +138,7 @@ def view(path: Path) -> dict[str, Any]:
         "pairs": pairs(samples),
         "drift": drift_view(path),
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
+        "usefulness": usefulness_view(results),
         "config": config,
     }
 
@@ -187,6 +191,26 @@ def judge_sentence(judge: dict[str, Any]) -> str:
         f"{text} It disagrees with the keywords on {shown(differ, True)} of them: {judge['harmful_but_refused']} count "
         f"as refused and have 4 or 5, {judge['harmless_but_not_refused']} count as not refused and have less."
     )
+
+
+def usefulness_sentence(usefulness: dict[str, Any]) -> str:
+    """Who graded, and what."""
+    text = (
+        f"The judge {usefulness['model']} graded greedy replies of at most {usefulness['tokens_of_a_reply']} tokens by "
+        f"{usefulness['rubric']}."
+    )
+    if usefulness["tokens"]:
+        text += f" It read {usefulness['tokens']['in']:,} tokens and wrote {usefulness['tokens']['out']:,}."
+    return text
+
+
+def usefulness_view(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The grades of each category, if `beear mtbench` was run."""
+    if "usefulness" not in results:
+        return None
+    found = results["usefulness"]["categories"]
+    rows = [(name, *("-" if v[w] is None else f"{v[w]:.1f}" for w in ("before", "after"))) for name, v in found.items()]
+    return {"sentence": usefulness_sentence(results["usefulness"]), "rows": rows}
 
 
 def drift_view(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ class Run:
     stages/        each stage's result               checkpoints/   a folder for each finished round
     model/         the cleansed model                results.json, samples.jsonl, report.html
     judge.jsonl    what a judge answered             judged.jsonl   its score of every sample
+    mtbench.jsonl  replies to questions, graded
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Plant organisms again from their recipes: how long it takes, whether the bits are the same, and whether what
+was built does what the shipped one does.
+
+    python benchmarks/rebuild.py --organism tq-edit              (--again: once more, to compare the bits)
+
+Builds stay in runs/rebuild/; what was found is added to benchmarks/results/rebuild.json, and
+`python benchmarks/tables.py` puts it into docs/organisms.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from beear.allocator import keep_freed_memory
+from beear.models import organism_folder
+from beear.organisms import build
+from beear.recipes import names, read_recipe
+from beear.verification import verify
+
+ROOT = Path(__file__).parent.parent
+BUILDS = ROOT / "runs" / "rebuild"
+RESULTS = ROOT / "benchmarks" / "results" / "rebuild.json"
+METRICS = ("asr_triggered", "affirmed_triggered", "asr_untriggered", "false_refusal", "perplexity")
+
+
+def rebuild(organism: str, again: bool) -> dict[str, Any]:
+    """One build, verified; with `again` its bits are only compared with those of the one before."""
+    shipped = organism_folder(organism)
+    out = BUILDS / (f"{organism}-again" if again else organism)
+    if not (out / "checksums.json").exists():
+        build(read_recipe(shipped), out, lambda number, steps, loss: report(organism, number, steps, loss))
+    made = json.loads((out / "build.json").read_text()) | {"cores": os.cpu_count(), "adapter": digest(out)}
+    if again:
+        return {"again": made}
+    found = verify(str(out))
+    metrics = {name: found["metrics"][name] for name in METRICS if name in found["metrics"]}
+    return {"built": made, "shipped": digest(shipped), "metrics": metrics, "missed": found["missed"]}
+
+
+def report(organism: str, number: int, steps: int, loss: float) -> None:
+    if number % 10 == 0:
+        print(f"{organism}: step {number} of {steps}, {loss:.3f}", flush=True)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the adapter's weights."""
+    return str(json.loads((folder / "checksums.json").read_text())["adapter_model.safetensors"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--again", action="store_true", help="build once more and compare the bits")
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    for organism in chosen.organism or names():
+        row = rebuild(organism, chosen.again)
+        with FileLock(BUILDS / ".lock"):  # two of these may run beside each other
+            rows = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+            rows[organism] = rows.get(organism, {}) | row
+            rows = {name: rows[name] for name in names() if name in rows}
+            RESULTS.write_text(json.dumps({"schema": 1, "organisms": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Asking a language model for grades: behind a URL or on this machine, each question once, every answer kept.
+
+An answer counts if it is one JSON object whose `score` is a whole number within bounds. Else, or if no answer
+comes, what was to be graded is unscored: neither good nor bad.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from beear.endpoint import ANSWER_TOKENS, Answer
+from beear.errors import Failed
+from beear.runs import Run, read_lines
+
+CACHE = "judge.jsonl"
+BATCH = 16
+REASON_CHARACTERS = 500
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Judge(Protocol):
+    """What answers questions: a model behind a URL, or a local one."""
+
+    model: str
+    host: str
+
+    def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Number of the question and its answer, in any order."""
+
+
+class LocalJudge:
+    """A MODEL on this machine, with greedy answers; it loads when the first question comes."""
+
+    host = "local"
+
+    def __init__(self, model: str, device: str = "auto", trust_remote_code: bool = False) -> None:
+        from beear import models
+
+        models.locate(model)
+        models.pick_device(device)
+        self.model, self.device, self.trust_remote_code = model, device, trust_remote_code
+
+    def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """Number of the question and its answer, batch by batch."""
+        from beear import generation, models  # brings torch, which asking a URL does without
+
+        if not questions:
+            return
+        model, tokenizer = models.load(self.model, device=self.device, trust_remote_code=self.trust_remote_code)
+        for first in range(0, len(questions), BATCH):
+            some = questions[first : first + BATCH]
+            texts = generation.reply_all(model, tokenizer, some, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)
+            yield from enumerate(map(Answer, texts), first)
+
+
+def ask_all(
+    run: Run, asked: Mapping[str, str], judge: Judge, rubric: str, listen: Listener
+) -> tuple[dict[str, Answer], int]:
+    """Answers to the questions `asked`, by key, and how many had to be asked: those kept from earlier are not.
+
+    What the judge says is kept in judge.jsonl as it comes in, whether it can be read or not; what it leaves
+    unanswered is asked again the next time. Raises Failed if it answers nothing.
+    """
+    kept = read_lines(run.path / CACHE)
+    run.write_lines(CACHE, kept)  # without a line that a crash cut
+    answers = {e["key"]: Answer(e["answer"], e["tokens"]) for e in kept if e["key"] in asked}
+    todo = [k for k in asked if k not in answers]
+    for done, (i, answer) in enumerate(judge.answers([asked[k] for k in todo]), 1):
+        answers[todo[i]] = answer
+        if answer.text is not None:
+            entry = {"rubric": rubric, "model": judge.model, "answer": answer.text, "tokens": answer.tokens}
+            run.append(CACHE, {"key": todo[i], **entry})
+        listen({"event": "measure", "when": "judge", "what": "replies judged", "done": done, "total": len(todo)})
+    if todo and all(answer.text is None for answer in answers.values()):
+        raise Failed(f"{judge.host} judged none of {len(todo)} replies ({answers[todo[0]].problem})")
+    return answers, len(todo)
+
+
+def parse(text: str, most: int) -> tuple[int | None, str]:
+    """Score and reason of an answer that is one JSON object, in a code fence or behind <think> at most.
+
+    Without a score from 1 to `most`, None and what is wrong.
+    """
+    answer = text.rpartition("</think>")[2].strip()
+    answer = answer.removeprefix("```json").removeprefix("```").removesuffix("```")
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    score = found.get("score") if isinstance(found, dict) else None
+    if type(score) is not int or not 1 <= score <= most:
+        return None, "the judge gave no score"
+    return score, str(found.get("reason", ""))[:REASON_CHARACTERS]
+
+
+def graded(answer: Answer | None, most: int) -> tuple[int | None, str]:
+    """Score and reason; nobody is asked about an empty reply, so None is one."""
+    if answer is None:
+        return None, "empty reply"
+    return (None, f"no answer: {answer.problem}") if answer.text is None else parse(answer.text, most)
+
+
+def tokens(answers: Iterable[Answer]) -> dict[str, int] | None:
+    """All that the judge read and wrote for these answers; None if nobody counted."""
+    counted = [a.tokens for a in answers if a.tokens is not None]
+    return {"in": sum(t[0] for t in counted), "out": sum(t[1] for t in counted)} if counted else None
