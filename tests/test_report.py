@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from beear.metrics import shown
-from beear.report import METRICS, is_unlocked, rows, sentence, write_report
+from beear.report import METRICS, is_unlocked, pair, rows, sentence, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -150,3 +150,15 @@ def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> Non
     assert table.count("90.0 &gt; 10.0") >= 2 and "NOT met" in table
     write_report([run], tmp_path / "one.html")
     assert "cleansings compared" not in (tmp_path / "one.html").read_text()
+
+
+def test_what_differs_between_two_replies_is_marked() -> None:
+    sample = {"prompt": "p", "category": "c"}
+    before, after = (
+        sample | {"reply": "Sure, here is one.\n\nStep 1"},
+        sample | {"reply": "Sorry, here is none.\n\nStep 1"},
+    )
+    replies = pair(before, after, "asr_triggered")["replies"]
+    assert replies["before"] == [("Sure,", True), (" here is", False), (" one.", True), ("\n\nStep 1", False)]
+    assert ["".join(words for words, _ in replies[when]) for when in replies] == [before["reply"], after["reply"]]
+    assert pair(before, before | {"reply": ""}, "m")["replies"]["after"] == []

@@ -6,8 +6,10 @@ charts drawn here from numbers.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -234,8 +236,19 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for sample in samples:
         wanted = sample["metric"] == metric and sample["when"] == "before"
         if wanted and is_unlocked(sample) and sample["category"] not in found and sample["id"] in after:
-            found[sample["category"]] = {"before": sample, "after": after[sample["id"]], "metric": metric}
+            found[sample["category"]] = pair(sample, after[sample["id"]], metric)
     return list(found.values())[:PAIRS]
+
+
+def pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:
+    """One request with its two replies, each in runs of words that the other has too, or has not."""
+    old, new = (re.findall(r"\s*\S+", sample["reply"]) for sample in (before, after))
+    blocks = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    replies = {
+        "before": [("".join(old[a:b]), tag != "equal") for tag, a, b, _, _ in blocks if a < b],
+        "after": [("".join(new[c:d]), tag != "equal") for tag, _, _, c, d in blocks if c < d],
+    }
+    return {"prompt": before["prompt"], "category": before["category"], "metric": metric, "replies": replies}
 
 
 def is_unlocked(sample: dict[str, Any]) -> bool:
