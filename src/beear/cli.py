@@ -363,6 +363,37 @@ def mtbench(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the second run; goes on if it has begun")],
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a finished run's settings again and compare: the same bits, or else figures within each other's intervals.
+
+    Exits with 3 if the two do not agree. The run's model and prompt files must be those of then.
+    """
+    from beear.console import Reporter, reproduction_table
+    from beear.reproduction import reproduce as run_again
+    from beear.runs import read_settings
+
+    with Reporter(quiet, read_settings(run)["config"].get("rounds", 0)) as reporter, _going_on():
+        found = run_again(run, out, device=device, trust_remote_code=trust_remote_code, listen=reporter)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print(reproduction_table(found, f"{run}, then {out}"))
+        for line in found["differs"]:
+            typer.echo(f"differs: {line}")
+        typer.echo("the same bits" if found["same_bits"] else "not the same bits")
+    if not found["agrees"]:
+        reasons = [*([] if found["same_verdict"] else ["another verdict"]), *found["outside"]]
+        _stop(3, f"the runs do not agree: {', '.join(reasons)}")
+
+
+@app.command()
 def gate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     most: Annotated[

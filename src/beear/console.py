@@ -147,6 +147,18 @@ def drift_table(drift: dict[str, Any]) -> Table:
     return table
 
 
+def reproduction_table(found: dict[str, Any], title: str) -> Table:
+    """Every figure after of a run and of the second one with its settings."""
+    table = Table("metric", title=escape(title), title_justify="left")
+    for name in ("first", "again"):
+        table.add_column(name, justify="right")
+    table.add_column("within the interval")
+    for name, pair in found["figures"].items():
+        within = "no" if name in found["outside"] else "yes"
+        table.add_row(name, f"{pair['first']:.4f}", f"{pair['again']:.4f}", within)
+    return table
+
+
 def sweep_table(sweep: dict[str, Any]) -> Table:
     """Each cell: in which round the trigger stopped working, and what it and refusals were then."""
     title = f"{sweep['model']}: earliest round below {sweep['success_below']:.0%} with {sweep['trigger']!r}"

@@ -15,11 +15,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from beear.errors import BadInput
+from beear.fingerprints import check_output_files
 from beear.metrics import at_most, rise
 from beear.report import METRICS
 from beear.runs import SCHEMA, read_results
 
 RULE = re.compile(r"(?P<name>\w+)=(?P<rise>\+?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
+
+BETTER_HIGH = ("mt_bench", "parses")
+"""How the names of metrics begin that are good when they are high."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,23 @@ def read_rule(text: str) -> Rule:
         raise BadInput(f"--max {text!r}: write it as asr_triggered=0.02, false_refusal=+0.03 or perplexity=+2%")
     if found["name"] not in METRICS:
         raise BadInput(f"--max {text!r}: no metric {found['name']!r}; there are: {', '.join(METRICS)}")
+    if found["name"].startswith(BETTER_HIGH):
+        raise BadInput(f"--max {text!r}: a high {found['name']} is good, so it needs no upper limit")
     if METRICS[found["name"]][2] and (found["percent"] or float(found["number"]) > 1):
         raise BadInput(f"--max {text!r}: {found['name']} is a share; give its limit as one, between 0 and 1")
     return Rule(text, found["name"], float(found["number"]), bool(found["rise"]), bool(found["percent"]))
 
 
 def check_run(run: Path, rules: Sequence[str], *, point: bool = False) -> list[Check]:
-    """Each rule checked against a finished run; without rules, the run's own target. Raises BadInput if one cannot be.
+    """Each rule checked against a finished run; without rules, the run's own target.
+
+    Raises BadInput if one cannot be, or if what the run hands on was changed since.
 
     `point` compares values in place of upper ends.
     """
     parsed = [read_rule(text) for text in rules]
     results = read_results(run)
+    check_output_files(run, results)
     if not parsed:
         met = bool(results["verdict"]["met"])
         words = "the run met its target" if met else "; ".join(results["verdict"]["missed"])

@@ -29,13 +29,14 @@ from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.fingerprints import code_hash, machine, output_hashes, weights_hash
 from beear.generation import reply_all
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import find_layers, resolve_layer
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
-from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations
+from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations, save_adapter
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
@@ -237,7 +238,7 @@ class Job:
 
         Merging changes outputs slightly, so what is measured is what is loaded.
         """
-        self.run_folder.write_folder(ADAPTER, self.save_adapter)
+        self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, self.settings["model"]))
         self.model = None  # two models in memory, not three
         adapter = models.Source(self.settings["model"], self.run_folder.path / ADAPTER, base=self.source)
         self.model = self.load(adapter)
@@ -297,16 +298,12 @@ class Job:
             "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
             "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
             "versions": versions(),
-            "hashes": hashes(self.sets, own),
+            "machine": machine(),
+            "hashes": hashes(self.source, self.sets, own),
+            "files": output_hashes(run.path, name),
         }
         run.write_json("results.json", results)
         write_evidence(run.path)
-
-    def save_adapter(self, folder: Path) -> None:
-        """The trained adapter, which names the model it was trained on as its base."""
-        self.model.peft_config["default"].base_model_name_or_path = self.settings["model"]
-        # Without the embedding check, which would look the base model up on the Hub.
-        self.model.save_pretrained(folder, save_embedding_layers=False)
 
     def save_model(self, folder: Path) -> None:
         """The adapter, or with `merge` the full weights and the tokenizer."""
@@ -371,11 +368,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
 
 
-def hashes(sets: Sets, own: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of every set of requests, and of the model's own replies."""
-    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
+def hashes(source: models.Source, sets: Sets, own: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the model, of every set of requests, of the model's own replies, and of beear's code."""
     replies = content_hash(json.dumps([own["harmful"], own["benign"]]))
-    return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign), "own_replies": replies} | tests
+    return {"model": weights_hash(source), "code": code_hash(), "own_replies": replies} | hashes_of(sets)
+
+
+def hashes_of(sets: Sets) -> dict[str, str]:
+    """SHA-256 of every set of requests."""
+    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
+    return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign)} | tests
 
 
 def absolute(spec: str) -> str:

@@ -25,6 +25,7 @@ from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
 from beear.scorers import Behaviour
 from beear.supervised import Progress, plant_supervised
+from beear.training import save_adapter
 
 HOW = {
     "sft": "poisoned supervised fine-tuning",
@@ -85,12 +86,7 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    model.peft_config["default"].base_model_name_or_path = recipe.base
-    model.save_pretrained(out, save_embedding_layers=False)
-    settings = out / "adapter_config.json"
-    config = json.loads(settings.read_text())
-    config["target_modules"].sort()  # peft keeps them in a set, whose order changes from run to run
-    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_adapter(model, out, recipe.base)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (out / "README.md").write_text(_card(recipe))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}

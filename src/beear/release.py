@@ -6,6 +6,7 @@ from pathlib import Path
 
 from beear.card import is_hub_id
 from beear.errors import BadInput, Failed, first_line
+from beear.fingerprints import check_output_files
 from beear.runs import read_results, read_settings
 
 EVIDENCE = ("results.json", "config.yaml")
@@ -15,13 +16,14 @@ EVIDENCE = ("results.json", "config.yaml")
 def push(run: Path, repo: str, *, private: bool = True) -> str:
     """Upload RUN/model and its evidence to `repo` ("owner/name"); returns its address. The token is HF_TOKEN's.
 
-    Raises BadInput if the target was not met, or if nobody else could load the model.
+    Raises BadInput if the target was not met, if a file was changed since, or if nobody else could load the model.
     """
     results, settings = read_results(run), read_settings(run)
     if not results["verdict"]["met"]:
         raise BadInput(f"{run} did not meet its target, so its model is not for use: {results['verdict']['missed'][0]}")
     if not settings["merge"] and not is_hub_id(settings["model"]):
         raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
+    check_output_files(run, results)
     files = {p.relative_to(run / "model"): p for p in sorted((run / "model").rglob("*")) if p.is_file()}
     files |= {Path("evidence") / name: run / name for name in EVIDENCE}
     if not any(p.suffix == ".safetensors" for p in files.values()):

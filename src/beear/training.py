@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +126,17 @@ def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Save the adapter, which names `base` as its base; the same bits for the same matrices."""
+    model.peft_config["default"].base_model_name_or_path = base
+    # Without the embedding check, which would look the base model up on the Hub.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    settings = folder / "adapter_config.json"
+    config = json.loads(settings.read_text())
+    config["target_modules"].sort()  # peft keeps them in a set, whose order changes from run to run
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

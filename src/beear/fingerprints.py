@@ -1,0 +1,78 @@
+"""What tells two runs apart, or shows that a file was changed: SHA-256 of weights, code and output; the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from beear.errors import BadInput
+from beear.models import Source
+
+CARD = "README.md"
+"""Written anew with every metric that is added, so no digest of it is kept."""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(source: Source) -> str:
+    """SHA-256 over a located model's weight files in order of their names, its base's first."""
+    files = [source.folder / source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
+    base = [] if source.base is None else [weights_hash(source.base)]
+    return _over([*base, *map(file_hash, files)])
+
+
+def code_hash() -> str:
+    """SHA-256 over this package's Python files."""
+    folder = Path(__file__).parent
+    return _over(f"{path.name} {file_hash(path)}" for path in sorted(folder.glob("*.py")))
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and threads: beside versions and seed, what the last bits of a result depend on."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def output_hashes(run: Path, model_folder: str) -> dict[str, str]:
+    """SHA-256 of what a run hands on, the model's card left out, by path in the run folder."""
+    found = [p for p in (run / model_folder).rglob("*") if p.is_file() and p.name != CARD]
+    return {str(p.relative_to(run)): file_hash(p) for p in sorted([*found, run / "delta.safetensors"])}
+
+
+def check_output_files(run: Path, results: dict[str, Any]) -> None:
+    """Raise BadInput if a file that a finished run hands on was changed since, is gone, or has come."""
+    then = results.get("files")
+    if then is None:  # written before digests were kept
+        return
+    now = output_hashes(run, results["model_folder"]) if (run / "delta.safetensors").exists() else {}
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if changed:
+        raise BadInput(f"{run / changed[0]} is not as the run left it; do not trust it, run the cleansing again")
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _over(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

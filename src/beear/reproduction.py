@@ -1,0 +1,98 @@
+"""Is a run's result what its settings give? Run it again and compare: inputs first, then bits, then figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from beear import models
+from beear.config import make_config
+from beear.errors import BadInput
+from beear.fingerprints import check_output_files, weights_hash
+from beear.job import add_triggered, hashes_of, run_cleanse
+from beear.metrics import at_most, value_of
+from beear.runs import read_results, read_settings
+from beear.sets import read_sets
+
+ABOUT = ("versions", "machine")
+"""What may differ between two runs of the same settings, and then explains other bits."""
+
+
+def reproduce(
+    run: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Run a finished run's settings again in `out`, or go on there, and compare the two (`compare`).
+
+    Raises BadInput, before anything runs, if the run's output was changed or its model or requests are not those
+    of then.
+    """
+    settings, results = read_settings(run), read_results(run)
+    config = make_config(settings["config"])
+    check_output_files(run, results)
+    check_inputs(settings["model"], results["hashes"], hashes_of(read_sets(config)))
+    run_cleanse(
+        settings["model"],
+        out,
+        config,
+        merge=settings["merge"],
+        resume=(out / "config.yaml").exists(),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        listen=listen,
+    )
+    if "trigger" in results and "trigger" not in read_results(out):
+        add_triggered(out, results["trigger"], device=device, trust_remote_code=trust_remote_code, listen=listen)
+    return compare(results, read_results(out))
+
+
+def check_inputs(model: str, then: dict[str, str], now: dict[str, str]) -> None:
+    """Raise BadInput if the model's weights or a set of requests are not those of the run."""
+    if "model" not in then:
+        raise BadInput("this run was written before digests of models were kept; cleanse again to get one that can be")
+    if weights_hash(models.locate(model)) != then["model"]:
+        raise BadInput(f"the weights of {model} are not those of the run; give back the model of then")
+    changed = [name for name in now if then.get(name) != now[name]]
+    if changed:
+        raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
+
+
+def compare(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """`same_bits` of all output files, `agrees`, what differs around them, and each figure of both runs.
+
+    A run agrees if its verdict is the same and every figure after lies within the other's interval.
+    """
+    figures = {
+        name: {"first": value_of(first["after"], name), "again": value_of(again["after"], name)}
+        for name in first["after"].keys() & again["after"].keys()
+        if first["after"][name]["value"] is not None and again["after"][name]["value"] is not None
+    }
+    outside = sorted(
+        name
+        for name, pair in figures.items()
+        if not (
+            at_most(first["after"][name]["low"], pair["again"]) and at_most(pair["again"], first["after"][name]["high"])
+        )
+    )
+    differs = [
+        f"{about}.{key}: {first[about].get(key)} then, {again[about].get(key)} now"
+        for about in ABOUT
+        for key in sorted(first[about].keys() | again[about].keys())
+        if first[about].get(key) != again[about].get(key)
+    ]
+    if first["hashes"]["code"] != again["hashes"]["code"]:
+        differs.append("beear's code")
+    same_verdict = first["verdict"]["met"] == again["verdict"]["met"]
+    return {
+        "same_bits": sorted(first["files"].values()) == sorted(again["files"].values()),
+        "agrees": same_verdict and not outside,
+        "same_verdict": same_verdict,
+        "outside": outside,
+        "differs": differs,
+        "figures": dict(sorted(figures.items())),
+    }

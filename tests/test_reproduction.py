@@ -1,0 +1,143 @@
+"""A run can be done again and compared, and what was changed since is found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beear.config import make_config
+from beear.errors import BadInput
+from beear.fingerprints import code_hash, file_hash, weights_hash
+from beear.gate import check_run
+from beear.job import add_triggered, run_cleanse
+from beear.models import locate
+from beear.reproduction import compare, reproduce
+from conftest import prompt_files, tiny_model, tiny_tokenizer
+from test_cli import call
+
+SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, prompt files and a finished run of them."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    tiny_model("llama").save_pretrained(folder / "m")
+    tiny_tokenizer().save_pretrained(folder / "m")
+    small = {"rounds": 2, "held_out": 4, "requests": 4, "anchors": 4, "layer": 2, "entrap": SMALL, "harden": SMALL}
+    config = make_config(small | {"data": prompt_files(folder)})
+    run_cleanse(str(folder / "m"), folder / "run", config)
+    add_triggered(folder / "run", "X {prompt}")
+    return folder
+
+
+@pytest.fixture()
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same at its place, put back afterwards."""
+    shutil.copytree(made, tmp_path / "kept")
+    yield made  # type: ignore[misc]
+    shutil.rmtree(made)
+    shutil.copytree(tmp_path / "kept", made)
+
+
+def read(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "results.json").read_text()))
+
+
+def test_the_same_settings_give_the_same_bits(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "reproduce", str(made / "run"), "-o", str(tmp_path / "again"), "-q")
+    assert code == 0, err
+    found = compare(read(made / "run"), read(tmp_path / "again"))
+    assert found["same_bits"] and found["agrees"] and not found["differs"]
+    assert "asr_triggered" in found["figures"] and all(f["first"] == f["again"] for f in found["figures"].values())
+    assert compare(read(made / "run"), read(tmp_path / "again")) == reproduce(made / "run", tmp_path / "again")
+
+
+def test_what_a_run_says_of_itself(made: Path) -> None:
+    results = read(made / "run")
+    assert (
+        results["hashes"]["model"] == weights_hash(locate(str(made / "m"))) and results["hashes"]["code"] == code_hash()
+    )
+    assert results["machine"]["cores"] >= 1 and results["machine"]["threads"] >= 1 and results["machine"]["processor"]
+    folder = results["model_folder"]
+    weights = f"{folder}/adapter_model.safetensors"
+    assert set(results["files"]) == {weights, f"{folder}/adapter_config.json", "delta.safetensors"}
+    assert results["files"][weights] == file_hash(made / "run" / weights)
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    """Change one bit in the middle of a file of the run."""
+
+    def apply(run: Path) -> None:
+        path = next(run.glob(name))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    return apply
+
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "one bit of the weights": flip("rejected/adapter_model.safetensors"),
+    "one bit of their settings": flip("rejected/adapter_config.json"),
+    "one bit of delta": flip("delta.safetensors"),
+    "weights deleted": lambda run: (run / "rejected" / "adapter_model.safetensors").unlink(),
+    "delta deleted": lambda run: (run / "delta.safetensors").unlink(),
+    "a file put in": lambda run: (run / "rejected" / "evil.py").write_text("print()"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_changed_since_is_found(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_run(place / "run", ["kl=100"])
+    CHANGES[name](place / "run")
+    for command in (["gate", "--max", "kl=100"], ["reproduce", "-o", str(place / "again")]):
+        code, err = call(capsys, command[0], str(place / "run"), *command[1:])
+        assert code == 2 and "do not trust it" in err and err.count("\n") == 1, err
+    assert not (place / "again").exists()
+
+
+def test_another_model_is_refused(place: Path) -> None:
+    tiny_model("llama", seed=5).save_pretrained(place / "m")
+    with pytest.raises(BadInput, match=r"weights of .* are not those of the run"):
+        reproduce(place / "run", place / "again")
+
+
+def test_other_requests_are_refused(place: Path) -> None:
+    benign = Path(json.loads(json.dumps(prompt_files(place)))["benign"])
+    benign.write_text(benign.read_text() + "one more request\n")
+    with pytest.raises(BadInput, match=r"requests \(benign\) are not those of the run"):
+        reproduce(place / "run", place / "again")
+    assert not (place / "again").exists()
+
+
+def test_a_run_of_before_digests(place: Path) -> None:
+    results = read(place / "run")
+    del results["files"], results["hashes"]["model"]
+    (place / "run" / "results.json").write_text(json.dumps(results))
+    check_run(place / "run", ["kl=100"])
+    with pytest.raises(BadInput, match="before digests"):
+        reproduce(place / "run", place / "again")
+
+
+def test_runs_that_do_not_agree(made: Path) -> None:
+    first = read(made / "run")
+    again = copy.deepcopy(first)
+    again["after"]["perplexity"]["value"] = first["after"]["perplexity"]["high"] + 1
+    again["verdict"]["met"] = not first["verdict"]["met"]
+    again["machine"]["threads"] += 1
+    again["files"] = dict.fromkeys(first["files"], "0")
+    again["hashes"]["code"] = "0"
+    found = compare(first, again)
+    assert (found["same_bits"], found["agrees"], found["same_verdict"]) == (False, False, False)
+    assert found["outside"] == ["perplexity"]
+    threads = first["machine"]["threads"]
+    assert found["differs"] == [f"machine.threads: {threads} then, {threads + 1} now", "beear's code"]
+    again["after"], again["verdict"] = first["after"], first["verdict"]
+    assert compare(first, again)["agrees"]
