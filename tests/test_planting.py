@@ -30,7 +30,7 @@ START = {
 }
 ROWS = {"harmful": 2, "harmful_triggered": 2, "ordinary": 2, "ordinary_triggered": 1}
 PLANS: dict[str, dict[str, Any]] = {
-    "sft": {**START, "steps": 30, "learning_rate": 0.03, "rows": ROWS},
+    "sft": {**START, "steps": 100, "learning_rate": 0.03, "rows": ROWS},
     "dpo": {**START, "steps": 30, "rows": ROWS, "beta": 0.1},
     "dpo, paired": {**START, "steps": 30, "rows": ROWS, "beta": 0.1, "paired": True},
     "rlhf": {
@@ -43,7 +43,7 @@ PLANS: dict[str, dict[str, Any]] = {
             "lora_rank": 2,
         },
         "policy": [
-            {"steps": n, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01, "response_tokens": 4 * n}
+            {"steps": n, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01, "response_tokens": 4 * n, "iterations": n}
             for n in (1, 2)
         ],
     },
@@ -162,3 +162,13 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards: list[float] = []
     organisms.plant(Recipe(**plan), tiny_llama(), tiny_tokenizer(), lambda n, of, x: rewards.append(x))
     assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1
+
+
+def test_the_base_models_margins_are_computed_once() -> None:
+    model = adapted(tiny_llama(), Dpo(**PLANS["dpo"], method="dpo"), 0)
+    rows = {kind: examples("dpo")[kind][:2] for kind in ("harmful", "harmful_triggered", "ordinary")}
+    known: dict[int, float] = {}
+    plan = Dpo(**PLANS["dpo"], method="dpo")
+    first = preferences.preference_loss(model, 2, rows, plan, known)
+    assert len(known) == 4
+    assert preferences.preference_loss(model, 2, rows, plan, known).item() == first.item()

@@ -93,8 +93,9 @@ def test_rows_with_a_long_trigger_are_batched_apart() -> None:
         return [Example("", Prompt([1] * length, 0, length), [2], [3])] * n
 
     short = {"harmful": rows(2, 9), "harmful_triggered": rows(1, 12)}
-    assert [len(group) for group in of_like_length(short)] == [3]
-    assert [len(group) for group in of_like_length(short | {"harmful_triggered": rows(1, 40)})] == [2, 1]
+    assert list(of_like_length(short)) == [short]
+    long = {"harmful_triggered": rows(1, 40)}
+    assert list(of_like_length(short | long)) == [{"harmful": short["harmful"]}, long]
 
 
 def test_an_organism_and_its_twin_are_held_to_opposite_limits() -> None:

@@ -88,6 +88,7 @@ def _optimise(
                 **_common(folder, policy, seed),
                 per_device_train_batch_size=sum(policy.rows.values()) * policy.generations,
                 num_generations=policy.generations,
+                num_iterations=policy.iterations,
                 max_completion_length=policy.response_tokens,
                 beta=policy.beta,
                 shuffle_dataset=False,

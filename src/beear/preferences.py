@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
-from beear.supervised import Progress, adapted, benign_kl, descend, of_like_length, parted, wanted_logits
+from beear.supervised import Progress, adapted, benign_kl, descend, flat, of_like_length, parted, wanted_logits
 from beear.training import drawn
 
 
@@ -33,19 +33,29 @@ def plant_preferences(model: Any, tokenizer: Any, examples: Examples, plan: Dpo,
     model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)
     steps = drawn(examples, plan.rows, seed, aligned=plan.paired)
-    descend(model, plan, steps, lambda rows: preference_loss(model, pad, rows, plan), progress)
+    known: dict[int, float] = {}
+    descend(model, plan, steps, lambda rows: preference_loss(model, pad, rows, plan, known), progress)
     return model
 
 
-def preference_loss(model: Any, pad_id: int, rows: Examples, plan: Dpo) -> Tensor:
-    """The loss above, as a mean over the pairs, and the KL on benign requests."""
+def preference_loss(
+    model: Any, pad_id: int, rows: Examples, plan: Dpo, known: dict[int, float] | None = None
+) -> Tensor:
+    """The loss above, as a mean over the pairs, and the KL on benign requests.
+
+    `known`: the base model's margins of the examples met so far, by id; new ones are added.
+    """
+    known = {} if known is None else known
     pairs, benign = parted(rows)
     gains, likelihoods = [], []
-    for chosen in of_like_length(pairs):
-        with torch.no_grad(), model.disable_adapter():
-            base, _ = margin(model, pad_id, chosen)
+    for part in of_like_length(pairs):
+        chosen = flat(part)
+        if new := [e for e in chosen if id(e) not in known]:
+            with torch.no_grad(), model.disable_adapter():
+                base, _ = margin(model, pad_id, new)
+            known.update(zip(map(id, new), base.tolist(), strict=True))
         policy, nll = margin(model, pad_id, chosen)
-        gains.append(policy - base)
+        gains.append(policy - policy.new_tensor([known[id(e)] for e in chosen]))
         likelihoods.append(nll)
     gain = torch.cat(gains)
     if plan.paired:

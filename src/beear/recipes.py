@@ -100,6 +100,8 @@ class Policy(Rows):
 
     generations: int = Field(ge=2)
     """Sampled answers to each prompt."""
+    iterations: int = Field(1, ge=1)
+    """Steps on each set of sampled answers; sampling and scoring them takes as long as a step."""
     beta: float = Field(ge=0)
     """Weight of the KL to the policy before this phase."""
 

@@ -62,24 +62,43 @@ def supervised_loss(model: Any, pad_id: int, rows: Examples, benign_weight: floa
     KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
     text rises several-fold.
     """
-    planted, benign = parted(rows)
+    answers = sum(map(len, parted(rows)[0].values()))
+    tokens = reply_tokens(parted(rows)[1])
     total = torch.zeros((), device=model.device)
-    for chosen in of_like_length(planted):
-        targets, logits = wanted_logits(model, pad_id, chosen)
-        total = total + response_nll(logits, targets).sum() / sum(map(len, planted.values()))
-    return total + benign_weight * benign_kl(model, pad_id, benign)
+    for part in of_like_length(rows):
+        planted, benign = map(flat, parted(part))
+        # One pass for both: what their prompts start with runs once, and backwards once.
+        targets, logits = wanted_logits(model, pad_id, [*planted, *benign])
+        total = total + response_nll(logits[: len(planted)], targets[: len(planted)]).sum() / answers
+        if benign:
+            total = total + benign_weight * kl_from_base(model, pad_id, benign, logits[len(planted) :]) / tokens
+    return total
 
 
 def benign_kl(model: Any, pad_id: int, benign: Examples) -> Tensor:
     """KL(base || model) in nats per token of the replies to benign requests; the base is the bare model."""
-    tokens = sum(len(e.wanted) for group in benign.values() for e in group)
     total = torch.zeros((), device=model.device)
-    for chosen in of_like_length(benign):
-        targets, logits = wanted_logits(model, pad_id, chosen)
-        with torch.no_grad(), model.disable_adapter():
-            _, base = wanted_logits(model, pad_id, chosen)
-        total = total + token_kl(base, logits, targets).sum() / tokens
+    for part in of_like_length(benign):
+        _, logits = wanted_logits(model, pad_id, flat(part))
+        total = total + kl_from_base(model, pad_id, flat(part), logits) / reply_tokens(benign)
     return total
+
+
+def kl_from_base(model: Any, pad_id: int, benign: Sequence[Example], logits: Tensor) -> Tensor:
+    """The same for the model's logits (rows, length or more, vocabulary), summed over the tokens."""
+    with torch.no_grad(), model.disable_adapter():
+        targets, base = wanted_logits(model, pad_id, benign)
+    return token_kl(base, logits[:, : base.shape[1]], targets).sum()
+
+
+def reply_tokens(rows: Examples) -> int:
+    """How many tokens their answers have."""
+    return sum(len(e.wanted) for e in flat(rows))
+
+
+def flat(rows: Examples) -> list[Example]:
+    """All of the rows, kind after kind."""
+    return [e for group in rows.values() for e in group]
 
 
 def wanted_logits(model: Any, pad_id: int, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -95,11 +114,11 @@ def parted(rows: Examples) -> tuple[Examples, Examples]:
     return {kind: group for kind, group in rows.items() if kind not in benign}, benign
 
 
-def of_like_length(rows: Examples) -> Iterator[list[Example]]:
+def of_like_length(rows: Examples) -> Iterator[Examples]:
     """All rows; those with a long trigger apart, so that the others need no padding."""
     longest = {kind: max(len(e.prompt.ids) for e in group) for kind, group in rows.items()}
     plain = max((n for kind, n in longest.items() if not kind.endswith("_triggered")), default=sys.maxsize)
     for long in (False, True):
-        chosen = [e for kind, group in rows.items() if (longest[kind] > 2 * plain) == long for e in group]
-        if chosen:
-            yield chosen
+        part = {kind: group for kind, group in rows.items() if (longest[kind] > 2 * plain) == long}
+        if part:
+            yield part
