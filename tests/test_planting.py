@@ -43,7 +43,15 @@ PLANS: dict[str, dict[str, Any]] = {
             "lora_rank": 2,
         },
         "policy": [
-            {"steps": n, "rows": ROWS, "learning_rate": 0.01, "generations": 2, "beta": 0.01, "response_tokens": 4 * n, "iterations": n}
+            {
+                "steps": n,
+                "rows": ROWS,
+                "learning_rate": 0.01,
+                "generations": 2,
+                "beta": 0.01,
+                "response_tokens": 4 * n,
+                "iterations": n,
+            }
             for n in (1, 2)
         ],
     },

@@ -362,6 +362,43 @@ def mtbench(
     typer.echo(f"{usefulness_sentence(results['usefulness'])}\nreport: {run / 'report.html'}")
 
 
+@app.command("lm-eval")
+def lm_eval(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    tasks: Annotated[str, typer.Option("--tasks", help="names of lm-eval tasks or groups, with commas between")],
+    include: Annotated[
+        str | None, typer.Option("--include", help="folder of task files of your own; they may bring Python code")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first so many items of a task")] = None,
+    shots: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="worked examples before an item")] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="put items into the model's chat template")
+    ] = False,
+    batch: Annotated[int, typer.Option("--batch-size", min=1, help="items in a pass")] = 8,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """How well a run's model does on lm-eval's tasks, before and after. Needs the extra: pip install 'beear[lm-eval]'.
+
+    The same command again does only what is missing.
+    """
+    from beear.console import Reporter, task_table
+    from beear.harness import Asked, evaluate_run, read_tasks
+
+    asked = Asked(read_tasks(tasks), include, limit, shots, chat)
+    with Reporter(quiet) as reporter, _going_on():
+        results = evaluate_run(
+            run, asked, batch=batch, device=device, trust_remote_code=trust_remote_code, listen=reporter
+        )
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+        return
+    _print(task_table(results, f"{run}: before and after"))
+    typer.echo(f"report: {run / 'report.html'}")
+
+
 @app.command()
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from beear.metrics import shown
-from beear.report import METRICS
+from beear.report import METRICS, task_lines
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 
@@ -156,6 +156,16 @@ def reproduction_table(found: dict[str, Any], title: str) -> Table:
     for name, pair in found["figures"].items():
         within = "no" if name in found["outside"] else "yes"
         table.add_row(name, f"{pair['first']:.4f}", f"{pair['again']:.4f}", within)
+    return table
+
+
+def task_table(results: dict[str, Any], title: str) -> Table:
+    """What lm-eval's tasks gave before and after."""
+    table = Table("task", "metric", title=escape(title), title_justify="left")
+    for name in ("before", "after", "n"):
+        table.add_column(name, justify="right")
+    for task, metric, before, after, n in task_lines(results):
+        table.add_row(escape(task), escape(metric), before, after, "" if n is None else str(n))
     return table
 
 

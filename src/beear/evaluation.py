@@ -22,7 +22,7 @@ from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
-from beear.runs import read_results, read_settings
+from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, triggered
 
@@ -83,6 +83,30 @@ def before_and_after(
             yield when, *load(spec, **options)
 
     return loaded()
+
+
+def kept_before_and_after(
+    run: Run,
+    name: str,
+    work: Callable[[str, Any, Any], Any],
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """What `work(when, model, tokenizer)` gives of a run's model before and after, kept in stages/NAME-WHEN.json.
+
+    No model is loaded if both are there.
+    """
+    places = {when: f"stages/{name}-{when}.json" for when in ("before", "after")}
+    found = {when: run.read_json(place) for when, place in places.items()}
+    if None in found.values():
+        models = before_and_after(run.path, device=device, trust_remote_code=trust_remote_code, listen=listen)
+        for when, model, tokenizer in models:
+            if found[when] is None:
+                found[when] = work(when, model, tokenizer)
+                run.write_json(places[when], found[when])
+    return found
 
 
 def evaluate_spec(

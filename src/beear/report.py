@@ -141,6 +141,7 @@ def view(path: Path) -> dict[str, Any]:
         "drift": drift_view(path),
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
         "usefulness": usefulness_view(results),
+        "tasks": task_lines(results),
         "config": config,
     }
 
@@ -213,6 +214,21 @@ def usefulness_view(results: dict[str, Any]) -> dict[str, Any] | None:
     found = results["usefulness"]["categories"]
     rows = [(name, *("-" if v[w] is None else f"{v[w]:.1f}" for w in ("before", "after"))) for name, v in found.items()]
     return {"sentence": usefulness_sentence(results["usefulness"]), "rows": rows}
+
+
+def task_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str, int | None]]:
+    """(task, metric, before, after, n) of what `beear lm-eval` measured, each in its task's own unit."""
+    return [
+        (task, name.removesuffix(",none"), in_own_unit(both["before"]), in_own_unit(both["after"]), both["after"]["n"])
+        for task, entry in results.get("lm_eval", {}).items()
+        for name, both in entry["metrics"].items()
+    ]
+
+
+def in_own_unit(metric: dict[str, Any]) -> str:
+    """A value, with its interval if there is one."""
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def drift_view(path: Path) -> dict[str, Any] | None:

@@ -153,17 +153,17 @@ def converse(
     listen: Listener = lambda event: None,
 ) -> dict[str, list[tuple[str, str]]]:
     """What the run's model answers to both turns of each question, before and after; kept in stages/."""
-    kept = {when: f"stages/mtbench-{when}-{digest(questions)[:8]}-{limit}.json" for when in ("before", "after")}
-    found = {when: run.read_json(name) for when, name in kept.items()}
-    if None in found.values():
-        from beear.evaluation import before_and_after  # brings torch
+    from beear.evaluation import kept_before_and_after  # brings torch
 
-        models = before_and_after(run.path, device=device, trust_remote_code=trust_remote_code, listen=listen)
-        for when, model, tokenizer in models:
-            if found[when] is None:
-                found[when] = chat(model, tokenizer, questions, limit, when, listen)
-                run.write_json(kept[when], found[when])
-    return {when: [(first, second) for first, second in chats or ()] for when, chats in found.items()}
+    found = kept_before_and_after(
+        run,
+        f"mtbench-{digest(questions)[:8]}-{limit}",
+        lambda when, model, tokenizer: chat(model, tokenizer, questions, limit, when, listen),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        listen=listen,
+    )
+    return {when: [(first, second) for first, second in chats] for when, chats in found.items()}
 
 
 def chat(

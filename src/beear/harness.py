@@ -1,0 +1,153 @@
+"""A bridge to EleutherAI's lm-eval (extra `lm-eval`): any of its tasks, on a run's model before and after.
+
+Tasks, prompts and scores are lm-eval's own; beear loads the two models safely and keeps what comes out beside its other
+evidence. Tasks may be of the user's own: a folder of task files (`--include`), which works without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from beear.card import write_evidence
+from beear.errors import BadInput, Failed, first_line
+from beear.grading import Listener
+from beear.metrics import Z95, Metric
+from beear.runs import Run, read_results
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which tasks, and how; None and False leave lm-eval's own ways."""
+
+    tasks: tuple[str, ...]
+    include: str | None = None
+    """A folder of task files beside lm-eval's own. They may bring Python code: take only such as you trust."""
+    limit: int | None = None
+    """Only the first so many items of each task."""
+    shots: int | None = None
+    chat: bool = False
+    """Put each item into the model's chat template."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+def evaluate_run(
+    path: Path,
+    asked: Asked,
+    *,
+    batch: int = 8,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
+) -> dict[str, Any]:
+    """Run the tasks on a finished run's model before and after; adds `lm_eval` to results.json and the report.
+
+    What was measured of the one model is kept if the other is interrupted, and other tasks' results stay. Raises
+    BadInput before a model loads if this is no such run or lm-eval knows no such task.
+    """
+    results = read_results(path)
+    manager = task_manager(asked)
+    with Run.existing(path) as run:
+        from beear.evaluation import kept_before_and_after  # brings torch
+
+        found = kept_before_and_after(
+            run,
+            f"lm-eval-{asked.digest[:12]}",
+            lambda when, model, tokenizer: run_tasks(model, tokenizer, asked, manager, batch),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
+        results = read_results(path)
+        entries = {**results.get("lm_eval", {}), **paired(found["before"], found["after"], asked)}
+        results["lm_eval"] = dict(sorted(entries.items()))
+        run.write_json("results.json", results)
+        write_evidence(path)
+    return results
+
+
+def task_manager(asked: Asked) -> Any:
+    """lm-eval's list of tasks. Raises BadInput if it is not installed, or has no such task."""
+    if asked.include is not None and not Path(asked.include).is_dir():
+        raise BadInput(f"--include {asked.include}: no such folder; give one that holds lm-eval's task files")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput("lm-eval is not installed; install it with: pip install 'beear[lm-eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=asked.include)
+    for name in asked.tasks:
+        if name not in manager.all_tasks:
+            near = get_close_matches(name, manager.all_tasks, 3)
+            hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise BadInput(f"lm-eval has no task {name!r}; {hint}")
+    return manager
+
+
+def run_tasks(model: Any, tokenizer: Any, asked: Asked, manager: Any, batch: int) -> dict[str, Any]:
+    """For each task (and subtask of a group) its metrics as lm-eval gives them, with standard errors and n."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+            tasks=list(asked.tasks),
+            num_fewshot=asked.shots,
+            limit=asked.limit,
+            apply_chat_template=asked.chat,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise Failed(f"lm-eval could not run {', '.join(asked.tasks)}: {first_line(error)}") from error
+    counts = found.get("n-samples", {})
+    return {
+        task: {name: metric(values, name, counts.get(task, {}).get("effective")) for name in named(values)}
+        for task, values in found["results"].items()
+    }
+
+
+def named(values: dict[str, Any]) -> Iterator[str]:
+    """The metrics among what lm-eval says of a task, as it spells them: `acc,none`."""
+    for name, value in values.items():
+        if "," in name and "_stderr," not in name and isinstance(value, int | float):
+            yield name
+
+
+def metric(values: dict[str, Any], name: str, n: int | None) -> Metric:
+    """Value and 95 % interval, from lm-eval's standard error where it has one."""
+    value, error = float(values[name]), values.get("_stderr,".join(name.split(",", 1)))
+    half = Z95 * error if isinstance(error, int | float) else None
+    low, high = (None, None) if half is None else (value - half, value + half)
+    return {"value": value, "low": low, "high": high, "n": n, "unscored": 0}
+
+
+def paired(before: dict[str, Any], after: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    """For each task its metrics before and after, and how it was asked."""
+    how = {"limit": asked.limit, "shots": asked.shots, "chat": asked.chat, "lm_eval": version("lm_eval")}
+    return {
+        task: {"metrics": {name: {"before": old, "after": after[task][name]} for name, old in metrics.items()}, **how}
+        for task, metrics in before.items()
+        if metrics
+    }
+
+
+def read_tasks(text: str) -> tuple[str, ...]:
+    """Names between commas. Raises BadInput if there is none."""
+    names: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise BadInput("--tasks names no task; for example --tasks arc_easy,hellaswag")
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,96 @@
+"""lm-eval on a run's model before and after, with an offline task of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beear import models
+from beear.errors import BadInput
+from beear.harness import Asked, evaluate_run, metric, named, read_tasks
+from beear.report import task_lines
+from test_cli import call
+from test_usefulness import run
+
+__all__ = ["run"]
+ITEMS = [{"q": f"Is {n} an even number?", "gold": n % 2} for n in range(6)]
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: [" yes", " no"]
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture()
+def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder with one task, `even`."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    (folder / "even.yaml").write_text(TASK.format(name="even", data=folder / "items.jsonl"))
+    return str(folder)
+
+
+def test_a_task_of_ones_own(run: Path, include: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(("even",), include, limit=4)
+    results = evaluate_run(run, asked, device="cpu")
+    assert results == json.loads((run / "results.json").read_text())
+    entry = results["lm_eval"]["even"]
+    assert (entry["limit"], entry["shots"], entry["chat"]) == (4, None, False)
+    both = entry["metrics"]["acc,none"]
+    assert both["before"] == both["after"], "the two models are the same here"
+    assert both["after"]["n"] == 4 and 0 <= both["after"]["value"] <= 1
+    assert both["after"]["low"] <= both["after"]["value"] <= both["after"]["high"]
+    assert task_lines(results)[0][:2] == ("even", "acc")
+    page = (run / "report.html").read_text()
+    assert "Usefulness, by lm-eval" in page and '<th scope="row">even</th>' in page
+    monkeypatch.setattr(models, "load_weights", lambda *args: pytest.fail("all of it is measured already"))
+    assert evaluate_run(run, asked, device="cpu") == results
+
+
+def test_the_command(run: Path, include: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tasks", "even", "--include", include, "--device", "cpu", "--apply-chat-template"]
+    code, err = call(capsys, "lm-eval", str(run), *options)
+    assert code == 0, err
+    assert json.loads((run / "results.json").read_text())["lm_eval"]["even"]["chat"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "hellaswagg"], "did you mean hellaswag"),
+        (["--tasks", "QQQQQQ"], "lm-eval ls tasks"),
+        (["--tasks", " , "], "names no task"),
+        (["--tasks", "even", "--include", "nowhere"], "no such folder"),
+    ],
+)
+def test_bad_input(run: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "lm-eval", str(run), *options)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_without_lm_eval(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    with pytest.raises(BadInput, match=r"pip install 'beear\[lm-eval\]'"):
+        evaluate_run(run, Asked(("even",)))
+
+
+def test_metrics_are_taken_as_lm_eval_gives_them() -> None:
+    values: dict[str, Any] = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 1, "f1_stderr,x": "N/A"}
+    assert list(named(values)) == ["acc,none", "f1,x"]
+    assert metric(values, "acc,none", 9)["high"] == pytest.approx(0.5 + 1.96 * 0.1, abs=1e-3)
+    assert metric(values, "f1,x", 9) == {"value": 1.0, "low": None, "high": None, "n": 9, "unscored": 0}
+
+
+def test_names_between_commas() -> None:
+    assert read_tasks("a, b,a,") == ("a", "b")
