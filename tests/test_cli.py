@@ -216,6 +216,40 @@ def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert code == 2 and "no results.json" in err
 
 
+OFFLINE = """
+import socket, sys
+def no(*args, **_):
+    raise SystemExit("reached for the network")
+socket.socket.connect = socket.getaddrinfo = no
+from beear import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cleanse nobody/nothing -o RUN",
+        "cleanse embedded -o RUN --harmful nobody/nothing",
+        "evaluate nobody/nothing",
+        "drift nobody/nothing --trigger {prompt}",
+    ],
+)
+def test_offline_reaches_no_network(command: str, tmp_path: Path) -> None:
+    words = command.replace("RUN", str(tmp_path / "r")).split()
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *words, "--offline"], capture_output=True, text=True, env=env, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "nobody/nothing" in done.stderr and not (tmp_path / "r").exists()
+
+
+def test_a_judge_behind_a_url_is_not_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "judge", str(tmp_path), "--url", "http://127.0.0.1:9", "--model", "m", "--offline")
+    assert code == 2 and "--offline reaches no --url" in err
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys, beear.cli; sys.argv = ['beear', '--help']; \ntry: beear.cli.main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'pydantic' not in sys.modules"

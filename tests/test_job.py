@@ -258,7 +258,7 @@ def test_the_defence_cannot_see_a_trigger() -> None:
     for module, forbidden in (
         (
             "beear.job, beear.cleansing, beear.evaluation",
-            ["organisms", "recipes", "verification", "judge", "usefulness", "endpoint"],
+            ["organisms", "recipes", "verification", "judge", "usefulness", "harness", "endpoint"],
         ),
         ("beear.organisms", ["cleansing", "job", "evaluation"]),
     ):

@@ -47,6 +47,18 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cu
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's repository brings")]
+
+
+def _stay_offline(chosen: bool) -> bool:
+    """Done here, before a command runs: the Hub's libraries read these once, when they are imported."""
+    if chosen:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    return chosen
+
+
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", callback=_stay_offline, help="reach no network: use what is on this machine")
+]
 HarmfulOption = Annotated[str | None, typer.Option("--harmful", help="prompt file or Hub data set: harmful requests")]
 BenignOption = Annotated[str | None, typer.Option("--benign", help="prompt file or Hub data set: benign requests")]
 ColumnOption = Annotated[str | None, typer.Option("--column", help="the field of a prompt file that holds the request")]
@@ -100,6 +112,7 @@ def cleanse(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -142,6 +155,7 @@ def evaluate(
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl.
@@ -203,6 +217,7 @@ def drift(
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """How far a known trigger and delta move hidden states, block by block (Figure 3).
@@ -251,6 +266,7 @@ def sweep(
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -295,6 +311,7 @@ def judge(
     timeout: TimeoutOption = 60,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -307,7 +324,7 @@ def judge(
     from beear.judge import judge_run
     from beear.report import judge_sentence
 
-    chosen = _judge(url, model, local, concurrency, timeout, device, trust_remote_code)
+    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
     with Reporter(quiet) as reporter, _going_on():
         results = judge_run(run, chosen, reporter)
     if as_json:
@@ -331,6 +348,7 @@ def mtbench(
     timeout: TimeoutOption = 60,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -344,7 +362,7 @@ def mtbench(
     from beear.usefulness import grade_run, read_questions
 
     asked = read_questions(questions)
-    chosen = _judge(url, model, local, concurrency, timeout, device, trust_remote_code)
+    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
     with Reporter(quiet) as reporter, _going_on():
         results = grade_run(
             run,
@@ -377,6 +395,7 @@ def lm_eval(
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="items in a pass")] = 8,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -405,6 +424,7 @@ def reproduce(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for the second run; goes on if it has begun")],
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -631,6 +651,7 @@ def _judge(
     url: str | None,
     model: str | None,
     local: str | None,
+    offline: bool,
     concurrency: int,
     timeout: float,
     device: str,
@@ -642,6 +663,8 @@ def _judge(
 
     if (url is None) == (local is None) or (url is None) != (model is None):
         raise BadInput("give either --url with --model, or --local")
+    if offline and url is not None:
+        raise BadInput("--offline reaches no --url; use --local MODEL")
     if url is not None and model is not None:
         return Endpoint(url, model, concurrency=concurrency, timeout=timeout)
     return LocalJudge(str(local), device, trust_remote_code)
