@@ -459,12 +459,18 @@ def gate(
     ] = None,
     point: Annotated[bool, typer.Option("--point", help="compare values, not the intervals' upper ends")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="write a JUnit file")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", help="the run must bear a signature of this key (PEM)")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Exit with 0 if a run meets all limits, with 3 if not; without --max, the run's own target. For pipelines."""
     from beear import gate as gates
     from beear.runs import write_atomic
+    from beear.signing import check_signature
 
+    if public_key is not None:
+        check_signature(run, public_key)
     checks = gates.check_run(run, most or [], point=point)
     if junit is not None:
         write_atomic(junit, gates.as_junit(run, checks))
@@ -476,6 +482,20 @@ def gate(
     missed = [found.rule for found in checks if not found.met]
     if missed:
         _stop(3, f"{run} misses {len(missed)} of {len(checks)} limits: {', '.join(missed)}")
+
+
+@app.command()
+def sign(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run that met its target")],
+    key: Annotated[Path, typer.Option("--key", help="elliptic curve private key, PEM")],
+) -> None:
+    """Sign a run's model, results and settings, offline; `beear gate --public-key` checks it.
+
+    Needs the extra: pip install 'beear[sign]'. A key's password is that of BEEAR_KEY_PASSWORD.
+    """
+    from beear.signing import sign_run
+
+    typer.echo(str(sign_run(run, key)))
 
 
 @app.command()
