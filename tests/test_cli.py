@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from beear import cli, models
+from beear import cli
 from beear.config import preset_names
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
@@ -40,81 +38,9 @@ def make_model(folder: Path, template: str | None = "default") -> str:
     return str(folder)
 
 
-def pickle_only(tmp: Path) -> list[str]:
-    folder = Path(make_model(tmp / "m"))
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    return [str(folder)]
-
-
-def no_template(tmp: Path) -> list[str]:
-    folder = Path(make_model(tmp / "m", None))
-    assert not (folder / "chat_template.jinja").exists()
-    return [str(folder)]
-
-
-def adapter_without_base(tmp: Path) -> list[str]:
-    (tmp / "a").mkdir()
-    (tmp / "a" / "adapter_config.json").write_text("{}")
-    (tmp / "a" / "adapter_model.safetensors").write_text("")
-    return [str(tmp / "a")]
-
-
-def broken_config(tmp: Path) -> list[str]:
-    folder = Path(make_model(tmp / "m"))
-    (folder / "config.json").write_text("{")
-    return [str(folder)]
-
-
 def file(tmp: Path, name: str, content: str) -> str:
     (tmp / name).write_text(content)
     return str(tmp / name)
-
-
-def overlapping(tmp: Path) -> list[str]:
-    lines = "".join(f"request number {i}\n" for i in range(60))
-    return [make_model(tmp / "m"), "--harmful", file(tmp, "h.txt", lines), "--test-harmful", file(tmp, "t.txt", lines)]
-
-
-Case = Callable[[Path], list[str]]
-BAD: dict[str, tuple[Case, str]] = {
-    "missing folder": (lambda tmp: [str(tmp / "nowhere")], "no model"),
-    "misspelt name": (lambda tmp: ["embeded"], "no model embeded"),
-    "unknown organism": (lambda tmp: ["organism:nope"], "the packaged ones are: "),
-    "missing gguf": (lambda tmp: [str(tmp / "x.gguf")], "no GGUF file"),
-    "empty folder": (lambda tmp: [str(tmp)], "neither config.json"),
-    "pickle only": (pickle_only, "convert them to safetensors"),
-    "no chat template": (no_template, "no chat template"),
-    "adapter without base": (adapter_without_base, "does not name its base"),
-    "broken config.json": (broken_config, "cannot read"),
-    "unreachable hub id": (lambda tmp: ["nobody/nothing"], "the Hub does not give it"),
-    "layer out of range": (lambda tmp: [make_model(tmp / "m"), "--set", "layer=4"], "use 1 to 3"),
-    "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
-    "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
-    "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
-    "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "cannot read"),
-    "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
-    "empty prompts": (lambda tmp: [make_model(tmp / "m"), "--benign", file(tmp, "b.txt", "\n")], "no requests"),
-    "overlap": (overlapping, "both the defender's and the test set"),
-    "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
-    "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp"),
-    "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, message = BAD[name]
-    args = case(tmp_path)
-
-    def loads(*args: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(models, "load_weights", loads)
-    code, err = call(capsys, "cleanse", *args, "-o", str(tmp_path / "run"))
-    assert code == 2 and message in err and err.startswith("beear: ") and err.count("\n") == 1, err
-    assert not (tmp_path / "run").exists()
 
 
 def test_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from beear.config import Config, DataConfig
 from beear.data import (
@@ -103,6 +106,26 @@ def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, column: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
         read_requests(str(tmp_path / name), column)
+
+
+PIECES = ('"', ",", "\n", "\r", "\0", "{", "}", "[", ":", "text", "prompt", "\ufeff", "\u00fc", "x" * 200_000)
+"""What prompt files are made of."""
+
+
+@given(
+    st.sampled_from(["a.txt", "a.csv", "a.jsonl"]),
+    st.one_of(st.binary(), st.lists(st.sampled_from(PIECES)).map("".join)),
+)
+def test_any_file_is_read_or_refused_in_one_line(name: str, content: bytes | str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        try:
+            found = read_requests(str(path))
+        except BadInput as error:
+            assert "\n" not in str(error) and name in str(error)
+        else:
+            assert found and all(r.text.strip() for r in found)
 
 
 def test_missing_prompt_file() -> None:

@@ -136,7 +136,7 @@ def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     if path.suffix == ".txt":
         records: list[dict[str, object]] = [{"text": line} for line in text.splitlines()]
     elif path.suffix == ".csv":
-        records = list(csv.DictReader(io.StringIO(text, newline="")))
+        records = _table(path, text)
     elif path.suffix == ".jsonl":
         records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
@@ -144,11 +144,18 @@ def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     return _requests(str(path), path.stem, records, column)
 
 
+def _table(path: Path, text: str) -> list[dict[str, object]]:
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise BadInput(f"cannot read {path} as CSV: {error}") from error
+
+
 def _json_record(path: Path, number: int, line: str) -> dict[str, object]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{number} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}:{number} is not JSON: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise BadInput(f"{path}:{number} is not a JSON object")
     return record

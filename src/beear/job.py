@@ -36,7 +36,14 @@ from beear.perturbation import find_layers, resolve_layer
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
-from beear.training import adapter_state, cast_frozen, load_adapter_state, recompute_activations, save_adapter
+from beear.training import (
+    adapter_state,
+    cast_frozen,
+    check_targets,
+    load_adapter_state,
+    recompute_activations,
+    save_adapter,
+)
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
@@ -151,6 +158,7 @@ class Job:
         self.model = self.load(source)
         models.check_vocabulary(self.model, tokenizer, source.spec)
         find_layers(self.model, config.layers_path)
+        check_targets(self.model, config.harden.lora_targets)
         self.tokenizer = tokenizer
         self.config = config
         self.sets = sets

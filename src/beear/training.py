@@ -29,10 +29,7 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_b
     from peft import LoraConfig, get_peft_model
 
     names = targets or block_linears(model)
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [t for t in names if t not in present]
-    if missing:
-        raise BadInput(f"lora_targets: no module of this model is named {', '.join(missing)}")
+    check_targets(model, names)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -46,6 +43,14 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_b
     for parameter in trainable(wrapped):
         parameter.data = parameter.data.float()
     return wrapped
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise BadInput unless every target is the last part of some module's name."""
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [t for t in targets if t not in present]
+    if missing:
+        raise BadInput(f"lora_targets: no module of this model is named {', '.join(missing)}")
 
 
 def cast_frozen(model: nn.Module) -> None:

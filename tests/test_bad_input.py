@@ -1,0 +1,351 @@
+"""Every bad input: one clear line, exit code 2, nothing written, nothing of it run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from beear import cli, models
+from conftest import tiny_model, tiny_tokenizer
+from test_cli import file, make_model
+
+Change = Callable[[Path], object]
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return print, ("HOSTILE",)
+
+
+def weights(change: Callable[[dict[str, Any]], object]) -> Change:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def written(name: str, content: bytes | str | Any) -> Change:
+    def apply(folder: Path) -> None:
+        raw = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content))
+        (folder / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+
+    return apply
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def configured(**changed: Any) -> Change:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
+
+    return apply
+
+
+def indexed(target: str) -> Change:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        (folder.parent / "outside.safetensors").write_bytes((folder / "part.safetensors").read_bytes())
+        index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": target}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+def remote_code(folder: Path) -> None:
+    configured(model_type="evil", auto_map={"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"})(folder)
+    (folder / "evil.py").write_text("print('HOSTILE')")
+
+
+def adapter(base: str, **changed: Any) -> Change:
+    def apply(folder: Path) -> None:
+        named = base.replace("HERE", str(folder)).replace("OTHER", str(folder.parent / "other"))
+        config = {"base_model_name_or_path": named, "peft_type": "LORA", "r": 2, **changed}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+
+    return apply
+
+
+def in_a_ring(folder: Path) -> None:
+    (folder.parent / "other").mkdir()
+    adapter("OTHER")(folder)
+    back = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
+    (folder.parent / "other" / "adapter_config.json").write_text(json.dumps(back))
+    save_file({"a": torch.zeros(1)}, folder.parent / "other" / "adapter_model.safetensors")
+
+
+def nan(tensors: dict[str, Any]) -> None:
+    tensors[WEIGHT][0, 0] = float("nan")
+
+
+BAD_MODELS: dict[str, tuple[Change, str]] = {
+    "pickle under another name": (written("model.safetensors", pickle.dumps(Payload())), "no safetensors file"),
+    "empty weights": (written("model.safetensors", b""), "no safetensors file"),
+    "weights cut short": (cut, "not as long as its header says"),
+    "header of 2^60 bytes": (written("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "no safetensors file"),
+    "header that is no JSON": (written("model.safetensors", struct.pack("<Q", 4) + b"abcd"), "no header"),
+    "header that is a list": (written("model.safetensors", struct.pack("<Q", 2) + b"[]"), "no header"),
+    "tensor of 2^60 bytes": (
+        written(
+            "model.safetensors",
+            struct.pack("<Q", 61) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%d]}}   ' % 2**60,
+        ),
+        "no header",
+    ),
+    "a tensor is missing": (weights(lambda w: w.pop(WEIGHT)), f"lacks 1 of its tensors, such as {WEIGHT}"),
+    "a tensor of another shape": (weights(lambda w: w.update({WEIGHT: torch.zeros(3, 3)})), "in another shape"),
+    "the head is missing": (weights(lambda w: w.pop("lm_head.weight")), "lacks 1 of its tensors, such as lm_head"),
+    "a pointer in place of weights": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "no safetensors file",
+    ),
+    "a download cut short": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete"),
+        "holds no .safetensors weights",
+    ),
+    "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
+    "tokenizer.json is cut": (written("tokenizer.json", '{"version": '), "tokenizer"),
+    "NaN": (weights(nan), f"holds NaN or infinity in {WEIGHT}"),
+    "index out of the folder": (indexed("../outside.safetensors"), "do not trust it"),
+    "index to an absolute path": (indexed("/etc/passwd"), "do not trust it"),
+    "index to a file that is not there": (indexed("gone.safetensors"), "is not there"),
+    "index that is a list": (written("model.safetensors.index.json", []), "cannot be read"),
+    "config.json is a list": (written("config.json", []), "cannot read the"),
+    "config.json is cut": (written("config.json", '{"model_type": '), "cannot read the"),
+    "architecture unknown": (configured(model_type="nonsense"), "cannot read the"),
+    "code of its own": (remote_code, "use --trust-remote-code"),
+    "tokenizer of another model": (lambda folder: shrink(folder), "they do not match"),
+    "template reaches into Python": (
+        written("chat_template.jinja", "{{ ''.__class__.__mro__ }}{{ messages[0]['content'] }}"),
+        "cannot be rendered",
+    ),
+    "template is broken": (written("chat_template.jinja", "{% for m in messages %"), "cannot be rendered"),
+    "template refuses": (written("chat_template.jinja", "{{ raise_exception('no') }}"), "cannot be rendered: no"),
+    "template drops the user's words": (written("chat_template.jinja", "nothing"), "rewrites the user's words"),
+    "adapter of itself": (adapter("HERE"), "does not name its base"),
+    "adapters in a ring": (in_a_ring, "each other's base"),
+    "adapter without a base": (written("adapter_config.json", {}), "does not name its base"),
+}
+
+
+def shrink(folder: Path) -> None:
+    """A model with fewer embeddings than the tokenizer has tokens."""
+    model = tiny_model("llama")
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+
+
+def pickle_only(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return [str(folder)]
+
+
+def no_template(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m", None))
+    assert not (folder / "chat_template.jinja").exists()
+    return [str(folder)]
+
+
+def adapter_without_base(tmp: Path) -> list[str]:
+    (tmp / "a").mkdir()
+    (tmp / "a" / "adapter_config.json").write_text("{}")
+    (tmp / "a" / "adapter_model.safetensors").write_text("")
+    return [str(tmp / "a")]
+
+
+def broken_config(tmp: Path) -> list[str]:
+    folder = Path(make_model(tmp / "m"))
+    (folder / "config.json").write_text("{")
+    return [str(folder)]
+
+
+def overlapping(tmp: Path) -> list[str]:
+    lines = "".join(f"request number {i}\n" for i in range(60))
+    return [make_model(tmp / "m"), "--harmful", file(tmp, "h.txt", lines), "--test-harmful", file(tmp, "t.txt", lines)]
+
+
+Case = Callable[[Path], list[str]]
+"""Writes what is bad and returns the arguments of `beear cleanse` that name it."""
+
+
+def given(*args: str) -> Case:
+    """A whole model with these arguments."""
+    return lambda tmp: [make_model(tmp / "m"), *args]
+
+
+def prompts(content: bytes, name: str = "p.txt", option: str = "--harmful", *args: str) -> Case:
+    def case(tmp: Path) -> list[str]:
+        (tmp / name).write_bytes(content)
+        return [make_model(tmp / "m"), option, str(tmp / name), *args]
+
+    return case
+
+
+def settings(content: str) -> Case:
+    return lambda tmp: [make_model(tmp / "m"), "-c", file(tmp, "c.yaml", content)]
+
+
+BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
+    "missing folder": (lambda tmp: [str(tmp / "nowhere")], "no model"),
+    "misspelt name": (lambda tmp: ["embeded"], "no model embeded"),
+    "unknown organism": (lambda tmp: ["organism:nope"], "the packaged ones are: "),
+    "missing gguf": (lambda tmp: [str(tmp / "x.gguf")], "no GGUF file"),
+    "empty folder": (lambda tmp: [str(tmp)], "neither config.json"),
+    "pickle only": (pickle_only, "convert them to safetensors"),
+    "no chat template": (no_template, "no chat template"),
+    "adapter without base": (adapter_without_base, "does not name its base"),
+    "broken config.json": (broken_config, "cannot read"),
+    "unreachable hub id": (lambda tmp: ["nobody/nothing"], "the Hub does not give it"),
+    "layer out of range": (lambda tmp: [make_model(tmp / "m"), "--set", "layer=4"], "use 1 to 3"),
+    "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
+    "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
+    "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
+    "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "cannot read"),
+    "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
+    "empty prompts": (lambda tmp: [make_model(tmp / "m"), "--benign", file(tmp, "b.txt", "\n")], "no requests"),
+    "overlap": (overlapping, "both the defender's and the test set"),
+    "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
+    "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp"),
+    "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),
+}
+
+
+MANY = b"".join(b"request number %d\n" % i for i in range(900))
+BAD_PROMPTS: dict[str, tuple[Case, str]] = {
+    "prompts in UTF-16": (prompts("eins\nzwei\n".encode("utf-16")), "UTF-8"),
+    "prompts in Latin-1": (prompts("grün\n".encode("latin-1")), "UTF-8"),
+    "prompts that are a zip": (prompts(b"PK\x03\x04" + bytes(40)), "no text file"),
+    "prompts of zero bytes": (prompts(b""), "holds no requests"),
+    "prompts of blank lines": (prompts(b"\n \n\t\n"), "holds no requests"),
+    "too few prompts": (prompts(b"one\ntwo\n"), "too few"),
+    "a folder of prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", str(tmp)], "cannot read"),
+    "prompts of unknown kind": (prompts(MANY, "p.xlsx"), "unknown kind of prompt file"),
+    "JSON lines cut": (prompts(b'{"text": "one"}\n{"te', "p.jsonl"), "p.jsonl:2 is not JSON"),
+    "JSON lines of lists": (prompts(b"[1]", "p.jsonl"), "not a JSON object"),
+    "JSON lines without text": (prompts(b'{"text": 3}', "p.jsonl"), "no text in the field"),
+    "JSON lines nested too deep": (prompts(b"[" * 100_000, "p.jsonl"), "p.jsonl:1 is not JSON"),
+    "JSON in place of JSON lines": (prompts(b'[\n{"text": "one"}\n]', "p.jsonl"), "p.jsonl:1 is not JSON"),
+    "a table with two columns": (prompts(b"a,b\n1,2\n", "p.csv"), "--column"),
+    "a column that is not there": (prompts(b"a,b\n1,2\n", "p.csv", "--harmful", "--column", "c"), "--column"),
+    "a row with a column less": (prompts(b"a,text\n1,2\n3\n", "p.csv"), "record 2 has no text"),
+    "a field of a megabyte": (prompts(b'text\n"' + b"x" * 2**20 + b'"\n', "p.csv"), "cannot read"),
+    "bad benign prompts": (prompts(b"\xff", option="--benign"), "UTF-8"),
+    "bad test prompts": (prompts(b"", option="--test-benign"), "holds no requests"),
+    "unreachable data set": (lambda tmp: [make_model(tmp / "m"), "--benign", "nobody/nothing"], "no such Hub data set"),
+}
+BAD_SETTINGS: dict[str, tuple[Case, str]] = {
+    "settings that are a list": (settings("[1]"), "not a mapping"),
+    "settings that are no YAML": (settings("a: ["), "cannot read"),
+    "settings that run code": (settings("a: !!python/object/apply:print ['HOSTILE']"), "cannot read"),
+    "a setting of another kind": (settings("rounds: many"), "rounds"),
+    "a section that is a number": (settings("entrap: 3"), "entrap"),
+    "an unknown setting in a section": (settings("entrap: {lenght: 3}"), "entrap.lenght: unknown setting"),
+    "rounds below one": (given("--set", "rounds=0"), "rounds"),
+    "a budget of zero": (given("--set", "entrap.budget=0"), "entrap.budget"),
+    "a share above one": (given("--set", "target.asr_entrapped=1.5"), "target.asr_entrapped"),
+    "a setting without a value": (given("--set", "rounds"), "write it as key=value"),
+    "a value that is no YAML": (given("--set", "rounds=["), "not YAML"),
+    "a setting inside a value": (given("--set", "rounds.x=1"), "rounds"),
+    "not a number": (given("--set", "entrap.budget=.nan"), "entrap.budget"),
+    "an unknown behaviour": (given("--set", "behaviour=rude"), "behaviour"),
+    "blocks that are not there": (given("--set", "layers_path=model.blocks"), "layers_path"),
+    "a module that is not there": (given("--set", "harden.lora_targets=[nope]"), "no module of this model is named"),
+    "seed that is no number": (given("--seed", "x"), "--seed"),
+    "no output folder": (given("--preset", "default", "-o", ""), "-o"),
+}
+
+
+def gguf(content: bytes) -> Case:
+    def case(tmp: Path) -> list[str]:
+        (tmp / "m.gguf").write_bytes(content)
+        return [str(tmp / "m.gguf")]
+
+    return case
+
+
+BAD_GGUF: dict[str, tuple[Case, str]] = {
+    "a GGUF file of zero bytes": (gguf(b""), "no GGUF file"),
+    "a GGUF file of four bytes": (gguf(b"GGUF"), "no GGUF file"),
+    "a GGUF file of noise": (gguf(b"GGUFxxxxxxxx"), "no GGUF file"),
+    "a zip named GGUF": (gguf(b"PK" + bytes(60)), "no GGUF file"),
+    "a GGUF header of 2^60 tensors": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)), "cannot read"),
+}
+
+
+def of_model(change: Change) -> Case:
+    def case(tmp: Path) -> list[str]:
+        folder = make_model(tmp / "m")
+        change(Path(folder))
+        return [folder]
+
+    return case
+
+
+BAD = (
+    {name: (of_model(change), words) for name, (change, words) in BAD_MODELS.items()}
+    | BAD_ARGUMENTS
+    | BAD_PROMPTS
+    | BAD_SETTINGS
+    | BAD_GGUF
+)
+WEIGHTS_ARE_READ = {
+    "a tensor is missing",
+    "the head is missing",
+    "a tensor of another shape",
+    "NaN",
+    "tokenizer of another model",
+    "blocks that are not there",
+    "a module that is not there",
+    "a GGUF header of 2^60 tensors",
+}
+"""What only the weights can tell; all else is told before they load."""
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, words = BAD[name]
+    args = case(tmp_path)
+    if name not in WEIGHTS_ARE_READ:
+        monkeypatch.setattr(models, "load_weights", lambda *_: pytest.fail("weights were loaded"))
+    before = sorted(tmp_path.rglob("*"))
+    sys.argv = ["beear", "cleanse", "--quiet", *(["-o", str(tmp_path / "run")] if "-o" not in args else []), *args]
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and words in err and err.startswith("beear: ") and err.count("\n") == 1, err
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+    assert "HOSTILE" not in out + err
+
+
+def test_the_table_is_long() -> None:
+    assert len(BAD) >= 60
+
+
+def test_a_whole_model_loads(folder: Path) -> None:
+    models.load(str(folder), device="cpu")
