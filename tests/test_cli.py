@@ -211,3 +211,19 @@ def test_a_trigger_is_added_to_a_finished_run(
     assert "Drift:" in (run / "report.html").read_text()
     code, err = call(capsys, "evaluate", str(run))
     assert code == 2 and "give a --trigger to add" in err
+
+
+def test_no_secret_is_written_or_shown(
+    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {name: f"secret-{name}" for name in ("HF_TOKEN", "BEEAR_JUDGE_KEY", "OPENAI_API_KEY")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "run"
+    sys.argv = ["beear", "cleanse", make_model(tmp_path / "m"), "-o", str(out), "-c", settings, "--set", "rounds=1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, 3) and (out / "report.html").exists()
+    shown = "".join(capsys.readouterr())
+    written = b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    assert not any(value in shown or value.encode() in written for value in secrets.values())
