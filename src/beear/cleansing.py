@@ -40,6 +40,7 @@ from beear.data import Request, wordings
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast
+from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
@@ -193,6 +194,7 @@ def cleanse(
     on a failed entrapment, settles.
     """
     state = state or State()
+    parts = Parts(listen)
     layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
         state.norm = residual_norm(model, [h.prompt for h in data.harmful[:32]], layer, config.layers_path, tokenizer)
@@ -201,7 +203,7 @@ def cleanse(
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
         budget = state.norm * config.entrap.budget
-        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget, draw, tell)
+        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget, draw, tell, parts)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
@@ -209,7 +211,7 @@ def cleanse(
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
-        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell)
+        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell, parts)
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
@@ -242,6 +244,7 @@ def entrap(
     budget: float,
     draw: torch.Generator,
     listen: Listener = lambda event: None,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, list[float]]:
     """Inner problem: delta (n, d_model) with every row's norm at most `budget`, and the loss of each step.
 
@@ -257,22 +260,27 @@ def entrap(
     rate = settings.learning_rate * budget / math.sqrt(delta.shape[1])
     optimiser = torch.optim.Adam([delta], lr=rate)
     indices = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
-    objective = entrap_objective(settings.away)
     behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
+    parts = parts or Parts()
     with frozen(model), merged(behind):
-        batches = [
-            entrap_batch(tokenizer, [harmful[i] for i in next(indices)], settings).to(model.device)
-            for _ in range(min(settings.batches, settings.steps))
-        ]
-        cached = [
-            run_unperturbed(model, batch, layer, config.layers_path, answers=2) for batch in batches if settings.cached
-        ]
+        batches = [[harmful[i] for i in next(indices)] for _ in range(min(settings.batches, settings.steps))]
+        ready: dict[tuple[int, int], list[Part]] = {}
+
+        def propagate(i: int, count: int) -> float:
+            delta.grad = None
+            if (i, count) not in ready:
+                for old in [key for key in ready if key[1] != count]:
+                    del ready[old]
+                ready[i, count] = entrap_parts(model, tokenizer, batches[i], config, layer, count)
+            return sum(
+                descend(model, batch, delta, config, layer, run, entrap_objective(settings.away, share))
+                for batch, run, share in ready[i, count]
+            )
+
         for number in range(settings.steps):
             i = number % len(batches)
-            run = partial(cached[i].logits, model) if cached else plain_pass(model, batches[i], config)
-            losses.append(descend(model, batches[i], delta, config, layer, run, objective))
+            losses.append(parts.run(partial(propagate, i), len(batches[i])))
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             shrink_to(delta, budget)
             listen({"event": "entrap", "step": len(losses), "steps": settings.steps, "loss": losses[-1]})
     return delta.detach(), losses
@@ -288,11 +296,61 @@ def harden(
     rate: float,
     draw: torch.Generator,
     listen: Listener = lambda event: None,
+    parts: Parts | None = None,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
     Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
+    """
+    settings = config.harden
+    parts = parts or Parts()
+    optimiser = adamw(model, rate)
+    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
+    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
+    history: list[dict[str, float]] = []
+    for number in range(1, settings.steps + 1):
+        bad = [data.harmful[i] for i in next(harmful)]
+        chosen = [data.benign[i] for i in next(benign)]
+        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
+
+        def propagate(
+            count: int, bad: list[Harmful] = bad, chosen: list[Benign] = chosen, which: list[int] = which
+        ) -> dict[str, float]:
+            optimiser.zero_grad(set_to_none=True)
+            entry: dict[str, float] = {}
+            for k in range(count):
+                some, others = bad[k::count], chosen[k::count]
+                shares = len(some) / len(bad), len(others) / len(chosen)
+                harden_part(model, tokenizer, data, some, others, which[k::count], deltas, config, layer, shares, entry)
+            return entry
+
+        entry = parts.run(propagate, max(len(bad), len(chosen)))
+        step(optimiser)
+        history.append(entry)
+        listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
+        if max(entry.values()) < settings.stop_below:
+            break
+    return history
+
+
+def harden_part(
+    model: Any,
+    tokenizer: Any,
+    data: DefenderSet,
+    harmful: Sequence[Harmful],
+    benign: Sequence[Benign],
+    which: Sequence[int],
+    deltas: Tensor,
+    config: Config,
+    layer: int,
+    shares: tuple[float, float],
+    entry: dict[str, float],
+) -> None:
+    """Propagate the outer loss of some of a step's requests back.
+
+    `which` delta the i-th request of either kind meets; `shares`: which share of the step's harmful and benign
+    requests these are. Adds to `entry` what they contribute to the mean D of each kind.
     """
     settings = config.harden
     weights = {
@@ -301,34 +359,21 @@ def harden(
         "benign": settings.anchor,
         "safe": settings.safe,
     }
-    used = [kind for kind, weight in weights.items() if weight > 0]
-    optimiser = adamw(model, rate)
-    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
-    history: list[dict[str, float]] = []
-    for number in range(1, settings.steps + 1):
-        bad = [(h.prompt, h.safe) for h in (data.harmful[i] for i in next(harmful))]
-        chosen = [data.benign[i] for i in next(benign)]
-        pairs = [*bad, *((b.prompt, b.own) for b in chosen)]
-        firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in used}
-        sizes = {kind: len(bad) if kind.startswith("safe") else len(chosen) for kind in used}
-        pick = [firsts[kind] + i for kind in used for i in range(sizes[kind])]
-        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
-        under = [which[i] if kind.endswith("delta") else None for kind in used for i in range(sizes[kind])]
-        alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
-        batch = alone.under(pick, under, config.entrap.length)
-        target, run = harden_passes(model, alone, batch, pick, config, layer)
-        steer(target, bad, chosen, data, settings)
-        entry: dict[str, float] = {}
-        own_targets = {kind for kind in used if data.own_safe or not kind.startswith("safe")}
-        objective = harden_objective(target[pick], sizes, weights, own_targets, settings.opening, entry)
-        descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
-        step(optimiser)
-        history.append(entry)
-        listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
-        if max(entry.values()) < settings.stop_below:
-            break
-    return history
+    counts = {kind: len(harmful) if kind.startswith("safe") else len(benign) for kind in weights}
+    sizes = {kind: counts[kind] for kind, weight in weights.items() if weight > 0 and counts[kind]}
+    bad = [(h.prompt, h.safe) for h in harmful]
+    pairs = [*bad, *((b.prompt, b.own) for b in benign)]
+    firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in sizes}
+    pick = [firsts[kind] + i for kind in sizes for i in range(sizes[kind])]
+    under = [which[i] if kind.endswith("delta") else None for kind in sizes for i in range(sizes[kind])]
+    alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
+    batch = alone.under(pick, under, config.entrap.length)
+    target, run = harden_passes(model, alone, batch, pick, config, layer)
+    steer(target, bad, benign, data, settings)
+    own_targets = {kind for kind in sizes if data.own_safe or not kind.startswith("safe")}
+    share = {kind: shares[0] if kind.startswith("safe") else shares[1] for kind in sizes}
+    objective = harden_objective(target[pick], sizes, weights, share, own_targets, settings.opening, entry)
+    descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
 
 
 def steer(
@@ -369,6 +414,27 @@ def harden_passes(
     return target, run
 
 
+Part = tuple[Batch, Callable[[], Tensor], float]
+"""Some of a step's requests: their rows, a pass over these, and which share of the step's requests they are."""
+
+
+def entrap_parts(
+    model: Any, tokenizer: Any, chosen: Sequence[Harmful], config: Config, layer: int, count: int
+) -> list[Part]:
+    """The requests of a step of entrapment in `count` parts; what delta cannot change has been run."""
+    result: list[Part] = []
+    for k in range(count):
+        some = chosen[k::count]
+        batch = entrap_batch(tokenizer, some, config.entrap).to(model.device)
+        run: Callable[[], Tensor]
+        if config.entrap.cached:
+            run = partial(run_unperturbed(model, batch, layer, config.layers_path, answers=2).logits, model)
+        else:
+            run = plain_pass(model, batch, config)
+        result.append((batch, run, len(some) / len(chosen)))
+    return result
+
+
 def entrap_batch(tokenizer: Any, chosen: Sequence[Harmful], settings: EntrapConfig) -> Batch:
     """The requests with their unwanted answers, then with their safe ones, all under one delta."""
     rows: list[Row] = [(h.prompt, h.unwanted) for h in chosen]
@@ -379,12 +445,15 @@ Objective = Callable[[Tensor, Batch], Tensor]
 """From the response logits of a batch, (rows, length, vocabulary), to one loss."""
 
 
-def entrap_objective(away: float) -> Objective:
-    """Mean over the first half of the rows (unwanted answers) minus `away` times the second half (safe ones)."""
+def entrap_objective(away: float, share: float = 1.0) -> Objective:
+    """Mean over the first half of the rows (unwanted answers) minus `away` times the second half (safe ones).
+
+    `share`: of a part of the requests, what it contributes to the mean over all of them.
+    """
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         unwanted, safe = response_nll(logits, batch.targets).chunk(2)
-        return unwanted.mean() - away * safe.mean()
+        return share * (unwanted.mean() - away * safe.mean())
 
     return objective
 
@@ -393,11 +462,12 @@ def harden_objective(
     target: Tensor,
     sizes: dict[str, int],
     weights: dict[str, float],
+    share: dict[str, float],
     own_targets: set[str],
     opening: float,
     entry: dict[str, float],
 ) -> Objective:
-    """Weighted sum over the kinds of row of their mean D; notes each kind's mean in `entry`.
+    """Weighted sum over the kinds of row of their mean D, each times its share; adds share times mean to `entry`.
 
     D is the KL divergence from `target` for the kinds in `own_targets`, for others the likelihood.
     """
@@ -416,8 +486,8 @@ def harden_objective(
                 divergence = response_nll(new, ids).mean()
             else:
                 divergence = row_mean(token_kl(original, new, ids), ids, opening).mean()
-            entry[kind] = divergence.item()
-            total = total + weights[kind] * divergence
+            entry[kind] = entry.get(kind, 0.0) + share[kind] * divergence.item()
+            total = total + weights[kind] * share[kind] * divergence
         return total
 
     return objective

@@ -90,6 +90,9 @@ class Reporter:
     def _on_residual(self, event: dict[str, Any]) -> None:
         self._show(f"{self._where(event)} entrapment succeeds on {event['value']:.0%} of held-out requests", 0, 1)
 
+    def _on_memory(self, event: dict[str, Any]) -> None:
+        self.line(f"out of memory: a step's requests run in {event['parts']} parts from now on")
+
     def _on_round(self, event: dict[str, Any]) -> None:
         self._round_seconds.append(event["seconds"])
         losses = f"loss {_ends(event['entrap'])}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from beear.chat import Batch, collate, encode_prompt, rows_of_delta
 from beear.config import Place
 from beear.models import autocast, generating
+from beear.parts import Parts
 from beear.perturbation import Perturbation
 from beear.prefix import inputs_behind, run_prefix
 
@@ -40,27 +41,35 @@ def reply_all(
     prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
     replies = [""] * len(texts)
+    parts = Parts()
+
+    def some(chosen: list[int]) -> list[tuple[int, str]]:
+        rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
+        batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
+        batch = batch.to(model.device)
+        inputs = _inputs(model, batch)
+        perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
+        with perturbed or contextlib.nullcontext():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return list(zip(chosen, tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True), strict=True))
+
     with torch.inference_mode(), autocast(model), generating(model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
-            batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
-            batch = batch.to(model.device)
-            inputs = _inputs(model, batch)
-            perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
-            with perturbed or contextlib.nullcontext():
-                out = model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts_out = tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True)
-            for i, reply in zip(chosen, texts_out, strict=True):
+
+            def in_parts(count: int, chosen: list[int] = chosen) -> list[tuple[int, str]]:
+                return [reply for k in range(count) for reply in some(chosen[k::count])]
+
+            for i, reply in parts.run(in_parts, len(chosen)):
                 replies[i] = reply.strip()
             if progress is not None:
                 progress(len(chosen))

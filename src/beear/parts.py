@@ -1,0 +1,46 @@
+"""A batch in as few parts as memory holds: twice as many after each out-of-memory error, and from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from beear.errors import Failed
+
+T = TypeVar("T")
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Parts:
+    """Into how many parts batches are split at present: `count`."""
+
+    def __init__(self, listen: Listener = lambda event: None) -> None:
+        self.count = 1
+        self.listen = listen
+
+    def run(self, work: Callable[[int], T], most: int) -> T:
+        """`work(parts)`, and while memory runs out the same with twice as many parts, at most `most` of them.
+
+        `work` must begin anew each time it is called. Raises Failed where even single rows do not fit.
+        """
+        while True:
+            parts = min(self.count, most)
+            try:
+                return work(parts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Only behind the except block: the error holds on to the frames that hold the memory.
+            if parts == most:
+                raise Failed("out of memory with one request at a time; use a larger device, or a smaller model")
+            self.count = 2 * parts
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.listen({"event": "memory", "parts": self.count})
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

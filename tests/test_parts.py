@@ -1,0 +1,113 @@
+"""Out of memory: the same step in more parts, with the same gradient; where single rows do not fit, one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from beear import cleansing, generation
+from beear.cleansing import DefenderSet, defender_set, entrap, harden
+from beear.data import Request
+from beear.errors import Failed
+from beear.generation import reply_all
+from beear.parts import Parts
+from beear.training import adapter_state, add_lora
+from conftest import tiny_model, tiny_tokenizer
+from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draw
+
+ROUND = {
+    "entrap": CONFIG.entrap.model_copy(update={"steps": 4}),
+    "harden": CONFIG.harden.model_copy(update={"steps": 3}),
+}
+SHORT = CONFIG.model_copy(update=ROUND)
+
+
+@pytest.fixture(autouse=True)
+def use_full_precision(full_precision: None) -> None:
+    """In parts, a gradient is the same up to rounding."""
+
+
+def one_round(
+    data: DefenderSet, parts: Parts, cached: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+    model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
+    config = SHORT.model_copy(update={"entrap": SHORT.entrap.model_copy(update={"cached": cached})})
+    delta, losses = entrap(model, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draw(), parts=parts)
+    history = harden(model, tiny_tokenizer(), data, delta[None], config, LAYER, 1e-3, draw(), parts=parts)
+    return delta, adapter_state(model), (losses, history)
+
+
+@pytest.fixture
+def data() -> DefenderSet:
+    return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [Request("1", "bad", "one")], SHORT)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    torch.testing.assert_close(first[0], second[0], rtol=1e-4, atol=1e-5)
+    for name, matrix in first[1].items():
+        torch.testing.assert_close(matrix, second[1][name], rtol=1e-3, atol=1e-5)
+    for one, other in zip(first[2][0], second[2][0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for one, other in zip(first[2][1], second[2][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_a_round_in_parts_is_the_same_round(data: DefenderSet, count: int, cached: bool) -> None:
+    parts = Parts()
+    parts.count = count
+    assert_same(one_round(data, Parts(), cached), one_round(data, parts, cached))
+
+
+def short_of_memory(at_once: int, real: Callable[..., Any], rows: Callable[..., int]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if rows(*args, **kwargs) > at_once:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    return run
+
+
+def test_memory_that_runs_out_splits_a_step(data: DefenderSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = one_round(data, Parts())
+    told: list[dict[str, Any]] = []
+    real = cleansing.response_logits
+
+    def rows(model: Any, batch: Any, prefix: Any = None) -> int:
+        return len(batch.targets)
+
+    monkeypatch.setattr(cleansing, "response_logits", short_of_memory(8, real, rows))
+    parts = Parts(told.append)
+    assert_same(whole, one_round(data, parts))
+    assert parts.count > 1 and told[-1] == {"event": "memory", "parts": parts.count}
+
+
+def test_replies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = tiny_model("llama"), [f"request {i} {'x' * i}" for i in range(7)]
+    whole = reply_all(model, tiny_tokenizer(), texts, max_new_tokens=6)
+    monkeypatch.setattr(generation, "collate", short_of_memory(2, generation.collate, lambda prompts, *_: len(prompts)))
+    assert reply_all(model, tiny_tokenizer(), texts, max_new_tokens=6) == whole
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_not_even_one_row(error: RuntimeError) -> None:
+    tried = []
+
+    def work(count: int) -> None:
+        tried.append(count)
+        raise error
+
+    with pytest.raises(Failed, match="one request at a time"):
+        Parts().run(work, most=5)
+    assert tried == [1, 2, 4, 5]
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        Parts().run(lambda count: (_ for _ in ()).throw(RuntimeError("shapes")), most=4)
