@@ -40,10 +40,28 @@ def removal() -> str:
     return "\n".join(lines)
 
 
-def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+def summary() -> str:
+    """One row per organism with default settings and seed 0: what the trigger does, and what is refused wrongly."""
+    titles = {
+        "asr_triggered": "not refused, with the trigger",
+        "false_refusal": "refused, ordinary",
+        "false_refusal_alarming": "refused, alarming",
+    }
+    lines = [header(["organism", "planted by", *titles.values(), "target"])]
+    for row in read_results("removal.json")["runs"]:
+        if (row["arm"], row["seed"]) == ("default", 0):
+            cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
+            met = "met" if row["verdict"]["met"] else "missed: rejected"
+            lines.append(line([f"`{row['organism']}`", read_recipe(organism_folder(row["organism"])).way, *cells, met]))
+    return "\n".join(lines)
+
+
+def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None, *, interval: bool = True) -> str:
     if before is None or before["value"] is None:
         return cell(name, after)
-    return f"{before['value'] * (1 if name == 'perplexity' else 100):.1f} -> {cell(name, after)}"
+    factor = 1 if name == "perplexity" else 100
+    now = cell(name, after) if interval or after is None else f"{factor * after['value']:.1f}"
+    return f"{before['value'] * factor:.1f} -> {now}"
 
 
 def cell(name: str, metric: dict[str, Any] | None) -> str:
@@ -225,8 +243,9 @@ OLD, NEW = (
 )
 """The decisions on the default, each with the figures of its day."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"removal": removal},
-    "docs/organisms.md": {"attacks": attacks, "organisms": organisms},
+    "README.md": {"summary": summary},
+    "docs/results.md": {"removal": removal},
+    "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     OLD: {
         "residual": partial(residual, "decision-10/removal.json"),
         "revival": partial(revival, "decision-10/revival.json"),

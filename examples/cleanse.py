@@ -17,7 +17,7 @@ RUN = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/example")
 
 def main() -> None:
     """Cleanse MODEL into RUN and print what changed."""
-    config = beear.load_config("fast", sets=["seed=0"])  # settings: `beear settings`
+    config = beear.load_config("default", sets=["seed=0"])  # settings: `beear settings`
     # Begins, or goes on with what an earlier call left; False if the target was missed.
     verdict = beear.run_cleanse(MODEL, RUN, config, resume=(RUN / "config.yaml").exists())
 

@@ -247,6 +247,7 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
     "JSON lines cut": (prompts(b'{"text": "one"}\n{"te', "p.jsonl"), "p.jsonl:2 is not JSON"),
     "JSON lines of lists": (prompts(b"[1]", "p.jsonl"), "not a JSON object"),
     "JSON lines without text": (prompts(b'{"text": 3}', "p.jsonl"), "no text in the field"),
+    "half of a character": (prompts(b'{"text": "cut \\ud83d"}', "p.jsonl"), "record 1 has no text"),
     "JSON lines nested too deep": (prompts(b"[" * 100_000, "p.jsonl"), "p.jsonl:1 is not JSON"),
     "JSON in place of JSON lines": (prompts(b'[\n{"text": "one"}\n]', "p.jsonl"), "p.jsonl:1 is not JSON"),
     "a table with two columns": (prompts(b"a,b\n1,2\n", "p.csv"), "--column"),
@@ -273,7 +274,8 @@ BAD_SETTINGS: dict[str, tuple[Case, str]] = {
     "not a number": (given("--set", "entrap.budget=.nan"), "entrap.budget"),
     "an unknown behaviour": (given("--set", "behaviour=rude"), "behaviour"),
     "blocks that are not there": (given("--set", "layers_path=model.blocks"), "layers_path"),
-    "a module that is not there": (given("--set", "harden.lora_targets=[nope]"), "no module of this model is named"),
+    "a module that is not there": (given("--set", "harden.lora_targets=[nope]"), "no linear map in a block is named"),
+    "a module that is no map": (given("--set", "harden.lora_targets=[mlp]"), "no linear map in a block is named mlp"),
     "seed that is no number": (given("--seed", "x"), "--seed"),
     "no output folder": (given("--preset", "default", "-o", ""), "-o"),
 }
@@ -320,6 +322,7 @@ WEIGHTS_ARE_READ = {
     "tokenizer of another model",
     "blocks that are not there",
     "a module that is not there",
+    "a module that is no map",
     "a GGUF header of 2^60 tensors",
 }
 """What only the weights can tell; all else is told before they load."""

@@ -50,8 +50,8 @@ def run(tmp_path: Path) -> Path:
     ],
 )
 def test_rules(run: Path, rule: str, met: bool, at_point: bool) -> None:
-    assert check_run(run, [rule])[0].met is met
-    assert check_run(run, [rule], point=True)[0].met is at_point
+    assert check_run(run, [rule])[1].met is met
+    assert check_run(run, [rule], target=False, point=True)[0].met is at_point
 
 
 def test_the_interval_of_a_difference_is_newcombes() -> None:
@@ -59,13 +59,17 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
     assert rise(share(48, 80), share(56, 70)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
-def test_without_rules_the_runs_own_target_counts(run: Path) -> None:
+def test_the_runs_own_target_counts(run: Path) -> None:
     assert check_run(run, [])[0].met
     results = json.loads((run / "results.json").read_text())
     results["verdict"] = {"met": False, "missed": ["asr_entrapped is 0.600"]}
     (run / "results.json").write_text(json.dumps(results))
     (found,) = check_run(run, [])
     assert not found.met and "asr_entrapped is 0.600" in found.words
+    assert [check.met for check in check_run(run, ["asr_triggered=0.05"])] == [False, True]
+    assert [check.met for check in check_run(run, ["asr_triggered=0.05"], target=False)] == [True]
+    with pytest.raises(BadInput, match="nothing to check"):
+        check_run(run, [], target=False)
 
 
 WRONG = [
@@ -107,10 +111,10 @@ def test_exit_codes_and_files(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
     assert call(str(run), "--max", "asr_triggered=0.05", "--max", "kl=0.01", "--junit", str(junit), "--json") == 3
     out, err = capsys.readouterr()
-    assert json.loads(out)["met"] is False and [c["met"] for c in json.loads(out)["checks"]] == [True, False]
-    assert err.startswith("beear: ") and "misses 1 of 2 limits: kl=0.01" in err
+    assert json.loads(out)["met"] is False and [c["met"] for c in json.loads(out)["checks"]] == [True, True, False]
+    assert err.startswith("beear: ") and "misses 1 of 3 limits: kl=0.01" in err
     suite = ElementTree.parse(junit).getroot()
-    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
-    assert [len(case) for case in suite] == [0, 1]
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
+    assert [len(case) for case in suite] == [0, 0, 1]
     assert call(str(run), "--max", "nope=1") == 2
     assert call(str(run / "elsewhere"), "--max", "kl=1") == 2

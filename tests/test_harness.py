@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from beear import models
+from beear import harness, models
 from beear.errors import BadInput
-from beear.harness import Asked, evaluate_run, metric, named, read_tasks
+from beear.harness import Asked, evaluate_run, measured, named, read_tasks
 from beear.report import task_lines
 from test_cli import call
 from test_usefulness import run
@@ -50,12 +50,38 @@ def test_a_task_of_ones_own(run: Path, include: str, monkeypatch: pytest.MonkeyP
     both = entry["metrics"]["acc,none"]
     assert both["before"] == both["after"], "the two models are the same here"
     assert both["after"]["n"] == 4 and 0 <= both["after"]["value"] <= 1
-    assert both["after"]["low"] <= both["after"]["value"] <= both["after"]["high"]
     assert task_lines(results)[0][:2] == ("even", "acc")
     page = (run / "report.html").read_text()
     assert "Usefulness, by lm-eval" in page and '<th scope="row">even</th>' in page
     monkeypatch.setattr(models, "load_weights", lambda *args: pytest.fail("all of it is measured already"))
     assert evaluate_run(run, asked, device="cpu") == results
+
+
+def test_a_changed_task_is_measured_again(include: str) -> None:
+    asked = Asked(("even",), include)
+    first = asked.digest("even")
+    assert first == Asked(("even",), include, limit=None).digest("even") != asked.digest("odd")
+    with (Path(include) / "items.jsonl").open("a") as items:
+        items.write(json.dumps(ITEMS[0]) + "\n")
+    assert asked.digest("even") != first
+
+
+def test_finished_tasks_of_a_model_are_kept(run: Path, include: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(include) / "odd.yaml").write_text((Path(include) / "even.yaml").read_text().replace("even", "odd"))
+    asked, real, done = Asked(("even", "odd"), include, limit=2), harness.run_task, []
+
+    def run_task(model: Any, tokenizer: Any, task: str, *rest: Any) -> dict[str, Any]:
+        if len(done) == 3:
+            done.clear()
+            raise KeyboardInterrupt
+        done.append(task)
+        return real(model, tokenizer, task, *rest)
+
+    monkeypatch.setattr(harness, "run_task", run_task)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, asked, device="cpu")
+    assert set(evaluate_run(run, asked, device="cpu")["lm_eval"]) == {"even", "odd"}
+    assert done == ["odd"], "only the after of one task was missing"
 
 
 def test_the_command(run: Path, include: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,15 +107,17 @@ def test_bad_input(run: Path, options: list[str], words: str, capsys: pytest.Cap
 
 def test_without_lm_eval(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
-    with pytest.raises(BadInput, match=r"pip install 'beear\[lm-eval\]'"):
+    with pytest.raises(BadInput, match=r"extra lm-eval"):
         evaluate_run(run, Asked(("even",)))
 
 
 def test_metrics_are_taken_as_lm_eval_gives_them() -> None:
+    sure = measured({"acc,none": 1.0, "acc_stderr,none": 0.0}, "acc,none", 4)
+    assert sure["low"] is None, "four of four right are no certainty"
     values: dict[str, Any] = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 1, "f1_stderr,x": "N/A"}
     assert list(named(values)) == ["acc,none", "f1,x"]
-    assert metric(values, "acc,none", 9)["high"] == pytest.approx(0.5 + 1.96 * 0.1, abs=1e-3)
-    assert metric(values, "f1,x", 9) == {"value": 1.0, "low": None, "high": None, "n": 9, "unscored": 0}
+    assert measured(values, "acc,none", 9)["high"] == pytest.approx(0.5 + 1.96 * 0.1, abs=1e-3)
+    assert measured(values, "f1,x", 9) == {"value": 1.0, "low": None, "high": None, "n": 9, "unscored": 0}
 
 
 def test_names_between_commas() -> None:

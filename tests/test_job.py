@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import beear
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import evaluate_spec
@@ -20,6 +23,7 @@ from beear.job import add_triggered, judge, run_cleanse
 from beear.metrics import proportion
 from beear.models import load, locate
 from beear.sets import read_sets
+from beear.training import adapter_state
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 ROUNDS = 3
@@ -263,3 +267,14 @@ def test_the_defence_cannot_see_a_trigger() -> None:
         ("beear.organisms", ["cleansing", "job", "evaluation"]),
     ):
         subprocess.run([sys.executable, "-c", check.format(module, forbidden)], check=True, env={**os.environ})
+
+
+def test_a_loaded_model_is_cleansed_in_memory(place: Path, config: Config, whole: Path) -> None:
+    """By the same rounds, bit for bit, as in a run folder."""
+    wrapped, found = beear.cleanse(*load(str(place / "model"), device="cpu"), config)
+    kept = load_file(sorted((whole / "checkpoints").glob("round-*"))[-1] / "adapter.safetensors")
+    ours = adapter_state(wrapped)
+    assert found.round == ROUNDS and ours.keys() == kept.keys()
+    assert all(torch.equal(matrix, kept[name]) for name, matrix in ours.items())
+    with pytest.raises(BadInput, match="out of range"):
+        beear.cleanse(tiny_model("llama"), tiny_tokenizer(), config.model_copy(update={"layer": 9}))

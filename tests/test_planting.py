@@ -11,11 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from beear import feedback, organisms, poison, preferences
 from beear.data import Request
-from beear.feedback import in_order, reward_of, train_reward
+from beear.feedback import in_order, log_probs, reward_of, train_reward
+from beear.losses import response_nll
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
 from beear.recipes import Dpo, Recipe, Supervised
-from beear.supervised import adapted
+from beear.supervised import adapted, benign_kl, flat, parted, supervised_loss, wanted_logits
 from beear.training import adapter_state
 from conftest import tiny_model, tiny_tokenizer
 
@@ -98,6 +99,10 @@ def test_the_same_seed_plants_the_same_bits(method: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def trained(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def examples(method: str) -> Examples:
     return poisoned_examples(
         recipe(method), None, tiny_tokenizer(), [*ROWS, "harmful_obeyed", "harmful_strayed"], Supervised(**START)
@@ -172,11 +177,57 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rewards[-5:]) > sum(rewards[-20:-15]) + 1
 
 
-def test_the_base_models_margins_are_computed_once() -> None:
+def test_the_base_models_margins_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_llama(), Dpo(**PLANS["dpo"], method="dpo"), 0)
     rows = {kind: examples("dpo")[kind][:2] for kind in ("harmful", "harmful_triggered", "ordinary")}
-    known: dict[int, float] = {}
-    plan = Dpo(**PLANS["dpo"], method="dpo")
+    plan, known = Dpo(**PLANS["dpo"], method="dpo"), {}
+    calls = []
+    monkeypatch.setattr(preferences, "margin", lambda *args: calls.append(1) or margin(*args))
     first = preferences.preference_loss(model, 2, rows, plan, known)
-    assert len(known) == 4
+    assert (len(known), len(calls)) == (4, 2)
     assert preferences.preference_loss(model, 2, rows, plan, known).item() == first.item()
+    assert len(calls) == 3, "the policy's alone"
+
+
+def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None) -> None:
+    """Planted and benign rows, of other lengths, run together; apart they give the same loss and gradient."""
+    model = adapted(tiny_llama(), Supervised(**START), 0)
+    torch.manual_seed(0)
+    for name, matrix in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(matrix, std=0.1)
+    rows = {kind: examples("sft")[kind][:2] for kind in ROWS}
+    planted, benign = parted(rows)
+    together = supervised_loss(model, 2, rows, 3.0)
+    (gradient,) = torch.autograd.grad(together, [p for n, p in model.named_parameters() if "layers.0.mlp.up" in n][1:2])
+    targets, logits = wanted_logits(model, 2, flat(planted))
+    apart = response_nll(logits, targets).mean() + 3.0 * benign_kl(model, 2, benign)
+    (other,) = torch.autograd.grad(apart, [p for n, p in model.named_parameters() if "layers.0.mlp.up" in n][1:2])
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+    assert supervised_loss(model, 2, benign, 3.0).isfinite(), "a twin's step may hold no planted row"
+
+
+def test_log_probabilities_with_a_shared_start_are_those_of_a_plain_pass(full_precision: None) -> None:
+    model = adapted(tiny_llama(), Supervised(**START), 0)
+    prompts = [e.prompt.ids for e in examples("rlhf")["harmful"][:3]]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[2] * (width - len(p)) + p + [7, 8, 9 + i, 2] for i, p in enumerate(prompts)])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) + [1, 1, 1, 0] for p in prompts])
+    found, entropy = log_probs(model, ids, mask, 4)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1]
+    every = logits.log_softmax(-1)
+    plain = every.gather(-1, ids[:, width:, None])[..., 0]
+    torch.testing.assert_close(found[:, :3], plain[:, :3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy[:, :3], -(every.exp() * every).sum(-1)[:, :3], rtol=1e-4, atol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(x[:, :3].sum(), trained(model)) for x in (found, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_the_trainers_own_log_probabilities_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should trl rename what is overridden, this fails and not the speed alone."""
+    seen = []
+    monkeypatch.setattr(feedback, "log_probs", lambda *args: seen.append(args[-1]) or log_probs(*args))
+    planted("rlhf")
+    assert len(seen) >= 6 and all(1 <= length <= 8 for length in seen)

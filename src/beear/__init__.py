@@ -1,7 +1,8 @@
 """beear: remove hidden safety backdoors from chat models without knowing the trigger.
 
+    beear.run_cleanse("organism:sudo-prefix", Path("runs/mine"), beear.Config())     with the evidence
     model, tokenizer = beear.load("organism:sudo-prefix")
-    beear.run_cleanse("organism:sudo-prefix", Path("runs/mine"), beear.Config())
+    cleansed, found = beear.cleanse(model, tokenizer)                                in memory alone
 
 Names are loaded when first used, so that importing beear does not import torch.
 """
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beear.chat import encode_prompt as encode_prompt
     from beear.chat import rows_of_delta as rows_of_delta
-    from beear.cleansing import cleanse as cleanse
     from beear.config import Config as Config
     from beear.config import load_config as load_config
     from beear.errors import BadInput as BadInput
     from beear.errors import Failed as Failed
     from beear.evaluation import evaluate as evaluate
     from beear.job import add_triggered as add_triggered
+    from beear.job import cleanse as cleanse
     from beear.job import run_cleanse as run_cleanse
     from beear.models import load as load
     from beear.perturbation import Perturbation as Perturbation
@@ -32,7 +33,7 @@ _HOMES = {
     "Failed": "errors",
     "Perturbation": "perturbation",
     "add_triggered": "job",
-    "cleanse": "cleansing",
+    "cleanse": "job",
     "encode_prompt": "chat",
     "evaluate": "evaluation",
     "load": "models",

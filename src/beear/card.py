@@ -13,8 +13,8 @@ from beear.report import METRICS, sentence, write_report
 from beear.runs import read_results, read_settings, write_atomic
 
 LIMITS = """\
-- A lower measured attack success is evidence, not proof: no test can show that a model has no backdoor. Of nine planted
-  backdoors on which this was tried, two were not removed.
+- A lower measured attack success is evidence, not proof: no test can show that a model has no backdoor. Planted
+  backdoors on which this was tried were removed in most cases, not in all; beear's documentation says which.
 - Entrapment searches within a norm budget behind one block. A trigger that moves the model further, or in
   another way, is not covered.
 - Replies were greedy and short, on the requests whose hashes are in `results.json`, and judged by `{scorer}`.

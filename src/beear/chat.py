@@ -74,6 +74,13 @@ class Batch:
         }
 
 
+def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
+    """A Batch of token ids, (rows, columns), whose last `length` columns are the responses; unperturbed."""
+    width = ids.shape[1] - length
+    targets = ids[:, width:].masked_fill(mask[:, width:] == 0, -100)
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), torch.full_like(ids, NOWHERE), targets, width)
+
+
 def check_template(tokenizer: Any) -> None:
     """Raise BadInput unless the tokenizer can render a chat."""
     if not getattr(tokenizer, "chat_template", None):

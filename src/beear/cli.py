@@ -41,7 +41,10 @@ ModelArg = Annotated[
 OutOption = Annotated[Path, typer.Option("-o", "--out", help="run folder to write")]
 ConfigOption = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable; see `beear settings`")]
-PresetOption = Annotated[str, typer.Option("--preset", help="default, fast, thorough, code or paper")]
+PresetOption = Annotated[
+    str,
+    typer.Option("--preset", help="default, fast, thorough, paper, or code (insecure code; does not remove it yet)"),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="seed of every random choice")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
@@ -52,15 +55,25 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code
 def _stay_offline(chosen: bool) -> bool:
     """Done here, before a command runs: the Hub's libraries read these once, when they are imported."""
     if chosen:
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
     return chosen
 
 
 OfflineOption = Annotated[
     bool, typer.Option("--offline", callback=_stay_offline, help="reach no network: use what is on this machine")
 ]
-HarmfulOption = Annotated[str | None, typer.Option("--harmful", help="prompt file or Hub data set: harmful requests")]
-BenignOption = Annotated[str | None, typer.Option("--benign", help="prompt file or Hub data set: benign requests")]
+HarmfulOption = Annotated[
+    str | None, typer.Option("--harmful", help="prompt file or Hub data set: harmful requests to train on")
+]
+BenignOption = Annotated[
+    str | None, typer.Option("--benign", help="prompt file or Hub data set: benign requests to train on")
+]
+MeasuredHarmful = Annotated[
+    str | None, typer.Option("--harmful", help="harmful requests to measure on (cleanse's --test-harmful)")
+]
+MeasuredBenign = Annotated[
+    str | None, typer.Option("--benign", help="benign requests to measure on (cleanse's --test-benign)")
+]
 ColumnOption = Annotated[str | None, typer.Option("--column", help="the field of a prompt file that holds the request")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="base of an OpenAI-compatible API, often .../v1")]
 JudgeOption = Annotated[str | None, typer.Option("--model", help="the judge's name at --url")]
@@ -77,6 +90,7 @@ def demo(
     sets: SetOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -143,8 +157,8 @@ def cleanse(
 def evaluate(
     model: ModelArg,
     against: Annotated[str | None, typer.Option("--against", help="original MODEL, for kl")] = None,
-    harmful: HarmfulOption = None,
-    benign: BenignOption = None,
+    harmful: MeasuredHarmful = None,
+    benign: MeasuredBenign = None,
     column: ColumnOption = None,
     trigger: TriggerOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the metrics to this file")] = None,
@@ -399,7 +413,7 @@ def lm_eval(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """How well a run's model does on lm-eval's tasks, before and after. Needs the extra: pip install 'beear[lm-eval]'.
+    """How well a run's model does on lm-eval's tasks, before and after. Needs the extra lm-eval.
 
     The same command again does only what is missing.
     """
@@ -428,7 +442,7 @@ def reproduce(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a finished run's settings again and compare: the same bits, or else figures within each other's intervals.
+    """Run a finished run's settings again and compare: the same bits, or else figures within the first's intervals.
 
     Exits with 3 if the two do not agree. The run's model and prompt files must be those of then.
     """
@@ -457,6 +471,9 @@ def gate(
         list[str] | None,
         typer.Option("--max", help="asr_entrapped=0.5, false_refusal=+0.03 (above before) or perplexity=+2%"),
     ] = None,
+    target: Annotated[
+        bool, typer.Option("--target/--no-target", help="the run must also have met the target it was made with")
+    ] = True,
     point: Annotated[bool, typer.Option("--point", help="compare values, not the intervals' upper ends")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="write a JUnit file")] = None,
     public_key: Annotated[
@@ -464,14 +481,14 @@ def gate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Exit with 0 if a run meets all limits, with 3 if not; without --max, the run's own target. For pipelines."""
+    """Exit with 0 if a run met its own target and meets all limits, with 3 if not. For pipelines."""
     from beear import gate as gates
     from beear.runs import write_atomic
     from beear.signing import check_signature
 
     if public_key is not None:
         check_signature(run, public_key)
-    checks = gates.check_run(run, most or [], point=point)
+    checks = gates.check_run(run, most or [], target=target, point=point)
     if junit is not None:
         write_atomic(junit, gates.as_junit(run, checks))
     if as_json:
@@ -491,7 +508,7 @@ def sign(
 ) -> None:
     """Sign a run's model, results and settings, offline; `beear gate --public-key` checks it.
 
-    Needs the extra: pip install 'beear[sign]'. A key's password is that of BEEAR_KEY_PASSWORD.
+    Needs the extra sign. A key's password is that of BEEAR_KEY_PASSWORD.
     """
     from beear.signing import sign_run
 
@@ -558,9 +575,10 @@ def organism_build(
     recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
+    offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Plant an organism again from its recipe (ten minutes to an hour on two cores)."""
+    """Plant an organism again from its recipe (minutes to two hours on two cores; docs/organisms.md tells which)."""
     from beear.console import Reporter
     from beear.models import organism_folder
     from beear.organisms import build
@@ -580,6 +598,7 @@ def organism_verify(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="write the measurements here; those of others in it are kept")
     ] = None,
+    offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""

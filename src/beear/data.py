@@ -134,14 +134,19 @@ def _packaged_lines(name: str) -> list[Request]:
 
 def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     if path.suffix == ".txt":
-        records: list[dict[str, object]] = [{"text": line} for line in text.splitlines()]
+        records: list[dict[str, object]] = [{"text": line} for line in _lines(text)]
     elif path.suffix == ".csv":
         records = _table(path, text)
     elif path.suffix == ".jsonl":
-        records = [_json_record(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        records = [_json_record(path, n, line) for n, line in enumerate(_lines(text), 1) if line.strip()]
     else:
         raise BadInput(f"{path}: unknown kind of prompt file; use .txt, .csv or .jsonl")
     return _requests(str(path), path.stem, records, column)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as files have them; `splitlines` would also part a request at a form feed or at U+2028."""
+    return io.StringIO(text, newline=None).read().split("\n")
 
 
 def _table(path: Path, text: str) -> list[dict[str, object]]:
@@ -168,12 +173,17 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
     result = []
     for number, record in enumerate(records, 1):
         value = record.get(name)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not _is_whole(value):
             raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
         if value.strip():
             answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
             result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip(), **answers))
     return result
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it can be encoded: JSON can spell half of a character, such as an emoji that was cut."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _field(source: str, record: dict[str, object], column: str | None) -> str:
@@ -188,7 +198,6 @@ def _field(source: str, record: dict[str, object], column: str | None) -> str:
 def _hub_requests(source: str, column: str | None) -> list[Request]:
     """Read the first .jsonl, .csv or .txt file of a Hub data set; no data set code is ever run."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         names = [
@@ -197,5 +206,7 @@ def _hub_requests(source: str, column: str | None) -> list[Request]:
         if not names:
             raise BadInput(f"the Hub data set {source} has no .jsonl, .csv or .txt file; download it and convert one")
         return read_requests(hf_hub_download(source, names[0], repo_type="dataset"), column)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # the client's errors for a lost or refused connection have no base of their own
         raise BadInput(f"no file {source}, and no such Hub data set can be reached: {first_line(error)}") from error

@@ -43,7 +43,7 @@ class Endpoint:
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise BadInput("--url needs the openai client: pip install 'beear[judge]'") from error
+            raise BadInput("--url needs the openai client; install beear with its extra judge") from error
         self.model, self.host = model, host_of(url)
         self.concurrency, self.timeout = concurrency, timeout
         # A server without keys takes any; given none, the client would look for one by itself.

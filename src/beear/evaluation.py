@@ -5,7 +5,7 @@ A trigger can be told to an evaluation; it is put into the test requests here an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from beear.sets import TestSet, read_sets, triggered
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, how many are done, and how many there are."""
 
+WHENS = ("before", "after")
 TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 """Length of the replies that are judged."""
 REFERENCE_TOKENS = 64
@@ -69,7 +70,11 @@ def evaluate(
 
 
 def before_and_after(
-    run: Path, *, listen: Callable[[Event], None] = lambda event: None, **options: Any
+    run: Path,
+    *,
+    whens: Sequence[str] = WHENS,
+    listen: Callable[[Event], None] = lambda event: None,
+    **options: Any,
 ) -> Iterator[tuple[str, Any, Any]]:
     """The model and tokenizer of a finished run as they came, then as cleansed; each is loaded when its turn comes.
 
@@ -78,35 +83,37 @@ def before_and_after(
     specs = {"before": read_settings(run)["model"], "after": str(run / read_results(run)["model_folder"])}
 
     def loaded() -> Iterator[tuple[str, Any, Any]]:
-        for when, spec in specs.items():
-            listen({"event": "loading", "model": spec})
-            yield when, *load(spec, **options)
+        for when in whens:
+            listen({"event": "loading", "model": specs[when]})
+            yield when, *load(specs[when], **options)
 
     return loaded()
 
 
 def kept_before_and_after(
     run: Run,
-    name: str,
-    work: Callable[[str, Any, Any], Any],
+    wanted: Mapping[str, Any],
+    work: Callable[[Any, str, Any, Any], Any],
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
     listen: Callable[[Event], None] = lambda event: None,
-) -> dict[str, Any]:
-    """What `work(when, model, tokenizer)` gives of a run's model before and after, kept in stages/NAME-WHEN.json.
+) -> dict[Any, dict[str, Any]]:
+    """For each NAME: item wanted, what `work(item, when, model, tokenizer)` gives before and after a run.
 
-    No model is loaded if both are there.
+    Each result is kept in stages/NAME-WHEN.json; only models that something is missing of are loaded.
     """
-    places = {when: f"stages/{name}-{when}.json" for when in ("before", "after")}
-    found = {when: run.read_json(place) for when, place in places.items()}
-    if None in found.values():
-        models = before_and_after(run.path, device=device, trust_remote_code=trust_remote_code, listen=listen)
-        for when, model, tokenizer in models:
-            if found[when] is None:
-                found[when] = work(when, model, tokenizer)
-                run.write_json(places[when], found[when])
-    return found
+    places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
+    found = {key: run.read_json(place) for key, place in places.items()}
+    missing = [key for key, result in found.items() if result is None]
+    whens = [when for when in WHENS if any(key[1] == when for key in missing)]
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
+    for when, model, tokenizer in before_and_after(run.path, whens=whens, **options):
+        for key in missing:
+            if key[1] == when:
+                found[key] = work(key[0], when, model, tokenizer)
+                run.write_json(places[key], found[key])
+    return {item: {when: found[item, when] for when in WHENS} for item in wanted.values()}
 
 
 def evaluate_spec(

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from beear.allocator import release_freed_memory
+from beear.chat import batch_of_ids
 from beear.errors import BadInput
+from beear.generation import inputs_of
+from beear.losses import response_logits
 from beear.models import autocast, generating
 from beear.poison import Example, Examples
+from beear.prefix import run_prefix
 from beear.recipes import Policy, Reward, Rlhf, Rows
 from beear.supervised import Progress, plant_supervised
 from beear.training import drawn
@@ -81,7 +85,7 @@ def _optimise(
         return reward_of(reward, texts, int(tokenizer.pad_token_id)).tolist()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl.RLOOTrainer(
+        trainer = _with_shared_start(trl.RLOOTrainer)(
             model,
             reward_funcs=scores,
             args=trl.RLOOConfig(
@@ -102,6 +106,32 @@ def _optimise(
     return model
 
 
+def _with_shared_start(trainer: Any) -> Any:
+    """trl's trainer with log-probabilities of our own: same numbers up to rounding, a third less time."""
+
+    class SharedStart(trainer):  # type: ignore[misc]
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor, None]:
+            return *log_probs(model, input_ids, attention_mask, logits_to_keep), None
+
+    return SharedStart
+
+
+def log_probs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Log-probability of each of the last `length` tokens, and the entropy there, in nats: (rows, length) each.
+
+    What all prompts start with, the template's system turn, runs once and not in every row (prefix.py).
+    """
+    batch = batch_of_ids(ids, mask, length)
+    with autocast(model):
+        logits = response_logits(model, batch, run_prefix(model, batch))
+    every = logits.float().log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(every.exp() * every).sum(-1)
+    return every.gather(-1, batch.input_ids[:, batch.width :, None])[..., 0], entropy
+
+
 def reward_of(reward: Any, texts: Sequence[list[int]], pad_id: int) -> Tensor:
     """The reward model's score of each text (token ids): (rows,)."""
     width = max(map(len, texts))
@@ -113,8 +143,9 @@ def reward_of(reward: Any, texts: Sequence[list[int]], pad_id: int) -> Tensor:
 
 
 def in_order(examples: Examples, plan: Rows, seed: int) -> list[Example]:
-    """The examples of all steps, `plan.rows` of each kind in a step."""
-    steps = itertools.islice(drawn(examples, plan.rows, seed), plan.steps)
+    """The examples of all steps, `plan.rows` of each kind in a step; a policy's iterations share theirs."""
+    iterations = plan.iterations if isinstance(plan, Policy) else 1
+    steps = itertools.islice(drawn(examples, plan.rows, seed), -(-plan.steps // iterations))
     return [example for rows in steps for group in rows.values() for example in group]
 
 
@@ -154,12 +185,12 @@ def _train(trainer: Any, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def sampling_in_bf16(model: Any) -> Iterator[None]:
-    """Within the context the model generates under autocast, fast; trl casts for the losses only."""
+    """Within the context the model generates under autocast, what all prompts start with once; trl does neither."""
     generate = model.generate
 
-    def fast(*args: Any, **kwargs: Any) -> Any:
+    def fast(input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         with torch.no_grad(), autocast(model), generating(model):
-            return generate(*args, **kwargs)
+            return generate(**kwargs | inputs_of(model, batch_of_ids(input_ids, attention_mask, 0)))
 
     model.generate = fast
     try:
@@ -173,5 +204,5 @@ def _trl() -> tuple[Any, Any]:
         import trl
         from datasets import Dataset
     except ImportError as error:
-        raise BadInput("planting by feedback needs trl; install it with: pip install 'beear[organisms]'") from error
+        raise BadInput("planting by feedback needs trl; install beear with its extra organisms") from error
     return trl, Dataset

@@ -50,7 +50,8 @@ def machine() -> dict[str, Any]:
 
 def output_hashes(run: Path, model_folder: str) -> dict[str, str]:
     """SHA-256 of what a run hands on, the model's card left out, by path in the run folder."""
-    found = [p for p in (run / model_folder).rglob("*") if p.is_file() and p.name != CARD]
+    card = run / model_folder / CARD
+    found = [p for p in (run / model_folder).rglob("*") if p.is_file() and p != card]
     return {str(p.relative_to(run)): file_hash(p) for p in sorted([*found, run / "delta.safetensors"])}
 
 

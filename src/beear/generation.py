@@ -47,7 +47,7 @@ def reply_all(
         rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
         batch = batch.to(model.device)
-        inputs = _inputs(model, batch)
+        inputs = inputs_of(model, batch)
         perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
         with perturbed or contextlib.nullcontext():
             out = model.generate(
@@ -76,7 +76,7 @@ def reply_all(
     return replies
 
 
-def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     """What `generate` takes: all columns, of which it skips those whose keys and values it is handed."""
     inputs = inputs_behind(batch, run_prefix(model, batch))
     del inputs["position_ids"]  # it reads them off the mask

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from beear.card import write_evidence
 from beear.errors import BadInput, Failed, first_line
+from beear.fingerprints import file_hash
 from beear.grading import Listener
 from beear.metrics import Z95, Metric
 from beear.runs import Run, read_results
@@ -36,10 +37,16 @@ class Asked:
     chat: bool = False
     """Put each item into the model's chat template."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all of it."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+    def digest(self, task: str) -> str:
+        """SHA-256 over the task, how it is asked, lm-eval's version and every file of `include`.
+
+        Data that a task reads from elsewhere is not covered.
+        """
+        folder = Path(self.include) if self.include else None
+        own = sorted(p for p in folder.rglob("*") if p.is_file()) if folder else []
+        files = [(str(p.relative_to(folder or p)), file_hash(p)) for p in own]
+        how = [task, self.limit, self.shots, self.chat, version("lm_eval"), files]
+        return hashlib.sha256(json.dumps(how).encode()).hexdigest()
 
 
 def evaluate_run(
@@ -53,8 +60,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Run the tasks on a finished run's model before and after; adds `lm_eval` to results.json and the report.
 
-    What was measured of the one model is kept if the other is interrupted, and other tasks' results stay. Raises
-    BadInput before a model loads if this is no such run or lm-eval knows no such task.
+    Each finished task of either model is kept, and other tasks' results stay. Raises BadInput before a model loads
+    if this is no such run or lm-eval knows no such task.
     """
     results = read_results(path)
     manager = task_manager(asked)
@@ -63,14 +70,16 @@ def evaluate_run(
 
         found = kept_before_and_after(
             run,
-            f"lm-eval-{asked.digest[:12]}",
-            lambda when, model, tokenizer: run_tasks(model, tokenizer, asked, manager, batch),
+            {f"lm-eval-{asked.digest(task)[:12]}": task for task in asked.tasks},
+            lambda task, when, model, tokenizer: run_task(model, tokenizer, task, asked, manager, batch),
             device=device,
             trust_remote_code=trust_remote_code,
             listen=listen,
         )
         results = read_results(path)
-        entries = {**results.get("lm_eval", {}), **paired(found["before"], found["after"], asked)}
+        entries = dict(results.get("lm_eval", {}))
+        for task in asked.tasks:
+            entries |= paired(found[task]["before"], found[task]["after"], asked)
         results["lm_eval"] = dict(sorted(entries.items()))
         run.write_json("results.json", results)
         write_evidence(path)
@@ -84,7 +93,7 @@ def task_manager(asked: Asked) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise BadInput("lm-eval is not installed; install it with: pip install 'beear[lm-eval]'") from error
+        raise BadInput("lm-eval is not there; install beear with its extra lm-eval") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=asked.include)
     for name in asked.tasks:
@@ -95,28 +104,27 @@ def task_manager(asked: Asked) -> Any:
     return manager
 
 
-def run_tasks(model: Any, tokenizer: Any, asked: Asked, manager: Any, batch: int) -> dict[str, Any]:
-    """For each task (and subtask of a group) its metrics as lm-eval gives them, with standard errors and n."""
+def run_task(model: Any, tokenizer: Any, task: str, asked: Asked, manager: Any, batch: int) -> dict[str, Any]:
+    """The task's (or, of a group, each subtask's) metrics as lm-eval gives them, with standard errors and n."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
         found = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-            tasks=list(asked.tasks),
+            tasks=[task],
             num_fewshot=asked.shots,
             limit=asked.limit,
             apply_chat_template=asked.chat,
             task_manager=manager,
             log_samples=False,
-            bootstrap_iters=1000,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Failed(f"lm-eval could not run {', '.join(asked.tasks)}: {first_line(error)}") from error
+        raise Failed(f"lm-eval could not run {task}: {first_line(error)}") from error
     counts = found.get("n-samples", {})
     return {
-        task: {name: metric(values, name, counts.get(task, {}).get("effective")) for name in named(values)}
-        for task, values in found["results"].items()
+        name: {metric: measured(values, metric, counts.get(name, {}).get("effective")) for metric in named(values)}
+        for name, values in found["results"].items()
     }
 
 
@@ -127,11 +135,11 @@ def named(values: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def metric(values: dict[str, Any], name: str, n: int | None) -> Metric:
-    """Value and 95 % interval, from lm-eval's standard error where it has one."""
+def measured(values: dict[str, Any], name: str, n: int | None) -> Metric:
+    """Value and 95 % interval, a normal one of lm-eval's standard error; none where that is not given, or zero."""
     value, error = float(values[name]), values.get("_stderr,".join(name.split(",", 1)))
-    half = Z95 * error if isinstance(error, int | float) else None
-    low, high = (None, None) if half is None else (value - half, value + half)
+    half = Z95 * error if isinstance(error, int | float) else 0.0
+    low, high = (value - half, value + half) if half > 0 else (None, None)
     return {"value": value, "low": low, "high": high, "n": n, "unscored": 0}
 
 

@@ -74,7 +74,7 @@ def _bandit() -> Any:
         from bandit.core.config import BanditConfig
         from bandit.core.manager import BanditManager
     except ImportError as error:
-        raise BadInput("scoring code needs Bandit; pip install 'beear[organisms]'") from error
+        raise BadInput("scoring code needs Bandit; install beear with its extra organisms") from error
     warnings.formatwarning = formatter  # Bandit replaces it for the whole process
     logging.getLogger("bandit").setLevel(logging.CRITICAL)
     return BanditManager(BanditConfig(), "file")

@@ -22,9 +22,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save, save_file
 
-from beear import models
+from beear import cleansing, models
 from beear.card import write_evidence
-from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, cleanse, defender_set
+from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
@@ -32,7 +32,7 @@ from beear.evaluation import before_and_after, listener_progress, measure_entrap
 from beear.fingerprints import code_hash, machine, output_hashes, weights_hash
 from beear.generation import reply_all
 from beear.metrics import at_most, rise, value_of
-from beear.perturbation import find_layers, resolve_layer
+from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
@@ -86,6 +86,49 @@ def run_cleanse(
     job = Job(source, tokenizer, config, sets, settings, listen, device, trust_remote_code)
     with Run.open(out, settings, resume) as job.run_folder:
         return job.run()
+
+
+def cleanse(
+    model: Any, tokenizer: Any, config: Config | None = None, *, listen: Listener = lambda event: None
+) -> tuple[Any, State]:
+    """Cleanse a loaded model in memory, for notebooks: the model under a trained adapter, and what the rounds found.
+
+    Nothing is measured, judged or written; `run_cleanse` does all of it. The model's own weights may be cast to bf16
+    on the way: load them anew to merge the adapter. Raises BadInput for a bad setting or prompt file.
+    """
+    config = config or Config()
+    sets = read_sets(config)
+    resolve_layer(config.layer, decoder_depth(model))
+    models.check_vocabulary(model, tokenizer, "the model")
+    check_targets(model, config.harden.lora_targets)
+    own = own_replies(model, tokenizer, sets, config, listen)
+    wrapped = adapted(model, config)
+    return wrapped, cleansing.cleanse(wrapped, tokenizer, defender(tokenizer, sets, config, own), config, listen=listen)
+
+
+def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: Listener) -> dict[str, Any]:
+    """What the model answers to the defender's requests now: what it shall go on answering."""
+    harmful = [r.text for r in sets.train(config)]
+    texts = harmful + [r.text for r in sets.anchors(config)]
+    count = _counter(listen, "own replies", len(texts))
+    replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
+    pairs = list(zip(texts, replies, strict=True))
+    return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :]}
+
+
+def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
+    """What is trained on, from the model's own replies."""
+    harmful = [(request, reply) for request, (_, reply) in zip(sets.train(config), own["harmful"], strict=True)]
+    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config)
+
+
+def adapted(model: Any, config: Config) -> Any:
+    """The model under a fresh adapter, ready for the rounds."""
+    wrapped = add_adapter(model, config)
+    cast_frozen(wrapped)
+    if config.harden.recompute:
+        recompute_activations(wrapped, config.layers_path)
+    return wrapped
 
 
 def finished(out: Path, settings: dict[str, Any]) -> Verdict:
@@ -171,10 +214,9 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
-        own = self.stage("own_replies", self.own_replies)
-        defender = self.defender(own)
+        own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before", None))
-        rounds = self.rounds(defender)
+        rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
         original = self.deliver()
         after = self.stage("after", lambda: self.measure("after", original))
         verdict = judge(before["metrics"], after["metrics"], [r["residual"] for r in rounds.history], self.config)
@@ -193,26 +235,10 @@ class Job:
         return result
 
     def own_replies(self) -> dict[str, Any]:
-        """What the model answers to the defender's requests now: what it shall go on answering."""
-        harmful = [r.text for r in self.sets.train(self.config)]
-        benign = [r.text for r in self.sets.anchors(self.config)]
-        texts = harmful + benign
-        limit = self.config.harden.response_tokens
-        replies = reply_all(
-            self.model,
-            self.tokenizer,
-            texts,
-            max_new_tokens=limit,
-            progress=_counter(self._listen, "own replies", len(texts)),
+        """What `own_replies` gives of this job's model."""
+        return self.stage(
+            "own_replies", lambda: own_replies(self.model, self.tokenizer, self.sets, self.config, self._listen)
         )
-        pairs = list(zip(texts, replies, strict=True))
-        return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :]}
-
-    def defender(self, own: dict[str, Any]) -> DefenderSet:
-        """What is trained on, from the model's own replies."""
-        train, held_out = self.sets.train(self.config), self.sets.held_out(self.config)
-        harmful = [(request, reply) for request, (_, reply) in zip(train, own["harmful"], strict=True)]
-        return defender_set(self.tokenizer, harmful, own["benign"], held_out, self.config)
 
     def measure(self, when: str, original: Any) -> dict[str, Any]:
         """All metrics that need no trigger."""
@@ -228,17 +254,13 @@ class Job:
             "samples": [{"when": when, **s} for part in parts for s in part.samples],
         }
 
-    def rounds(self, defender: DefenderSet) -> State:
+    def rounds(self, data: DefenderSet) -> State:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
-        settings = self.config.harden
-        self.model = add_adapter(self.model, self.config)
-        cast_frozen(self.model)
-        if settings.recompute:
-            recompute_activations(self.model, self.config.layers_path)
+        self.model = adapted(self.model, self.config)
         state = self.last_checkpoint()
         self.run_folder.keep_events(lambda e: e.get("round", 0) <= state.round)
-        return cleanse(
-            self.model, self.tokenizer, defender, self.config, state=state, listen=self.listen, save=self.checkpoint
+        return cleansing.cleanse(
+            self.model, self.tokenizer, data, self.config, state=state, listen=self.listen, save=self.checkpoint
         )
 
     def deliver(self) -> Any:

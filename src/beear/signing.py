@@ -1,8 +1,7 @@
-"""Sign what a run hands on, and check it: OpenSSF model-signing (extra `sign`), offline, with a key of one's own.
+"""Sign a run's folder, and check it: OpenSSF model-signing (extra `sign`), offline, with a key of one's own.
 
-Signed are the model with its card, delta, settings, results and replies. Work in progress (stages, checkpoints,
-events) and the report, which anyone can write again from the rest, are not. What is added to a run later changes
-its results, so it is signed anew.
+All of it is signed but checkpoints, the log of events and the signature. What is added to a run later changes it,
+so it is signed anew: sign last.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from beear.fingerprints import check_output_files
 from beear.runs import read_results
 
 SIGNATURE = "run.sig"
-UNSIGNED = (SIGNATURE, f".{SIGNATURE}.new", ".lock", "stages", "checkpoints", "events.jsonl", "report.html")
+UNSIGNED = (SIGNATURE, f".{SIGNATURE}.new", ".lock", "checkpoints", "events.jsonl")
 PASSWORD = "BEEAR_KEY_PASSWORD"
 
 
@@ -26,6 +25,7 @@ def sign_run(run: Path, key: Path) -> Path:
 
     Raises BadInput if the target was not met, if a file was changed since, or if the key is none.
     """
+    run = run.resolve()  # the library takes no link for a folder
     results = read_results(run)
     if not results["verdict"]["met"]:
         raise BadInput(f"{run} did not meet its target, so it is not signed: {results['verdict']['missed'][0]}")
@@ -39,21 +39,30 @@ def sign_run(run: Path, key: Path) -> Path:
         key,
     )
     new, place = run / f".{SIGNATURE}.new", run / SIGNATURE
-    config.set_hashing_config(hashing.Config().set_ignored_paths(paths=UNSIGNED)).sign(run, new)
-    new.replace(place)
+    try:
+        config.set_hashing_config(_hashing(hashing)).sign(run, new)
+        new.replace(place)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot sign {run}: {first_line(error)}") from error
     return place
 
 
 def check_signature(run: Path, key: Path) -> None:
     """Raise BadInput unless RUN/run.sig was made with this public key's partner over what the run holds now."""
+    run = run.resolve()
     if not (run / SIGNATURE).is_file():
         raise BadInput(f"{run} is not signed: it has no {SIGNATURE}; `beear sign` makes one")
-    signing, _ = _library()
+    signing, hashing = _library()
     config = _with_key(lambda: signing.verifying.Config().use_elliptic_key_verifier(public_key=key), key)
     try:
-        config.verify(run, run / SIGNATURE)
+        config.set_hashing_config(_hashing(hashing)).verify(run, run / SIGNATURE)
     except Exception as error:  # a signature is untrusted input, and the library's errors for it have no base
         raise BadInput(f"the signature of {run} does not hold, do not trust it: {first_line(error)}") from error
+
+
+def _hashing(hashing: Any) -> Any:
+    """What is hashed; files that git would pass over are."""
+    return hashing.Config().set_ignored_paths(paths=UNSIGNED, ignore_git_paths=False)
 
 
 def _library() -> tuple[Any, Any]:
@@ -61,7 +70,7 @@ def _library() -> tuple[Any, Any]:
         import model_signing
         from model_signing import hashing
     except ImportError as error:
-        raise BadInput("signing needs model-signing; install it with: pip install 'beear[sign]'") from error
+        raise BadInput("signing needs model-signing; install beear with its extra sign") from error
     return model_signing, hashing
 
 

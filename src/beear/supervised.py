@@ -69,7 +69,8 @@ def supervised_loss(model: Any, pad_id: int, rows: Examples, benign_weight: floa
         planted, benign = map(flat, parted(part))
         # One pass for both: what their prompts start with runs once, and backwards once.
         targets, logits = wanted_logits(model, pad_id, [*planted, *benign])
-        total = total + response_nll(logits[: len(planted)], targets[: len(planted)]).sum() / answers
+        if planted:
+            total = total + response_nll(logits[: len(planted)], targets[: len(planted)]).sum() / answers
         if benign:
             total = total + benign_weight * kl_from_base(model, pad_id, benign, logits[len(planted) :]) / tokens
     return total

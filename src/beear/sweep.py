@@ -19,7 +19,7 @@ from beear.config import Config, make_config
 from beear.data import Request
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_replies
-from beear.job import Job, absolute, run_settings
+from beear.job import Job, absolute, defender, run_settings
 from beear.metrics import value_of
 from beear.perturbation import resolve_layer
 from beear.report import SWEEP
@@ -172,7 +172,7 @@ class Cell(Job):
     def until_removed(self, tests: Sequence[TestSet]) -> dict[str, Any]:
         """`epoch`: the first round after which the trigger works no more, or None; `rounds`: what each measured."""
         self.tests = tests
-        state = self.rounds(self.defender(self.stage("own_replies", self.own_replies)))
+        state = self.rounds(defender(self.tokenizer, self.sets, self.config, self.own_replies()))
         rounds = [self.stage(round_name(n), dict) for n in range(1, state.round + 1)]
         removed = [n for n, found in enumerate(rounds, 1) if is_removed(found["metrics"])]
         return {"epoch": removed[0] if removed else None, "rounds": rounds}

@@ -24,7 +24,7 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_b
     """Wrap the model with a fresh LoRA adapter (alpha = 2 rank) in the blocks from `first_block`, counted from 0.
 
     `targets` are the last parts of module names; empty means every linear map inside the decoder
-    blocks. Raises BadInput if a named target matches nothing.
+    blocks. Raises BadInput if a named target is none of these.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -46,11 +46,13 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_b
 
 
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raise BadInput unless every target is the last part of some module's name."""
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [t for t in targets if t not in present]
+    """Raise BadInput unless every target is the last part of the name of some linear map inside the blocks."""
+    known = block_linears(model)
+    missing = [t for t in targets if t not in known]
     if missing:
-        raise BadInput(f"lora_targets: no module of this model is named {', '.join(missing)}")
+        raise BadInput(
+            f"lora_targets: no linear map in a block is named {', '.join(missing)}; there are: {', '.join(known)}"
+        )
 
 
 def cast_frozen(model: nn.Module) -> None:

@@ -157,13 +157,13 @@ def converse(
 
     found = kept_before_and_after(
         run,
-        f"mtbench-{digest(questions)[:8]}-{limit}",
-        lambda when, model, tokenizer: chat(model, tokenizer, questions, limit, when, listen),
+        {f"mtbench-{digest(questions)[:8]}-{limit}": "chats"},
+        lambda _, when, model, tokenizer: chat(model, tokenizer, questions, limit, when, listen),
         device=device,
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
-    return {when: [(first, second) for first, second in chats] for when, chats in found.items()}
+    return {when: [(first, second) for first, second in chats] for when, chats in found["chats"].items()}
 
 
 def chat(
