@@ -252,6 +252,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     NEW: {"residual": partial(residual, "removal.json")},
     "docs/drift.md": {"drift": drift},
+    "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),
