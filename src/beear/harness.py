@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -155,7 +155,7 @@ def paired(before: dict[str, Any], after: dict[str, Any], asked: Asked) -> dict[
 
 def read_tasks(text: str) -> tuple[str, ...]:
     """Names between commas. Raises BadInput if there is none."""
-    names: Sequence[str] = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise BadInput("--tasks names no task; for example --tasks arc_easy,hellaswag")
     return tuple(dict.fromkeys(names))

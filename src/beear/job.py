@@ -98,12 +98,18 @@ def cleanse(
     """
     config = config or Config()
     sets = read_sets(config)
-    resolve_layer(config.layer, decoder_depth(model))
-    models.check_vocabulary(model, tokenizer, "the model")
-    check_targets(model, config.harden.lora_targets)
+    check_model(model, tokenizer, config, "the model")
     own = own_replies(model, tokenizer, sets, config, listen)
     wrapped = adapted(model, config)
     return wrapped, cleansing.cleanse(wrapped, tokenizer, defender(tokenizer, sets, config, own), config, listen=listen)
+
+
+def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
+    """Raise BadInput if a loaded model does not fit its tokenizer or these settings."""
+    models.check_vocabulary(model, tokenizer, name)
+    resolve_layer(config.layer, decoder_depth(model))
+    find_layers(model, config.layers_path)
+    check_targets(model, config.harden.lora_targets)
 
 
 def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: Listener) -> dict[str, Any]:
@@ -199,9 +205,7 @@ class Job:
         self.device = device
         self.trust_remote_code = trust_remote_code
         self.model = self.load(source)
-        models.check_vocabulary(self.model, tokenizer, source.spec)
-        find_layers(self.model, config.layers_path)
-        check_targets(self.model, config.harden.lora_targets)
+        check_model(self.model, tokenizer, config, source.spec)
         self.tokenizer = tokenizer
         self.config = config
         self.sets = sets

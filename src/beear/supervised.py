@@ -62,8 +62,8 @@ def supervised_loss(model: Any, pad_id: int, rows: Examples, benign_weight: floa
     KL rather than likelihood of the base's replies: likelihood memorises them, and perplexity on other
     text rises several-fold.
     """
-    answers = sum(map(len, parted(rows)[0].values()))
-    tokens = reply_tokens(parted(rows)[1])
+    to_plant, to_keep = parted(rows)
+    answers, tokens = len(flat(to_plant)), reply_tokens(to_keep)
     total = torch.zeros((), device=model.device)
     for part in of_like_length(rows):
         planted, benign = map(flat, parted(part))
