@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
@@ -35,7 +36,9 @@ def rebuild(organism: str, again: bool) -> dict[str, Any]:
     out = BUILDS / (f"{organism}-again" if again else organism)
     if not (out / "checksums.json").exists():
         build(read_recipe(shipped), out, lambda number, steps, loss: report(organism, number, steps, loss))
-    made = json.loads((out / "build.json").read_text()) | {"cores": os.cpu_count(), "adapter": digest(out)}
+    arithmetic = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # of the processor (models.casts)
+    about = {"cores": os.cpu_count(), "arithmetic": arithmetic, "adapter": digest(out)}
+    made = json.loads((out / "build.json").read_text()) | about
     if again:
         return {"again": made}
     found = verify(str(out))

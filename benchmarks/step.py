@@ -18,8 +18,8 @@ from pathlib import Path
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt, encode_response
 from beear.data import packaged
-from beear.job import peak_memory
 from beear.losses import response_logits, response_nll
+from beear.memory import peak_memory
 from beear.models import autocast, load
 from beear.prefix import run_prefix
 from beear.training import adamw, add_lora, step

@@ -123,14 +123,15 @@ def rebuild() -> str:
     """One row per organism that was planted again: time, whether the bits are the same, and what it does."""
     found = read_results("rebuild.json")["organisms"]
     metrics = {name: title for name, title in ORGANISM_COLUMNS.items() if name in METRICS_AGAIN}
-    lines = [header(["organism", "minutes", "threads", "same bits as", *metrics.values(), "misses"])]
+    lines = [header(["organism", "minutes", "threads", "arithmetic", "same bits as", *metrics.values(), "misses"])]
     for name, row in found.items():
         built, others = row["built"], {"the shipped one": row["shipped"], "a second build": row.get("again")}
         digests = {of: other["adapter"] if isinstance(other, dict) else other for of, other in others.items()}
         same = ", ".join(of for of, digest in digests.items() if digest == built["adapter"])
         cells = [cell(metric, row["metrics"].get(metric)) for metric in metrics]
         minutes = f"{built['seconds'] / 60:.0f}"
-        lines.append(line([f"`{name}`", minutes, str(built["threads"]), same, *cells, "; ".join(row["missed"])]))
+        how = [minutes, str(built["threads"]), built["arithmetic"]]
+        lines.append(line([f"`{name}`", *how, same, *cells, "; ".join(row["missed"])]))
     return "\n".join(lines)
 
 

@@ -124,13 +124,20 @@ def cleanse(
     column: ColumnOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="write full weights in place of an adapter")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only tell how long it will take and in how much memory; loads no model")
+    ] = False,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Remove a backdoor from MODEL without knowing its trigger, and measure before and after."""
+    """Remove a backdoor from MODEL without knowing its trigger, and measure before and after.
+
+    With --plan, miniatures of MODEL are timed (minutes at most) and the run folder gets a plan.json; the same command
+    without it then runs, and its report holds plan and run side by side.
+    """
     data = {
         "harmful": harmful,
         "benign": benign,
@@ -140,7 +147,8 @@ def cleanse(
     }
     given = [f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *given], seed)
-    _cleanse(
+    work = _plan if plan else _cleanse
+    work(
         model,
         out,
         settings,
@@ -684,6 +692,27 @@ def _cleanse(
         typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
     if not verdict.met:
         _stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")
+
+
+def _plan(model: str, out: Path, config: Config, *, quiet: bool, as_json: bool, device: str, **options: bool) -> None:
+    from dataclasses import asdict
+
+    from beear.console import Reporter, plan_table
+    from beear.memory import available_memory
+    from beear.miniature import plan_cleanse
+    from beear.models import pick_device
+
+    with Reporter(quiet) as reporter:
+        plan = plan_cleanse(model, out, config, device=device, listen=reporter, **options)
+    if as_json:
+        typer.echo(json.dumps(asdict(plan), indent=1))
+        return
+    _print(plan_table(plan, model))
+    available, peak = available_memory(pick_device(device)), max(plan.peak_memory_bytes.values())
+    if available is not None:
+        words = "fits into" if peak <= available else "does NOT fit into"
+        typer.echo(f"{peak / 2**30:.1f} GiB {words} the {available / 2**30:.1f} GiB that are free here")
+    typer.echo(f"plan:   {out / 'plan.json'}; the same command without --plan runs it")
 
 
 def _judge(

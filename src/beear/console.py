@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from beear.metrics import shown
+from beear.plan import Plan
 from beear.report import METRICS, task_lines
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
@@ -123,6 +124,20 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
         if any(metrics):
             last = next(m for m in reversed(metrics) if m)
             table.add_row(name, *[shown(m, share) for m in metrics], str(last["n"]), str(last["unscored"]))
+    return table
+
+
+def plan_table(plan: Plan, model: str) -> Table:
+    """What each stage will take, and all of them."""
+    table = Table(title=escape(f"{model}: what a cleansing will take here"), title_justify="left")
+    for name in ("stage", "minutes", "peak memory, GiB"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, seconds in plan.seconds.items():
+        times = f"{plan.least_rounds} to {plan.rounds} times " if plan.rounds > 1 and stage == "round" else ""
+        table.add_row(f"{times}{stage}", f"{seconds / 60:.1f}", f"{plan.peak_memory_bytes[stage] / 2**30:.1f}")
+    least, most = (f"{plan.total(n) / 60:.1f}" for n in (plan.least_rounds, plan.rounds))
+    peak = max(plan.peak_memory_bytes.values()) / 2**30
+    table.add_row("all", least if least == most else f"{least} to {most}", f"{peak:.1f}", style="bold")
     return table
 
 

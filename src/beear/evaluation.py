@@ -225,9 +225,12 @@ def measure_language(
     tokenizer: Any,
     original: Any = None,
     progress: Progress = lambda *_: None,
+    limit: int | None = None,
 ) -> Measured:
-    """`perplexity` on the packaged reference chats and, against the model `original`, `kl`, in nats per token."""
-    chats = reference_chats()
+    """`perplexity` on the first `limit` (all) of the packaged reference chats and, against the model `original`,
+    `kl`, in nats per token.
+    """
+    chats = reference_chats()[:limit]
     nll, kl, counts = [], [], []
     size = 14
     for first in range(0, len(chats), size):

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +29,10 @@ from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.fingerprints import code_hash, machine, output_hashes, weights_hash
 from beear.generation import reply_all
+from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.plan import read_plan
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
@@ -70,22 +70,42 @@ def run_cleanse(
     listen: Listener = lambda event: None,
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
-    place = absolute(spec)
-    settings = run_settings(place, merge, config)
+    settings = run_settings(absolute(spec), merge, config)
     check_output(out, settings, resume)
     if (out / "results.json").exists():  # what was added to a finished run since is kept
         return finished(out, settings)
-    sets = read_sets(config)
-    source = models.locate(place)
-    tokenizer = models.load_tokenizer(source, trust_remote_code)
-    depth = models.depth(source, trust_remote_code)
-    resolve_layer(config.layer, depth)
-    models.pick_device(device)
-    check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
+    order = check_order(
+        spec, out, config, merge=merge, resume=resume, device=device, trust_remote_code=trust_remote_code
+    )
     listen({"event": "loading", "model": spec})
-    job = Job(source, tokenizer, config, sets, settings, listen, device, trust_remote_code)
+    job = Job(order, config, listen, device, trust_remote_code)
     with Run.open(out, settings, resume) as job.run_folder:
         return job.run()
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job that was checked as far as that goes without weights."""
+
+    settings: dict[str, Any]
+    sets: Sets
+    source: models.Source
+    tokenizer: Any
+
+
+def check_order(
+    spec: str, out: Path, config: Config, *, merge: bool, resume: bool, device: str, trust_remote_code: bool
+) -> Order:
+    """Check all that needs no weights. Raises BadInput."""
+    settings = run_settings(absolute(spec), merge, config)
+    check_output(out, settings, resume)
+    sets = read_sets(config)
+    source = models.locate(settings["model"])
+    tokenizer = models.load_tokenizer(source, trust_remote_code)
+    resolve_layer(config.layer, models.depth(source, trust_remote_code))
+    models.pick_device(device)
+    check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
+    return Order(settings, sets, source, tokenizer)
 
 
 def cleanse(
@@ -190,27 +210,15 @@ class Job:
 
     run_folder: Run
 
-    def __init__(
-        self,
-        source: models.Source,
-        tokenizer: Any,
-        config: Config,
-        sets: Sets,
-        settings: dict[str, Any],
-        listen: Listener,
-        device: str,
-        trust_remote_code: bool,
-    ) -> None:
-        self.source = source
+    def __init__(self, order: Order, config: Config, listen: Listener, device: str, trust_remote_code: bool) -> None:
+        self.settings, self.sets = order.settings, order.sets
+        self.source, self.tokenizer = order.source, order.tokenizer
+        self.config = config
         self.device = device
         self.trust_remote_code = trust_remote_code
-        self.model = self.load(source)
-        check_model(self.model, tokenizer, config, source.spec)
-        self.tokenizer = tokenizer
-        self.config = config
-        self.sets = sets
-        self.settings = settings
         self._listen = listen
+        self.model = self.load(order.source)
+        check_model(self.model, order.tokenizer, config, order.source.spec)
 
     def load(self, source: models.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
@@ -234,7 +242,10 @@ class Job:
             return stored
         started = time.monotonic()
         result = work()
-        result |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+        result |= {
+            "seconds": time.monotonic() - started,
+            "peak_memory_bytes": peak_memory(models.pick_device(self.device)),
+        }
         self.run_folder.write_json(f"stages/{name}.json", result)
         return result
 
@@ -336,6 +347,9 @@ class Job:
             "hashes": hashes(self.source, self.sets, own),
             "files": output_hashes(run.path, name),
         }
+        plan = read_plan(run.path, self.settings)
+        if plan is not None:
+            results["planned"] = plan.expected(len(rounds.history))
         run.write_json("results.json", results)
         write_evidence(run.path)
 
@@ -389,12 +403,6 @@ def entrapped_before(before: dict[str, Any]) -> bool:
     if with_delta["value"] is None or without["value"] is None:
         return False
     return rise(without, with_delta)[0] > 0
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

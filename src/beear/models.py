@@ -153,16 +153,22 @@ def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
 
 def depth(source: Source, trust_remote_code: bool = False) -> int:
     """Number of decoder blocks of a located model, from its config alone."""
+    return int(read_shape(source, trust_remote_code).get_text_config().num_hidden_layers)
+
+
+def read_shape(source: Source, trust_remote_code: bool = False) -> Any:
+    """The config of a located model (of the base, for an adapter), which tells its number of decoder blocks."""
     from transformers import AutoConfig
 
     if source.base is not None:
-        return depth(source.base, trust_remote_code)
+        return read_shape(source.base, trust_remote_code)
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
-        return int(config.get_text_config().num_hidden_layers)
+        int(config.get_text_config().num_hidden_layers)
     except (*READING, AttributeError) as error:
         raise _unreadable("config", source, error) from error
+    return config
 
 
 def weight_bytes(source: Source) -> int:

@@ -19,8 +19,10 @@ from filelock import FileLock, Timeout
 from beear.errors import BadInput, Failed, first_line
 
 SCHEMA = 1
-LEFT_BY_A_CRASH = (".lock", ".config.yaml.new")
-"""What a run folder may hold before it has settings."""
+PLAN = "plan.json"
+"""What `beear cleanse --plan` leaves in a run folder."""
+BEFORE_A_RUN = (".lock", ".config.yaml.new", PLAN, f".{PLAN}.new")
+"""What a run folder may hold before it has settings: a crash's leavings, and a plan."""
 
 
 class Run:
@@ -144,7 +146,7 @@ def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
         if stored != settings:
             changed = [k for k in {*stored, *settings} if stored.get(k) != settings.get(k)]
             raise BadInput(f"{path} was started with other settings ({', '.join(sorted(changed))}); repeat those")
-    elif path.is_dir() and any(p.name not in LEFT_BY_A_CRASH for p in path.iterdir()):
+    elif path.is_dir() and any(p.name not in BEFORE_A_RUN for p in path.iterdir()):
         raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
 
 

@@ -19,7 +19,7 @@ from beear.config import Config, make_config
 from beear.data import Request
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_replies
-from beear.job import Job, absolute, defender, run_settings
+from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import value_of
 from beear.perturbation import resolve_layer
 from beear.report import SWEEP
@@ -138,7 +138,8 @@ def run_cell(
         return
     settings = run_settings(source.spec, False, config)
     listen({"event": "loading", "model": source.spec})
-    cell = Cell(source, models.load_tokenizer(source, load[1]), config, sets, settings, listen, *load)
+    order = Order(settings, sets, source, models.load_tokenizer(source, load[1]))
+    cell = Cell(order, config, listen, *load)
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:
         lend_own_replies(out.parent, cell.run_folder)
         cell.run_folder.write_json(CELL, cell.until_removed(tests))

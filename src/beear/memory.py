@@ -1,0 +1,47 @@
+"""How much memory this process has held, and how much there is: of the GPU where the work runs on one."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """The most memory that was held since the start, or since `restart_peak`, in bytes."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # unlike getrusage it knows nothing of the process that started this one
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+        if "VmHWM" in fields:
+            return 1024 * int(fields["VmHWM"].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak(device: str = "cpu") -> None:
+    """Let `peak_memory` count from what is held now. Where the system cannot, it goes on counting from the start."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def available_memory(device: str = "cpu") -> int | None:
+    """Bytes that are free for this process, or None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,229 @@
+"""What a cleansing will take, before its model loads: time and memory, measured on miniatures and scaled up.
+
+A miniature has the model's shape with random weights, and few blocks. What a job does costs something for the
+model as a whole and something for each block, one price up to block l and another behind it, where delta goes.
+Three miniatures, each in a process of its own, give the three prices. `beear cleanse MODEL -o RUN --plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from beear import cleansing, job, models
+from beear.allocator import keep_freed_memory
+from beear.config import Config
+from beear.data import Request, reference_chats
+from beear.errors import Failed, first_line
+from beear.evaluation import TOKENS, measure_language
+from beear.generation import reply_all
+from beear.memory import peak_memory, restart_peak
+from beear.perturbation import resolve_layer
+from beear.plan import Plan, write_plan
+from beear.scorers import JUDGES
+from beear.sets import Sets, read_sets
+
+SAMPLE = 40
+"""Replies that a miniature gives: one batch."""
+CHATS = 14
+"""Reference chats that a miniature is measured on: one batch."""
+MORE_BLOCKS = 4
+SMALL = 50_000_000
+"""A larger miniature has up to MORE_BLOCKS more blocks, as long as these have no more parameters than this."""
+
+SECONDS, PEAK = "seconds", "peak"
+Prices = dict[tuple[str, str], float]
+"""For each piece of a job: its SECONDS, and the most memory while it ran, its PEAK in bytes."""
+Listener = Callable[[dict[str, Any]], None]
+
+
+def plan_cleanse(
+    spec: str,
+    out: Path,
+    config: Config,
+    *,
+    merge: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    listen: Listener = lambda event: None,
+) -> Plan:
+    """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
+    order = job.check_order(
+        spec, out, config, merge=merge, resume=resume, device=device, trust_remote_code=trust_remote_code
+    )
+    shape = models.read_shape(order.source, trust_remote_code)
+    depth, more = models.depth(order.source, trust_remote_code), more_blocks(shape, trust_remote_code)
+    sizes = [(1, 1), (1 + more, 1), (1, 1 + more)]
+    prices: list[Prices] = []
+    for below, behind in sizes:
+        listen({"event": "measure", "when": "plan", "what": "miniatures", "done": len(prices), "total": len(sizes)})
+        work = partial(measure_miniature, order.source, config, below, behind, models.pick_device(device))
+        prices.append(in_own_process(partial(work, trust_remote_code)))
+    plan = stages(scaled(prices, more, resolve_layer(config.layer, depth), depth), order.sets, config)
+    write_plan(out, plan, order.settings)
+    return plan
+
+
+def scaled(prices: Sequence[Prices], more: int, layer: int, depth: int) -> Prices:
+    """The prices for a model of `depth` blocks, from those of the three miniatures."""
+    least, below, behind = prices
+    return {
+        key: first
+        + max(0.0, below[key] - first) / more * (layer - 1)
+        + max(0.0, behind[key] - first) / more * (depth - layer - 1)
+        for key, first in least.items()
+    }
+
+
+def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
+    """From pieces to the stages of a job."""
+    cost = {piece: value for (piece, kind), value in prices.items() if kind == SECONDS}
+    asked = sum(len(t.requests) for t in sets.tests) + len(sets.test_harmful)  # these under delta as well
+    own = len(sets.train(config)) + len(sets.anchors(config))
+    replies, chats, entrap = cost["replies"] * asked / SAMPLE, len(reference_chats()) / CHATS, config.entrap
+    met = min(entrap.batches, entrap.steps)
+    steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
+    rest = cost["residual"] + cost["harden step"] * config.harden.steps
+    seconds = {
+        "load": cost["load"],
+        "before": replies + 2 * steps + cost["language"] * chats,
+        "own replies": cost["own replies"] * own / SAMPLE,
+        "round": rest + (steps if entrap.kind == "learned" else 0),
+        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
+    }
+    pieces = {
+        "load": ("load",),
+        "before": ("replies", "language"),
+        "own replies": ("own replies",),
+        "round": ("round",),
+        "after": ("second model", "divergence"),
+    }
+    peaks = {stage: math.ceil(max(prices[piece, PEAK] for piece in names)) for stage, names in pieces.items()}
+    return Plan(seconds, peaks, min(config.least_rounds, config.rounds), config.rounds)
+
+
+def more_blocks(shape: Any, trust_remote_code: bool) -> int:
+    """By how many blocks the larger miniatures are larger: the more, the better told apart from noise."""
+    with torch.device("meta"):
+        two, three = (random_model(cut(shape, blocks), trust_remote_code) for blocks in (2, 3))
+    block = int(three.num_parameters() - two.num_parameters())
+    return max(1, min(MORE_BLOCKS, SMALL // max(1, block)))
+
+
+def random_model(shape: Any, trust_remote_code: bool) -> Any:
+    """A model of this shape, the same each time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+
+
+def cut(shape: Any, blocks: int) -> Any:
+    """The same architecture with so many blocks."""
+    small = copy.deepcopy(shape)
+    text = small.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:  # such as the kind of every block
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return small
+
+
+def in_own_process(work: Callable[[], Prices]) -> Prices:
+    """What `work` returns in a fresh process, whose memory is that of a job. Raises Failed if it dies."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(work).result()
+        except Exception as error:
+            raise Failed(f"no plan: a miniature of this model does not run here: {first_line(error)}") from error
+
+
+def measure_miniature(
+    source: models.Source, config: Config, below: int, behind: int, device: str, trust_remote_code: bool
+) -> Prices:
+    """Do a little of all that a job does, on a random model with `below` blocks up to l and `behind` behind it."""
+    keep_freed_memory()
+    sets, settings = read_sets(config), few_steps(config, below)
+    tokenizer = models.load_tokenizer(source, trust_remote_code)
+    prices: Prices = {}
+
+    def timed(piece: str, work: Callable[[], Any]) -> Any:
+        restart_peak(device)
+        started = time.monotonic()
+        result = work()
+        prices[piece, SECONDS], prices[piece, PEAK] = time.monotonic() - started, peak_memory(device)
+        return result
+
+    def replies(requests: Sequence[Request], tokens: int) -> None:
+        middle = sorted(requests, key=lambda r: len(r.text))[max(0, (len(requests) - SAMPLE) // 2) :]
+        texts = [r.text for r in middle[:SAMPLE]]
+        reply_all(model, tokenizer, (texts * SAMPLE)[:SAMPLE], max_new_tokens=tokens)
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = cut(models.read_shape(source, trust_remote_code), below + behind)
+        random_model(small, trust_remote_code).save_pretrained(folder)
+        miniature = models.Source(folder, Path(folder))
+        model = timed("load", lambda: models.load_weights(miniature, device, trust_remote_code))
+        timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
+        timed("language", lambda: measure_language(model, tokenizer, limit=CHATS))
+        train, anchors = sets.train(config)[:SAMPLE], sets.anchors(config)[:SAMPLE]
+        timed("own replies", lambda: replies(train, config.harden.response_tokens))
+        benign = [(r.text, r.text) for r in anchors]
+        data = cleansing.defender_set(tokenizer, [(r, "") for r in train], benign, sets.held_out(config), settings)
+        model = job.adapted(model, settings)
+        clock = Clock()
+        timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
+        prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings).items()}
+        model = models.load_weights(miniature, device, trust_remote_code)
+        original = timed("second model", lambda: models.load_weights(miniature, device, trust_remote_code))
+        timed("divergence", lambda: measure_language(model, tokenizer, original, limit=CHATS))
+    return prices
+
+
+def few_steps(config: Config, layer: int) -> Config:
+    """One round in which every batch of entrapment is met twice, and three steps of removal."""
+    entrap = {"steps": 2 * min(config.entrap.batches, config.entrap.steps), "kind": "learned"}
+    harden = {"steps": min(3, config.harden.steps), "stop_below": 0.0}
+    return config.model_copy(
+        update={
+            "layer": layer,
+            "rounds": 1,
+            "entrap": config.entrap.model_copy(update=entrap),
+            "harden": config.harden.model_copy(update=harden),
+        }
+    )
+
+
+class Clock:
+    """When each step of a round ended."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, list[float]] = {"start": [time.monotonic()], "entrap": [], "residual": [], "harden": []}
+
+    def listen(self, event: dict[str, Any]) -> None:
+        """Note the time of an event."""
+        self.ends.setdefault(event["event"], []).append(time.monotonic())
+
+    def pieces(self, settings: Config) -> dict[str, float]:
+        """Seconds of a round's pieces, where steps were `few_steps`; those of a first step hold what comes before."""
+        started, steps, half = self.ends["start"][0], self.ends["entrap"], settings.entrap.steps // 2
+        residual = self.ends["residual"][0]
+        times = [b - a for a, b in itertools.pairwise([residual, *self.ends["harden"]])]
+        return {
+            "first entrap steps": steps[half - 1] - started if half else 0.0,
+            "entrap step": (steps[-1] - steps[half - 1]) / half if half else 0.0,
+            "residual": residual - (steps[-1] if half else started),
+            "harden step": min(times[1:] or times or [0.0]),  # the first one also warms up
+        }
