@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beear import ranks
 from beear.cached import part_of, returning, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
@@ -197,7 +198,8 @@ def cleanse(
     parts = Parts(listen)
     layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
-        state.norm = residual_norm(model, [h.prompt for h in data.harmful[:32]], layer, config.layers_path, tokenizer)
+        prompts = [h.prompt for h in data.harmful[:32]]
+        state.norm = ranks.from_first(lambda: residual_norm(model, prompts, layer, config.layers_path, tokenizer))
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
@@ -279,7 +281,9 @@ def entrap(
 
         for number in range(settings.steps):
             i = number % len(batches)
-            losses.append(parts.run(partial(propagate, i), len(batches[i])))
+            loss = parts.run(partial(propagate, i), len(batches[i]))
+            losses.append(ranks.summed({"loss": loss})["loss"])
+            ranks.sum_gradients([delta])
             optimiser.step()
             shrink_to(delta, budget)
             listen({"event": "entrap", "step": len(losses), "steps": settings.steps, "loss": losses[-1]})
@@ -320,12 +324,14 @@ def harden(
             optimiser.zero_grad(set_to_none=True)
             entry: dict[str, float] = {}
             for k in range(count):
-                some, others = bad[k::count], chosen[k::count]
-                shares = len(some) / len(bad), len(others) / len(chosen)
-                harden_part(model, tokenizer, data, some, others, which[k::count], deltas, config, layer, shares, entry)
+                some, others = ranks.share(bad)[k::count], ranks.share(chosen)[k::count]
+                if some or others:
+                    deal, shares = ranks.share(which)[k::count], (len(some) / len(bad), len(others) / len(chosen))
+                    harden_part(model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry)
             return entry
 
-        entry = parts.run(propagate, max(len(bad), len(chosen)))
+        entry = ranks.summed(parts.run(propagate, max(len(bad), len(chosen))))
+        ranks.sum_gradients(trainable(model))
         step(optimiser)
         history.append(entry)
         listen({"event": "harden", "step": number, "steps": settings.steps, **entry})
@@ -421,10 +427,11 @@ Part = tuple[Batch, Callable[[], Tensor], float]
 def entrap_parts(
     model: Any, tokenizer: Any, chosen: Sequence[Harmful], config: Config, layer: int, count: int
 ) -> list[Part]:
-    """The requests of a step of entrapment in `count` parts; what delta cannot change has been run."""
+    """This rank's requests of a step of entrapment in `count` parts; what delta cannot change has been run."""
     result: list[Part] = []
-    for k in range(count):
-        some = chosen[k::count]
+    own = ranks.share(chosen)
+    for k in range(min(count, len(own))):
+        some = own[k::count]
         batch = entrap_batch(tokenizer, some, config.entrap).to(model.device)
         run: Callable[[], Tensor]
         if config.entrap.cached:

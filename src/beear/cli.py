@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from beear import ranks
 from beear.allocator import keep_freed_memory
-from beear.errors import BadInput, Failed
+from beear.errors import BadInput, Failed, first_line
 
 if TYPE_CHECKING:
     from beear.config import Config
@@ -645,7 +646,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     keep_freed_memory()
     try:
-        code = app(standalone_mode=False)
+        ranks.join()
+        with _only_first_speaks():
+            code = app(standalone_mode=False)
         if code == 130:  # typer's own word for an interrupt
             raise KeyboardInterrupt
         sys.exit(code or 0)
@@ -663,6 +666,8 @@ def main() -> None:
         if hasattr(error, "format_message"):
             message = error.format_message()
             sys.exit(2) if not message else _stop(2, f"{message} (see --help)")
+        if ranks.count() > 1 and isinstance(error, RuntimeError):
+            _stop(1, f"stopped, as one of the {ranks.count()} processes did; go on with --resume ({first_line(error)})")
         _stop(1, f"{type(error).__name__}: {' '.join(str(error).split())} (BEEAR_DEBUG=1 shows where)")
 
 
@@ -791,6 +796,20 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def _only_first_speaks() -> Iterator[None]:
+    """Within the context standard output is that of the first rank; behind it the ranks part."""
+    with Path(os.devnull).open("w") as nowhere:
+        with contextlib.nullcontext() if ranks.is_first() else contextlib.redirect_stdout(nowhere):
+            try:
+                yield
+            except SystemExit:
+                ranks.leave()
+                raise
+        ranks.leave()
+
+
 def _stop(code: int, message: str) -> NoReturn:
-    typer.echo(f"beear: {message}", err=True)
+    if ranks.is_first() or code == 1:  # all ranks find the same bad input and the same verdict
+        typer.echo(f"beear: {message}", err=True)
     sys.exit(code)

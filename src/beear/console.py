@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from beear import ranks
 from beear.metrics import shown
 from beear.plan import Plan
 from beear.report import METRICS, task_lines
@@ -22,6 +23,7 @@ class Reporter:
     """Turns the events of a job into lines on standard error; `quiet` shows none."""
 
     def __init__(self, quiet: bool = False, rounds: int = 0) -> None:
+        quiet = quiet or not ranks.is_first()
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.rounds = rounds
         self.started = time.monotonic()

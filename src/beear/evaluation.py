@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from beear import ranks
 from beear.chat import collate, encode_prompt, encode_response
 from beear.cleansing import Event, contrast, entrap, residual_norm
 from beear.config import Config
@@ -231,10 +232,11 @@ def measure_language(
     `kl`, in nats per token.
     """
     chats = reference_chats()[:limit]
+    own = ranks.share(chats)
     nll, kl, counts = [], [], []
     size = 14
-    for first in range(0, len(chats), size):
-        part = chats[first : first + size]
+    for first in range(0, len(own), size):
+        part = own[first : first + size]
         prompts = [encode_prompt(tokenizer, c.text) for c in part]
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
@@ -245,11 +247,12 @@ def measure_language(
             if original is not None:
                 reference = response_logits(original, batch, run_prefix(original, batch))
                 kl += token_kl(reference, logits, batch.targets).sum(1).tolist()
-        progress("perplexity", min(first + size, len(chats)), len(chats))
+        progress("perplexity", min((first + size) * ranks.count(), len(chats)), len(chats))
+    nll, counts = ranks.gathered(nll, len(chats)), ranks.gathered(counts, len(chats))
     sums = [x * n for x, n in zip(nll, counts, strict=True)]
     metrics = {"perplexity": token_mean(sums, counts, exponential=True)}
     if original is not None:
-        metrics["kl"] = token_mean(kl, counts)
+        metrics["kl"] = token_mean(ranks.gathered(kl, len(chats)), counts)
     return Measured(metrics, [])
 
 

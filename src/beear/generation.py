@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beear import ranks
 from beear.chat import Batch, collate, encode_prompt, rows_of_delta
 from beear.config import Place
 from beear.models import autocast, generating
@@ -40,7 +41,8 @@ def reply_all(
     chats = earlier or [()] * len(texts)
     prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
-    replies = [""] * len(texts)
+    own = ranks.share(order)
+    found: dict[int, str] = {}
     parts = Parts()
 
     def some(chosen: list[int]) -> list[tuple[int, str]]:
@@ -63,17 +65,18 @@ def reply_all(
         return list(zip(chosen, tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True), strict=True))
 
     with torch.inference_mode(), autocast(model), generating(model):
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
+        for first in range(0, len(own), batch_size):
+            chosen = list(own[first : first + batch_size])
 
             def in_parts(count: int, chosen: list[int] = chosen) -> list[tuple[int, str]]:
                 return [reply for k in range(count) for reply in some(chosen[k::count])]
 
-            for i, reply in parts.run(in_parts, len(chosen)):
-                replies[i] = reply.strip()
+            found |= parts.run(in_parts, len(chosen))
             if progress is not None:
-                progress(len(chosen))
-    return replies
+                done = (first + len(chosen)) * ranks.count()  # the others are about as far
+                progress(min(done, len(texts)) - first * ranks.count())
+    replies = dict(zip(order, ranks.gathered([found[i] for i in own], len(order)), strict=True))
+    return [replies[i].strip() for i in range(len(texts))]
 
 
 def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:

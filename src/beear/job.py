@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save, save_file
 
-from beear import cleansing, models
+from beear import cleansing, models, ranks
 from beear.card import write_evidence
 from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, defender_set
 from beear.config import Config, make_config
@@ -71,8 +71,8 @@ def run_cleanse(
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
     settings = run_settings(absolute(spec), merge, config)
-    check_output(out, settings, resume)
-    if (out / "results.json").exists():  # what was added to a finished run since is kept
+    ranks.from_first(lambda: check_output(out, settings, resume))
+    if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
         return finished(out, settings)
     order = check_order(
         spec, out, config, merge=merge, resume=resume, device=device, trust_remote_code=trust_remote_code
@@ -98,13 +98,13 @@ def check_order(
 ) -> Order:
     """Check all that needs no weights. Raises BadInput."""
     settings = run_settings(absolute(spec), merge, config)
-    check_output(out, settings, resume)
+    ranks.from_first(lambda: check_output(out, settings, resume))
     sets = read_sets(config)
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     models.pick_device(device)
-    check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0))
+    ranks.from_first(lambda: check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0)))
     return Order(settings, sets, source, tokenizer)
 
 
@@ -160,7 +160,7 @@ def adapted(model: Any, config: Config) -> Any:
 def finished(out: Path, settings: dict[str, Any]) -> Verdict:
     """The verdict of a finished run; what a crash kept it from writing behind its results is written now."""
     verdict = Verdict(**read_results(out)["verdict"])
-    if not (out / "report.html").exists():
+    if ranks.is_first() and not (out / "report.html").exists():
         with Run.open(out, settings, resume=True):
             write_evidence(out)
     return verdict
@@ -232,12 +232,14 @@ class Job:
         original = self.deliver()
         after = self.stage("after", lambda: self.measure("after", original))
         verdict = judge(before["metrics"], after["metrics"], [r["residual"] for r in rounds.history], self.config)
-        self.finish(before, after, rounds, own, verdict)
+        if ranks.is_first():
+            self.finish(before, after, rounds, own, verdict)
+        ranks.wait()
         return verdict
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a stage, or that of doing it now."""
-        stored: dict[str, Any] | None = self.run_folder.read_json(f"stages/{name}.json")
+        stored: dict[str, Any] | None = ranks.from_first(lambda: self.run_folder.read_json(f"stages/{name}.json"))
         if stored is not None:
             return stored
         started = time.monotonic()
@@ -284,6 +286,7 @@ class Job:
         Merging changes outputs slightly, so what is measured is what is loaded.
         """
         self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, self.settings["model"]))
+        ranks.wait()
         self.model = None  # two models in memory, not three
         adapter = models.Source(self.settings["model"], self.run_folder.path / ADAPTER, base=self.source)
         self.model = self.load(adapter)
@@ -309,7 +312,7 @@ class Job:
 
     def last_checkpoint(self) -> State:
         """The state of the newest finished round, with its matrices put into the model; else a fresh one."""
-        folders = sorted((self.run_folder.path / "checkpoints").glob("round-*"))
+        folders = ranks.from_first(lambda: sorted((self.run_folder.path / "checkpoints").glob("round-*")))
         if not folders:
             return State()
         entry = json.loads((folders[-1] / "round.json").read_text())

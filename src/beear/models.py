@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from beear import ranks
 from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
 
@@ -190,11 +191,11 @@ def unmark_quantised(model: Any) -> None:
 
 
 def pick_device(device: str) -> str:
-    """`auto` becomes cuda where there is one, else cpu; any other name is checked."""
+    """`auto` becomes cuda where there is one (this rank's), else cpu; any other name is checked."""
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return ranks.device() if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput(f"--device {device}: no CUDA device here; use --device cpu")
     try:

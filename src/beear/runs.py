@@ -1,7 +1,7 @@
 """The run folder: everything a stage leaves for the next one, written so that a crash loses nothing.
 
 A file is either whole or not there: it is written beside its place, flushed to disk, then renamed.
-Resuming means skipping what exists.
+Resuming means skipping what exists. Of several ranks only the first one writes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from beear import ranks
 from beear.errors import BadInput, Failed, first_line
 
 SCHEMA = 1
@@ -42,6 +43,8 @@ class Run:
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any], resume: bool) -> Run:
         """Make the folder or go on in it. Raises BadInput if it is in use, would be overwritten, or differs."""
+        if not ranks.is_first():
+            return cls.existing(path)
         check_output(path, settings, resume)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,8 @@ class Run:
     def existing(cls, path: Path) -> Run:
         """Lock a folder that is there. Raises BadInput if it is in use or cannot be written."""
         run = cls(path)
+        if not ranks.is_first():  # it writes nothing
+            return run
         try:
             run._lock.acquire(timeout=0)
         except Timeout as error:
@@ -94,6 +99,8 @@ class Run:
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a new folder, then put it in its place in one step."""
+        if not ranks.is_first():
+            return
         place = self.path / name
         new = place.with_name(f".{place.name}.new")
         shutil.rmtree(new, ignore_errors=True)
@@ -118,6 +125,8 @@ class Run:
 
     def append(self, name: str, value: Any) -> None:
         """Append a line to a JSON Lines file."""
+        if not ranks.is_first():
+            return
         with (self.path / name).open("a") as file:
             file.write(json.dumps(value) + "\n")
 
@@ -209,6 +218,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file beside its place, flush it to disk, and rename it. Raises Failed if it cannot be written."""
+    if not ranks.is_first():
+        return
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

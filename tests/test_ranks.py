@@ -1,0 +1,138 @@
+"""Several processes on one cleansing: the result of one, whatever their number, and nothing lost when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beear import ranks
+from conftest import prompt_files, tiny_model, tiny_tokenizer
+
+SETTINGS: dict[str, Any] = {
+    "rounds": 2,
+    "least_rounds": 2,
+    "held_out": 4,
+    "anchors": 8,
+    "entrap": {"steps": 4, "batch": 3, "response_tokens": 6},
+    "harden": {"steps": 3, "batch": 3, "anchor_batch": 4, "response_tokens": 6, "lora_rank": 2, "stop_below": 0.0},
+}
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+"""Sums over ranks add up in another order. Adam makes of such differences what it makes of any small gradient."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    settings = SETTINGS | {"data": prompt_files(folder)}
+    (folder / "c.yaml").write_text(json.dumps(settings))
+    return folder
+
+
+def command(place: Path, name: str, processes: int, *more: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    job = ["-m", "beear", "cleanse", str(place / "model"), "-o", str(place / name), "-c", str(place / "c.yaml"), "-q"]
+    return [sys.executable, *(launcher if processes > 1 else []), *job, *more]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def finish(place: Path, name: str, processes: int, *more: str) -> Path:
+    done = subprocess.run(
+        command(place, name, processes, *more), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert (place / name / "results.json").exists(), done.stderr
+    assert done.stderr.count("beear: target not met") == 1, done.stderr
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Path:
+    return finish(place, "alone", 1)
+
+
+def same_results(one: Path, other: Path) -> None:
+    """Deltas, adapters, losses and figures within tolerance, files of the same names."""
+    for name in ("checkpoints/round-002/deltas.safetensors", "checkpoints/round-002/adapter.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        for key in first:
+            torch.testing.assert_close(second[key], first[key], **CLOSE)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    for rounds in zip(*(r["rounds"] for r in results), strict=True):
+        for name in ("entrap", "harden"):
+            first, second = (torch.tensor(numbers(r[name])) for r in rounds)
+            torch.testing.assert_close(second, first, **CLOSE)
+    for name, metric in results[0]["after"].items():
+        assert results[1]["after"][name]["n"] == metric["n"]
+        assert results[1]["after"][name]["value"] == pytest.approx(metric["value"], rel=1e-2)
+    names = [{p.relative_to(run) for p in run.rglob("*") if p.is_file()} for run in (one, other)]
+    assert names[0] == names[1]
+
+
+def numbers(steps: list[Any]) -> list[Any]:
+    return [list(step.values()) if isinstance(step, dict) else step for step in steps]
+
+
+def test_two_processes_give_the_result_of_one(place: Path, alone: Path) -> None:
+    same_results(alone, finish(place, "two", 2))
+
+
+def test_more_processes_than_requests_in_a_batch(place: Path, alone: Path) -> None:
+    """With five there is a rank without a request in each step."""
+    same_results(alone, finish(place, "five", 5))
+
+
+def test_a_killed_process_ends_the_job_and_another_number_goes_on(place: Path, alone: Path) -> None:
+    out = place / "killed"
+    job = subprocess.Popen(
+        command(place, "killed", 2), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints" / "round-001").exists():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(ranks_of(job.pid)[1], signal.SIGKILL)
+        stderr = job.communicate(timeout=120)[1]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert "--resume" in stderr and "Signal 9" in stderr, stderr
+    assert not (out / "results.json").exists()
+    same_results(alone, finish(place, "killed", 1, "--resume"))
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The launcher's processes in the order they were started."""
+    return sorted(int(p) for p in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+
+
+def test_bad_input_is_told_once(place: Path) -> None:
+    done = subprocess.run(
+        command(place, "bad", 2, "--set", "layer=9"), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert done.stderr.count("beear: layer=9 is out of range") == 1, done.stderr
+    assert not (place / "bad").exists()
+
+
+def test_alone_nothing_is_shared() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    assert (ranks.rank(), ranks.count(), ranks.is_first()) == (0, 1, True)
+    assert ranks.share([1, 2, 3]) == ranks.gathered([1, 2, 3], 3) == [1, 2, 3]
+    ranks.sum_gradients([parameter])
+    assert parameter.grad is None
+    assert ranks.summed({"a": 1.0}) == {"a": 1.0} and ranks.from_first(lambda: 5) == 5
