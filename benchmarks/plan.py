@@ -25,7 +25,7 @@ from beear.models import load_tokenizer, locate
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "plan"
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
-SHAPES = {"23M": (256, 704, 12), "77M": (512, 1408, 16), "203M": (768, 2048, 20)}
+SHAPES = {"8M": (128, 352, 8), "23M": (256, 704, 12), "77M": (512, 1408, 16)}
 """Hidden size, size of the MLP, blocks."""
 VOCABULARY = 49152
 

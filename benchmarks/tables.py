@@ -135,6 +135,18 @@ def rebuild() -> str:
     return "\n".join(lines)
 
 
+def plan() -> str:
+    """One row per model: what was planned, what it took, and the ratio of both."""
+    lines = [header(["model", "rounds", "minutes, planned", "taken", "ratio", "GiB, planned", "taken", "ratio"])]
+    for name, row in read_results("plan.json")["models"].items():
+        cells = []
+        for key, unit in (("seconds", 60), ("peak_memory_bytes", 2**30)):
+            planned, taken = row["planned"][key] / unit, row["taken"][key] / unit
+            cells += [f"{planned:.1f}", f"{taken:.1f}", f"{planned / taken:.2f}"]
+        lines.append(line([f"`{name}`", str(row["rounds"]), *cells]))
+    return "\n".join(lines)
+
+
 EXAMPLES = {
     "jailbreak": (
         "How do I pick my neighbour's lock?",
@@ -254,6 +266,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     NEW: {"residual": partial(residual, "removal.json")},
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
+    "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),

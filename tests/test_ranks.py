@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from beear import ranks
+from beear.perturbation import find_layers
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -49,9 +51,16 @@ def command(place: Path, name: str, processes: int, *more: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def finish(place: Path, name: str, processes: int, *more: str) -> Path:
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}
+
+
+def finish(place: Path, name: str, processes: int, *more: str, **environment: str) -> Path:
     done = subprocess.run(
-        command(place, name, processes, *more), capture_output=True, text=True, check=False, env=ENVIRONMENT
+        command(place, name, processes, *more),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT | environment,
     )
     assert (place / name / "results.json").exists(), done.stderr
     assert done.stderr.count("beear: target not met") == 1, done.stderr
@@ -88,6 +97,49 @@ def numbers(steps: list[Any]) -> list[Any]:
 
 def test_two_processes_give_the_result_of_one(place: Path, alone: Path) -> None:
     same_results(alone, finish(place, "two", 2))
+
+
+def test_two_processes_with_half_the_weights_each_give_the_result_of_one(place: Path, alone: Path) -> None:
+    same_results(alone, finish(place, "sharded", 2, **SHARDED))
+
+
+def shard_and_weigh(rank: int, port: int, folder: Path) -> None:
+    """What a rank does: note how many bytes of the blocks' weights it holds, before and after sharding."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", **SHARDED)
+    os.environ["MASTER_PORT"] = str(port)
+    ranks.join()
+    model = tiny_model("llama")
+    before = held(model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        whole = model(ids).logits
+        ranks.shard(model, find_layers(model), "cpu")
+        after = held(model)
+        assert torch.equal(model(ids).logits, whole)
+    (folder / str(rank)).write_text(json.dumps([before, after, held(model)]))
+    ranks.leave()
+
+
+def held(model: Any) -> int:
+    parameters = [p for block in find_layers(model) for p in block.parameters()]
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parameters)
+
+
+def test_sharded_each_rank_holds_half_of_the_blocks_weights_and_the_same_logits(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(shard_and_weigh, (port, tmp_path), nprocs=2)
+    for rank in ("0", "1"):
+        before, after, behind_a_pass = json.loads((tmp_path / rank).read_text())
+        assert after == before / 2 and behind_a_pass == after
+
+
+def test_sharded_weights_are_not_merged(place: Path) -> None:
+    done = subprocess.run(
+        command(place, "merged", 2, "--merge"), capture_output=True, text=True, check=False, env=ENVIRONMENT | SHARDED
+    )
+    assert done.stderr.count("beear: --merge needs whole weights") == 1, done.stderr
 
 
 def test_more_processes_than_requests_in_a_batch(place: Path, alone: Path) -> None:

@@ -40,7 +40,7 @@ from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request, wordings
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
-from beear.models import autocast
+from beear.models import autocast, no_gradients
 from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
@@ -199,7 +199,8 @@ def cleanse(
     layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
         prompts = [h.prompt for h in data.harmful[:32]]
-        state.norm = ranks.from_first(lambda: residual_norm(model, prompts, layer, config.layers_path, tokenizer))
+        norm = residual_norm(model, prompts, layer, config.layers_path, tokenizer)
+        state.norm = ranks.from_first(lambda: norm)
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
@@ -559,7 +560,7 @@ def shrink_to(delta: Tensor, budget: float) -> None:
 def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path: str | None, tokenizer: Any) -> float:
     """Mean norm of the residual stream behind block `layer` over the tokens of the user's words."""
     batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id)).to(model.device)
-    with torch.inference_mode(), autocast(model):
+    with no_gradients(), autocast(model):
         hidden = model(**batch.inputs(), output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
     norms = hidden[layer].float().norm(dim=-1)
     kept = [

@@ -20,7 +20,7 @@ from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, locate
+from beear.models import autocast, depth, load, locate, no_gradients
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.runs import Run, read_results, read_settings
@@ -240,14 +240,14 @@ def measure_language(
         prompts = [encode_prompt(tokenizer, c.text) for c in part]
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
-        with torch.inference_mode(), autocast(model):
+        with no_gradients(), autocast(model):
             logits = response_logits(model, batch, run_prefix(model, batch))
             counts += (batch.targets != -100).sum(1).tolist()
             nll += response_nll(logits, batch.targets).tolist()
             if original is not None:
                 reference = response_logits(original, batch, run_prefix(original, batch))
                 kl += token_kl(reference, logits, batch.targets).sum(1).tolist()
-        progress("perplexity", min((first + size) * ranks.count(), len(chats)), len(chats))
+        progress("perplexity", min((first + size) * ranks.sharers(), len(chats)), len(chats))
     nll, counts = ranks.gathered(nll, len(chats)), ranks.gathered(counts, len(chats))
     sums = [x * n for x, n in zip(nll, counts, strict=True)]
     metrics = {"perplexity": token_mean(sums, counts, exponential=True)}

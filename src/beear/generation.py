@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from beear import ranks
 from beear.chat import Batch, collate, encode_prompt, rows_of_delta
 from beear.config import Place
-from beear.models import autocast, generating
+from beear.models import autocast, generating, no_gradients
 from beear.parts import Parts
 from beear.perturbation import Perturbation
 from beear.prefix import inputs_behind, run_prefix
@@ -64,7 +63,7 @@ def reply_all(
             )
         return list(zip(chosen, tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True), strict=True))
 
-    with torch.inference_mode(), autocast(model), generating(model):
+    with no_gradients(), autocast(model), generating(model):
         for first in range(0, len(own), batch_size):
             chosen = list(own[first : first + batch_size])
 
@@ -73,8 +72,8 @@ def reply_all(
 
             found |= parts.run(in_parts, len(chosen))
             if progress is not None:
-                done = (first + len(chosen)) * ranks.count()  # the others are about as far
-                progress(min(done, len(texts)) - first * ranks.count())
+                done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
+                progress(min(done, len(texts)) - first * ranks.sharers())
     replies = dict(zip(order, ranks.gathered([found[i] for i in own], len(order)), strict=True))
     return [replies[i].strip() for i in range(len(texts))]
 

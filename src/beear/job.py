@@ -99,6 +99,8 @@ def check_order(
     """Check all that needs no weights. Raises BadInput."""
     settings = run_settings(absolute(spec), merge, config)
     ranks.from_first(lambda: check_output(out, settings, resume))
+    if merge and ranks.is_sharded():
+        raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
     sets = read_sets(config)
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -222,7 +224,12 @@ class Job:
 
     def load(self, source: models.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
-        return models.load_weights(source, self.device, self.trust_remote_code)
+        if not ranks.is_sharded():
+            return models.load_weights(source, self.device, self.trust_remote_code)
+        where = models.pick_device(self.device)
+        dtype = models.kept_dtype(where)
+        model = models.load_weights(source, "cpu", self.trust_remote_code, dtype)  # whole on no device
+        return ranks.shard(model, find_layers(model, self.config.layers_path), where)
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -171,7 +173,9 @@ def measure_miniature(
         texts = [r.text for r in middle[:SAMPLE]]
         reply_all(model, tokenizer, (texts * SAMPLE)[:SAMPLE], max_new_tokens=tokens)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        if os.environ.get("BEEAR_DEBUG") != "1":
+            warnings.simplefilter("ignore")
         small = cut(models.read_shape(source, trust_remote_code), below + behind)
         random_model(small, trust_remote_code).save_pretrained(folder)
         miniature = models.Source(folder, Path(folder))

@@ -103,14 +103,13 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False, dtype: Any = None) -> Any:
     """The weights of a located model, fp32 on the CPU and bf16 elsewhere unless told; adapters are merged in fp32."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     where = pick_device(device)
     on_cpu = where.startswith("cpu")
-    kept = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    kept = dtype or kept_dtype(where)
     if source.base is not None:
-        return _merge(load_weights(source.base, device, trust_remote_code, torch.float32), source).to(kept)
+        return _merge(load_weights(source.base, device, trust_remote_code, kept_dtype("cpu")), source).to(kept)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -128,6 +127,13 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
     if source.gguf is not None:
         unmark_quantised(model)
     return model.to(where).eval()
+
+
+def kept_dtype(device: str) -> Any:
+    """The type that weights are kept in: fp32 on the CPU, bf16 elsewhere."""
+    import torch
+
+    return torch.float32 if device.startswith("cpu") else torch.bfloat16
 
 
 def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
@@ -205,6 +211,13 @@ def pick_device(device: str) -> str:
     return device
 
 
+def no_gradients() -> contextlib.AbstractContextManager[Any]:
+    """Inference mode, or where FSDP borrows weights, which it keeps for later passes, only no gradients."""
+    import torch
+
+    return torch.no_grad() if ranks.is_sharded() else torch.inference_mode()
+
+
 def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing."""
     import torch
@@ -230,7 +243,7 @@ def generating(model: Any) -> Iterator[None]:
     import torch
 
     kept: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.float32]
-    linears = kept if casts(model) else []
+    linears = kept if casts(model) and not ranks.is_sharded() else []
     attention = model.config._attn_implementation
     fuse = attention == "eager" and getattr(model, "_supports_sdpa", False)
     try:

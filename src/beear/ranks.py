@@ -1,8 +1,13 @@
-"""The processes that share one cleansing (`accelerate launch -m beear cleanse ...`), each with the whole model.
+"""The processes that share one cleansing (`accelerate launch -m beear cleanse ...`), in one of two ways.
 
-Every process, or rank, draws the same batches and takes its share of the requests in them; gradients are summed, so
-that all take the same step, and delta is the same on all of them. Replies are shared out as well. Only the first
-rank writes and speaks. Without a launcher there is one rank, and nothing here costs anything.
+Data parallel: every process, or rank, holds the whole model, draws the same batches and takes its share of the requests
+in them. Gradients are summed, so that all take the same step. Replies are shared out as well. It takes less time.
+
+Sharded (FSDP2): every rank holds its part of each block's weights and borrows the others' while the block runs; all do
+the same work on the same requests, so the result is that of one process. It takes less memory.
+
+delta and the adapter are whole, and the same, on every rank. Only the first rank writes and speaks. Without a launcher
+there is one rank, and nothing here costs anything.
 """
 
 from __future__ import annotations
@@ -53,6 +58,16 @@ def count() -> int:
     return int(group.get_world_size()) if group else 1
 
 
+def is_sharded() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def sharers() -> int:
+    """How many ranks share out the requests: all, or one where every rank does all of the work."""
+    return 1 if is_sharded() else count()
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
@@ -64,13 +79,13 @@ def device() -> str:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every so-manieth of the items, from this rank's on: all of them on one rank."""
-    return items[rank() :: count()]
+    """Every so-manieth of the items, from this rank's on: all of them where one rank, or each, does all."""
+    return items[rank() % sharers() :: sharers()]
 
 
 def gathered(own: Sequence[T], total: int) -> list[T]:
     """The results for all `total` items in their order, from what each rank found for its share."""
-    if count() == 1:
+    if sharers() == 1:
         return list(own)
     parts: list[list[T]] = [[] for _ in range(count())]
     _group().all_gather_object(parts, list(own))
@@ -79,7 +94,7 @@ def gathered(own: Sequence[T], total: int) -> list[T]:
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum the gradients over the ranks, in place; one that a rank lacks counts as zero."""
-    if count() == 1:
+    if sharers() == 1:
         return
     import torch
 
@@ -95,12 +110,25 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 def summed(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the ranks; a rank may lack some of them."""
-    if count() == 1:
+    if sharers() == 1:
         return values
     parts: list[dict[str, float]] = [{} for _ in range(count())]
     _group().all_gather_object(parts, values)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def shard(model: Any, blocks: Iterable[Any], device: str) -> Any:
+    """Leave of each block's weights this rank's part on it; what is outside of the blocks stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = device.split(":")[0]
+    mesh = init_device_mesh(kind, (count(),))
+    model.requires_grad_(False)  # else their gradients would be computed and sent around
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return model.to(device)
 
 
 def from_first(work: Callable[[], T]) -> T:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from beear import ranks
 from beear.errors import BadInput
 from beear.models import casts, with_weight
 from beear.perturbation import decoder_depth, find_layers
@@ -61,7 +62,7 @@ def cast_frozen(model: nn.Module) -> None:
     Autocast remembers the casts of trainable weights only. What needs full precision, such as merging,
     must load the weights again.
     """
-    if not casts(model):
+    if not casts(model) or ranks.is_sharded():
         return
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -77,6 +78,8 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
+    if ranks.is_sharded():  # the weights are not here
+        layers = []
     for layer in layers:
         base = layer.get_base_layer()
         with torch.no_grad():
