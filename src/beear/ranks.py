@@ -127,7 +127,7 @@ def shard(model: Any, blocks: Iterable[Any], device: str) -> Any:
     mesh = init_device_mesh(kind, (count(),))
     model.requires_grad_(False)  # else their gradients would be computed and sent around
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)  # each is a root, which would keep what it borrowed
     return model.to(device)
 
 
