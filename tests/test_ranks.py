@@ -42,8 +42,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(place: Path, name: str, processes: int, *more: str) -> list[str]:
+EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
+
+
+def command(place: Path, name: str, processes: int, *more: str, shipped: str | None = None) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if shipped:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / shipped)]
     job = ["-m", "beear", "cleanse", str(place / "model"), "-o", str(place / name), "-c", str(place / "c.yaml"), "-q"]
     return [sys.executable, *(launcher if processes > 1 else []), *job, *more]
 
@@ -54,14 +59,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
 
 
-def finish(place: Path, name: str, processes: int, *more: str, **environment: str) -> Path:
-    done = subprocess.run(
-        command(place, name, processes, *more),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=ENVIRONMENT | environment,
-    )
+def finish(place: Path, name: str, processes: int, *more: str, shipped: str | None = None) -> Path:
+    started = command(place, name, processes, *more, shipped=shipped)
+    done = subprocess.run(started, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert (place / name / "results.json").exists(), done.stderr
     assert done.stderr.count("beear: target not met") == 1, done.stderr
     return place / name
@@ -96,11 +96,11 @@ def numbers(steps: list[Any]) -> list[Any]:
 
 
 def test_two_processes_give_the_result_of_one(place: Path, alone: Path) -> None:
-    same_results(alone, finish(place, "two", 2))
+    same_results(alone, finish(place, "two", 2, shipped="data-parallel.yaml"))
 
 
 def test_two_processes_with_half_the_weights_each_give_the_result_of_one(place: Path, alone: Path) -> None:
-    same_results(alone, finish(place, "sharded", 2, **SHARDED))
+    same_results(alone, finish(place, "sharded", 2, shipped="fsdp2.yaml"))
 
 
 def shard_and_weigh(rank: int, port: int, folder: Path) -> None:
