@@ -74,9 +74,7 @@ def run_cleanse(
     ranks.from_first(lambda: check_output(out, settings, resume))
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
         return finished(out, settings)
-    order = check_order(
-        spec, out, config, merge=merge, resume=resume, device=device, trust_remote_code=trust_remote_code
-    )
+    order = check_order(settings, out, config, device, trust_remote_code)
     listen({"event": "loading", "model": spec})
     job = Job(order, config, listen, device, trust_remote_code)
     with Run.open(out, settings, resume) as job.run_folder:
@@ -93,12 +91,9 @@ class Order:
     tokenizer: Any
 
 
-def check_order(
-    spec: str, out: Path, config: Config, *, merge: bool, resume: bool, device: str, trust_remote_code: bool
-) -> Order:
-    """Check all that needs no weights. Raises BadInput."""
-    settings = run_settings(absolute(spec), merge, config)
-    ranks.from_first(lambda: check_output(out, settings, resume))
+def check_order(settings: dict[str, Any], out: Path, config: Config, device: str, trust_remote_code: bool) -> Order:
+    """Check all of a job that needs no weights, but for whether `out` may be written. Raises BadInput."""
+    merge = settings["merge"]
     if merge and ranks.is_sharded():
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
     sets = read_sets(config)

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
 
 
 def peak_memory(device: str = "cpu") -> int:
     """The most memory that was held since the start, or since `restart_peak`, in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():  # unlike getrusage it knows nothing of the process that started this one
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-        if "VmHWM" in fields:
-            return 1024 * int(fields["VmHWM"].split()[0])
+    held = _field(_STATUS, "VmHWM")  # unlike getrusage it knows nothing of the process that started this one
+    if held is not None:
+        return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -36,12 +36,17 @@ def available_memory(device: str = "cpu") -> int | None:
     """Bytes that are free for this process, or None where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pass
+    free = _field(_MACHINE, "MemAvailable")
+    if free is not None:
+        return free
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def _field(file: Path, name: str) -> int | None:
+    """A size that Linux tells in kB, in bytes; None where it does not."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(sizes[0]) if sizes else None

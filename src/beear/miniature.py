@@ -34,6 +34,7 @@ from beear.generation import reply_all
 from beear.memory import peak_memory, restart_peak
 from beear.perturbation import resolve_layer
 from beear.plan import Plan, write_plan
+from beear.runs import check_output
 from beear.scorers import JUDGES
 from beear.sets import Sets, read_sets
 
@@ -63,9 +64,9 @@ def plan_cleanse(
     listen: Listener = lambda event: None,
 ) -> Plan:
     """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
-    order = job.check_order(
-        spec, out, config, merge=merge, resume=resume, device=device, trust_remote_code=trust_remote_code
-    )
+    settings = job.run_settings(job.absolute(spec), merge, config)
+    check_output(out, settings, resume)
+    order = job.check_order(settings, out, config, device, trust_remote_code)
     shape = models.read_shape(order.source, trust_remote_code)
     depth, more = models.depth(order.source, trust_remote_code), more_blocks(shape, trust_remote_code)
     sizes = [(1, 1), (1 + more, 1), (1, 1 + more)]
@@ -75,7 +76,7 @@ def plan_cleanse(
         work = partial(measure_miniature, order.source, config, below, behind, models.pick_device(device))
         prices.append(in_own_process(partial(work, trust_remote_code)))
     plan = stages(scaled(prices, more, resolve_layer(config.layer, depth), depth), order.sets, config)
-    write_plan(out, plan, order.settings)
+    write_plan(out, plan, settings)
     return plan
 
 

@@ -103,13 +103,14 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False, dtype: Any = None) -> Any:
     """The weights of a located model, fp32 on the CPU and bf16 elsewhere unless told; adapters are merged in fp32."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     where = pick_device(device)
     on_cpu = where.startswith("cpu")
     kept = dtype or kept_dtype(where)
     if source.base is not None:
-        return _merge(load_weights(source.base, device, trust_remote_code, kept_dtype("cpu")), source).to(kept)
+        return _merge(load_weights(source.base, device, trust_remote_code, torch.float32), source).to(kept)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
