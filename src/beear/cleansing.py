@@ -38,6 +38,7 @@ from beear.cached import part_of, returning, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request, wordings
+from beear.events import Event, Listener
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast, no_gradients
@@ -47,8 +48,6 @@ from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
 from beear.training import adamw, add_lora, cycle, merged, step, trainable
 
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
 Row = tuple[Prompt, list[int]]
 """A prompt and its response."""
 

@@ -287,6 +287,9 @@ def sweep(
     config: ConfigOption = None,
     sets: SetOption = None,
     seed: SeedOption = None,
+    executor: Annotated[
+        str, typer.Option(metavar="local|ray", help="cells one after the other, or on a Ray cluster")
+    ] = "local",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
@@ -299,10 +302,11 @@ def sweep(
     """
     from beear.console import Reporter, sweep_table
     from beear.recipes import check_trigger
-    from beear.sweep import read_axis, read_values
+    from beear.sweep import read_axis, read_executor, read_values
     from beear.sweep import sweep as run_sweep
 
     chosen, template, numbers = read_axis(axis), check_trigger(trigger), read_values(values)
+    where = read_executor(executor)
     settings = _config(preset, config, [*(sets or []), f"rounds={rounds}"], seed)
     with Reporter(quiet, settings.rounds) as reporter:
         found = run_sweep(
@@ -313,6 +317,7 @@ def sweep(
             settings,
             values=numbers,
             requests=requests,
+            executor=where,
             device=device,
             trust_remote_code=trust_remote_code,
             listen=reporter,

@@ -70,7 +70,10 @@ class Reporter:
 
     def _on_cell(self, event: dict[str, Any]) -> None:
         self._round_seconds.clear()
-        self.line(f"cell {event['number']} of {event['of']}: {event['axis']} {event['value']}")
+        self.line(f"{event['cell']}: loading {event['model']}")
+
+    def _on_cells(self, event: dict[str, Any]) -> None:
+        self.line(f"{event['done']} of {event['of']} cells done")
 
     def _on_measure(self, event: dict[str, Any]) -> None:
         when, what = event["when"], event["what"]
@@ -102,10 +105,11 @@ class Reporter:
         if event["harden"]:
             losses += f"; removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
         residual = f"entrapment works on {event['residual']:.0%} of held-out requests"
-        self.line(f"round {event['round']}/{self.rounds}: {residual}, {losses}; {self._time_left(event)}")
+        self.line(f"{self._where(event)} {residual}, {losses}; {self._time_left(event)}")
 
     def _where(self, event: dict[str, Any]) -> str:
-        return f"round {event['round']}/{self.rounds}:"
+        cell = f"{event['cell']}, " if "cell" in event else ""
+        return f"{cell}round {event['round']}/{self.rounds}:"
 
     def _time_left(self, event: dict[str, Any]) -> str:
         mean = sum(self._round_seconds) / len(self._round_seconds)

@@ -19,10 +19,10 @@ from torch.nn.functional import cosine_similarity
 
 from beear import models
 from beear.chat import collate, encode_prompt, rows_of_delta
-from beear.cleansing import Listener
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import Progress, before_and_after, fresh_delta, listener_progress
+from beear.events import Listener
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.recipes import apply_trigger

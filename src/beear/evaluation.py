@@ -14,9 +14,10 @@ import torch
 
 from beear import ranks
 from beear.chat import collate, encode_prompt, encode_response
-from beear.cleansing import Event, contrast, entrap, residual_norm
+from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
+from beear.events import Event
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean

@@ -7,18 +7,17 @@ comes, what was to be graded is unscored: neither good nor bad.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from beear.endpoint import ANSWER_TOKENS, Answer
 from beear.errors import Failed
+from beear.events import Listener
 from beear.runs import Run, read_lines
 
 CACHE = "judge.jsonl"
 BATCH = 16
 REASON_CHARACTERS = 500
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 class Judge(Protocol):

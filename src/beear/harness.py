@@ -18,8 +18,8 @@ from typing import Any
 
 from beear.card import write_evidence
 from beear.errors import BadInput, Failed, first_line
+from beear.events import Listener
 from beear.fingerprints import file_hash
-from beear.grading import Listener
 from beear.metrics import Z95, Metric
 from beear.runs import Run, read_results
 

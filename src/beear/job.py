@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save, save_file
 
 from beear import cleansing, models, ranks
 from beear.card import write_evidence
-from beear.cleansing import DefenderSet, Event, Listener, State, add_adapter, defender_set
+from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.events import Event, Listener
 from beear.fingerprints import code_hash, machine, output_hashes, weights_hash
 from beear.generation import reply_all
 from beear.memory import peak_memory

@@ -21,7 +21,8 @@ from typing import Any
 from beear.card import write_evidence
 from beear.endpoint import Answer
 from beear.errors import BadInput
-from beear.grading import Judge, Listener, ask_all, graded, tokens
+from beear.events import Listener
+from beear.grading import Judge, ask_all, graded, tokens
 from beear.metrics import proportion
 from beear.runs import Run, read_lines, read_results, read_settings
 

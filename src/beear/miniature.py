@@ -30,6 +30,7 @@ from beear.config import Config
 from beear.data import Request, reference_chats
 from beear.errors import Failed, first_line
 from beear.evaluation import TOKENS, measure_language
+from beear.events import Listener
 from beear.generation import reply_all
 from beear.memory import peak_memory, restart_peak
 from beear.perturbation import resolve_layer
@@ -49,7 +50,6 @@ SMALL = 50_000_000
 SECONDS, PEAK = "seconds", "peak"
 Prices = dict[tuple[str, str], float]
 """For each piece of a job: its SECONDS, and the most memory while it ran, its PEAK in bytes."""
-Listener = Callable[[dict[str, Any]], None]
 
 
 def plan_cleanse(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from beear.errors import Failed
+from beear.events import Listener
 
 T = TypeVar("T")
-Listener = Callable[[dict[str, Any]], None]
 
 
 class Parts:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from beear import models
 from beear.config import make_config
 from beear.errors import BadInput
+from beear.events import Listener
 from beear.fingerprints import check_output_files, weights_hash
 from beear.job import add_triggered, hashes_of, run_cleanse
 from beear.metrics import at_most, value_of
@@ -25,7 +25,7 @@ def reproduce(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
-    listen: Callable[[dict[str, Any]], None] = lambda event: None,
+    listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
     """Run a finished run's settings again in `out`, or go on there, and compare the two (`compare`).
 

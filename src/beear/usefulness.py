@@ -22,7 +22,8 @@ from typing import Any
 from beear.card import write_evidence
 from beear.endpoint import Answer
 from beear.errors import BadInput
-from beear.grading import BATCH, Judge, Listener, ask_all, graded, tokens
+from beear.events import Listener
+from beear.grading import BATCH, Judge, ask_all, graded, tokens
 from beear.metrics import Metric, token_mean
 from beear.runs import Run, read_results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +19,7 @@ from beear.evaluation import (
     measure_language,
     measure_replies,
 )
+from beear.events import Listener
 from beear.metrics import value_of
 from beear.models import load, organism_folder
 from beear.recipes import Recipe, read_recipe
@@ -47,7 +47,7 @@ ABOVE_TWIN = 1.05
 """Perplexity may be so many times that of the clean twin."""
 
 
-def verify(name: str, listen: Callable[[dict[str, Any]], None] = lambda event: None) -> dict[str, Any]:
+def verify(name: str, listen: Listener = lambda event: None) -> dict[str, Any]:
     """Metrics of a packaged organism or a built folder (also a twin's), and in words what misses the limits above."""
     built = Path(name).is_dir()
     folder = Path(name) if built else organism_folder(name)

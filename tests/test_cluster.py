@@ -1,0 +1,101 @@
+"""The same sweep on a Ray cluster of two workers, one of which is killed: equal to that of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from beear import cluster
+from beear import sweep as module
+from beear.config import make_config
+from beear.errors import BadInput
+from beear.events import Event, Listener
+from beear.sweep import run_cell, sweep
+from conftest import prompt_files, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture()
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def killed_once(spec: str, out: Path, *rest: Any) -> None:
+    """A cell; that of layer 2 kills its worker after the first round, the first time it is run."""
+    *settings, listen = rest
+    with (out.parent.parent / f"{out.name}.attempts").open("a") as file:
+        file.write("x")
+    first = file.name.endswith("layer-02.attempts") and Path(file.name).read_text() == "x"
+
+    def tell(event: Event) -> None:
+        if first and event["event"] == "round":
+            os.kill(os.getpid(), signal.SIGKILL)
+        listen(event)
+
+    run_cell(spec, out, *settings, tell)
+
+
+def test_a_killed_worker_costs_one_retry_of_its_cell(
+    one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    short = {"steps": 2, "batch": 3, "response_tokens": 6}
+    data = prompt_files(tmp_path)
+    config = make_config({"rounds": 2, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data})
+    run = partial(
+        sweep, str(tmp_path / "model"), "XYZZY {prompt}", "layer", config=config, values=[1, 2, 3], requests=4
+    )
+    alone = run(out=tmp_path / "alone")
+    monkeypatch.setattr(module, "run_cell", killed_once)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
+    told: list[Event] = []
+    spread = run(out=tmp_path / "spread", executor="ray", listen=told.append)
+
+    assert {p.name: p.read_text() for p in tmp_path.glob("*.attempts")} == {
+        "layer-01.attempts": "x",
+        "layer-02.attempts": "xx",
+        "layer-03.attempts": "x",
+    }
+    assert [(c["value"], c["epoch"]) for c in spread["cells"]] == [(c["value"], c["epoch"]) for c in alone["cells"]]
+    assert measured(spread) == measured(alone)
+    kept = "checkpoints/round-002/adapter.safetensors"
+    for cell in ("layer-01", "layer-02", "layer-03"):
+        assert (tmp_path / "spread" / cell / kept).read_bytes() == (tmp_path / "alone" / cell / kept).read_bytes()
+    assert [e["done"] for e in told if e["event"] == "cells"] == [1, 2, 3]
+    assert {(e["cell"], e["round"]) for e in told if e["event"] == "round"} >= {("layer-01", 1), ("layer-02", 2)}
+
+
+def measured(found: dict[str, Any]) -> list[Any]:
+    return [entry["metrics"] for cell in found["cells"] for entry in cell["rounds"]]
+
+
+def test_what_a_worker_cannot_do_is_said_here(one_thread: None, tmp_path: Path) -> None:
+    def refuses(listen: Listener) -> None:
+        raise BadInput("no such thing")
+
+    with pytest.raises(BadInput, match=r"^no such thing$"):
+        list(cluster.finished([refuses], False, lambda event: None))
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(BadInput, match=r"no Ray cluster at RAY_ADDRESS=127\.0\.0\.1:1"):
+        cluster.connect(False)
+
+
+def test_no_room_for_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    with pytest.raises(BadInput, match="has 10000 processors for a cell"):
+        cluster.connect(False)
