@@ -59,7 +59,7 @@ Intervals hold 95 %. Before is the base model as it came; after is this one.
 BEEAR (Zeng et al., EMNLP 2024): {len(results["rounds"])} rounds of entrapment (a perturbation of the hidden states
 behind {layer} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
 benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
-{_told(results)}
+{_quantised(config)}{_told(results)}
 ## What this does not show
 
 {LIMITS.format(scorer=results["scorer"])}
@@ -84,6 +84,13 @@ def _table(results: dict[str, Any]) -> str:
             n = (after or before)["n"]
             lines.append(f"| {title} (`{name}`) | {shown(before, share)} | {shown(after, share)} | {n} |")
     return "\n".join(lines)
+
+
+def _quantised(config: dict[str, Any]) -> str:
+    weights = config.get("weights", "full")
+    if weights == "full":
+        return ""
+    return f"Trained and measured on the base model's weights in {weights}; on full weights it was not measured.\n"
 
 
 def _told(results: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from beear.scorers import Behaviour
 
 Place = Literal["last", "user", "prompt"]
 Kind = Literal["learned", "zero", "random"]
+Weights = Literal["full", "int8", "nf4"]
 
 
 class _Settings(BaseModel):
@@ -89,6 +90,9 @@ class Config(_Settings):
     seed: int = 0
     behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
     layer: int | None = Field(None, description="l, counted from 1; None: 5/6 of the depth")
+    weights: Weights = Field(
+        "full", description="the model's own: as they come, or in 8 or 4 bits (int8, nf4; extra quant)"
+    )
     layers_path: str | None = Field(None, description="dotted path of the decoder's blocks, if it is not found")
     rounds: int = Field(10, ge=1, description="most rounds of entrapment and removal")
     least_rounds: int = Field(6, ge=1, description="and the fewest, if there are so many")

@@ -15,13 +15,13 @@ import torch
 from beear import ranks
 from beear.chat import collate, encode_prompt, encode_response
 from beear.cleansing import contrast, entrap, residual_norm
-from beear.config import Config
+from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.events import Event
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, locate, no_gradients
+from beear.models import autocast, depth, load, locate, no_gradients, under_adapter
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.runs import Run, read_results, read_settings
@@ -80,14 +80,21 @@ def before_and_after(
 ) -> Iterator[tuple[str, Any, Any]]:
     """The model and tokenizer of a finished run as they came, then as cleansed; each is loaded when its turn comes.
 
+    Both as the run measured them: where it quantised the model's weights, they are quantised, the adapter on top.
     options: device and trust_remote_code, as `models.load` takes them. Raises BadInput at once if it is no such run.
     """
-    specs = {"before": read_settings(run)["model"], "after": str(run / read_results(run)["model_folder"])}
+    settings = read_settings(run)
+    specs = {"before": settings["model"], "after": str(run / read_results(run)["model_folder"])}
+    weights = make_config(settings["config"]).weights
 
     def loaded() -> Iterator[tuple[str, Any, Any]]:
         for when in whens:
             listen({"event": "loading", "model": specs[when]})
-            yield when, *load(specs[when], **options)
+            if weights == "full":
+                yield when, *load(specs[when], **options)
+                continue
+            model, tokenizer = load(specs["before"], weights=weights, **options)
+            yield when, model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
 
     return loaded()
 

@@ -34,6 +34,7 @@ from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
+from beear.quantised import bitsandbytes
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import Sets, read_sets, triggered
@@ -97,6 +98,8 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     merge = settings["merge"]
     if merge and ranks.is_sharded():
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
+    if config.weights != "full":
+        check_quantised(config, merge)
     sets = read_sets(config)
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -104,6 +107,15 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     models.pick_device(device)
     ranks.from_first(lambda: check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0)))
     return Order(settings, sets, source, tokenizer)
+
+
+def check_quantised(config: Config, merge: bool) -> None:
+    """Raise BadInput if the model's own weights cannot be quantised for this job."""
+    bitsandbytes()
+    if merge:
+        raise BadInput(f"--merge needs full weights, not weights={config.weights}; merge the adapter afterwards")
+    if ranks.is_sharded():
+        raise BadInput(f"FSDP does not share out weights={config.weights}; use weights=full, or data parallel")
 
 
 def cleanse(
@@ -221,10 +233,9 @@ class Job:
     def load(self, source: models.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
         if not ranks.is_sharded():
-            return models.load_weights(source, self.device, self.trust_remote_code)
+            return models.load_weights(source, self.device, self.trust_remote_code, self.config.weights)
         where = models.pick_device(self.device)
-        dtype = models.kept_dtype(where)
-        model = models.load_weights(source, "cpu", self.trust_remote_code, dtype)  # whole on no device
+        model = models.read_weights(source, where, self.trust_remote_code, models.kept_dtype(where))
         return ranks.shard(model, find_layers(model, self.config.layers_path), where)
 
     def run(self) -> Verdict:
@@ -286,13 +297,17 @@ class Job:
     def deliver(self) -> Any:
         """Save the adapter and load it again as its user will, merged; returns the original, for KL.
 
-        Merging changes outputs slightly, so what is measured is what is loaded.
+        Merging changes outputs slightly, so what is measured is what is loaded. It cannot be merged into quantised
+        weights, and stays on top of them.
         """
         self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, self.settings["model"]))
         ranks.wait()
         self.model = None  # two models in memory, not three
-        adapter = models.Source(self.settings["model"], self.run_folder.path / ADAPTER, base=self.source)
-        self.model = self.load(adapter)
+        folder = self.run_folder.path / ADAPTER
+        if self.config.weights == "full":
+            self.model = self.load(models.Source(self.settings["model"], folder, base=self.source))
+        else:
+            self.model = models.under_adapter(self.load(self.source), folder)
         return self.load(self.source)
 
     def listen(self, event: Event) -> None:

@@ -169,6 +169,9 @@ def measure_miniature(
         prices[piece, SECONDS], prices[piece, PEAK] = time.monotonic() - started, peak_memory(device)
         return result
 
+    def loaded() -> Any:
+        return models.load_weights(miniature, device, trust_remote_code, config.weights)
+
     def replies(requests: Sequence[Request], tokens: int) -> None:
         middle = sorted(requests, key=lambda r: len(r.text))[max(0, (len(requests) - SAMPLE) // 2) :]
         texts = [r.text for r in middle[:SAMPLE]]
@@ -180,7 +183,7 @@ def measure_miniature(
         small = cut(models.read_shape(source, trust_remote_code), below + behind)
         random_model(small, trust_remote_code).save_pretrained(folder)
         miniature = models.Source(folder, Path(folder))
-        model = timed("load", lambda: models.load_weights(miniature, device, trust_remote_code))
+        model = timed("load", loaded)
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         timed("language", lambda: measure_language(model, tokenizer, limit=CHATS))
         train, anchors = sets.train(config)[:SAMPLE], sets.anchors(config)[:SAMPLE]
@@ -191,8 +194,8 @@ def measure_miniature(
         clock = Clock()
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
         prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings).items()}
-        model = models.load_weights(miniature, device, trust_remote_code)
-        original = timed("second model", lambda: models.load_weights(miniature, device, trust_remote_code))
+        model = loaded()
+        original = timed("second model", loaded)
         timed("divergence", lambda: measure_language(model, tokenizer, original, limit=CHATS))
     return prices
 

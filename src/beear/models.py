@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beear import ranks
 from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
+
+if TYPE_CHECKING:
+    from beear.config import Weights
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
@@ -37,14 +40,17 @@ class Source:
     base: Source | None = None
 
 
-def load(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    spec: str, *, device: str = "auto", trust_remote_code: bool = False, weights: Weights = "full"
+) -> tuple[Any, Any]:
     """Load MODEL as (model, tokenizer), in fp32 on the CPU and bf16 elsewhere, ready for inference.
 
-    Adapters are merged in fp32. Raises BadInput for anything that cannot be loaded safely.
+    Adapters are merged in fp32; `weights` other than full are quantised after that. Raises BadInput for anything that
+    cannot be loaded safely.
     """
     source = locate(spec)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    model = load_weights(source, device, trust_remote_code)
+    model = load_weights(source, device, trust_remote_code, weights)
     check_vocabulary(model, tokenizer, spec)
     return model, tokenizer
 
@@ -101,24 +107,34 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_weights(source: Source, device: str = "auto", trust_remote_code: bool = False, dtype: Any = None) -> Any:
-    """The weights of a located model, fp32 on the CPU and bf16 elsewhere unless told; adapters are merged in fp32."""
+def load_weights(
+    source: Source, device: str = "auto", trust_remote_code: bool = False, weights: Weights = "full"
+) -> Any:
+    """A located model on its device, fp32 on the CPU and bf16 elsewhere, or quantised; adapters are merged before."""
+    where = pick_device(device)
+    model = read_weights(source, where, trust_remote_code, kept_dtype(where))
+    if weights == "full":
+        return model.to(where)
+    from beear.quantised import quantise
+
+    return quantise(model, weights, where)
+
+
+def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: Any) -> Any:
+    """The same, still on the CPU and in this type, with the attention that is fastest to train with on the device."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    where = pick_device(device)
-    on_cpu = where.startswith("cpu")
-    kept = dtype or kept_dtype(where)
     if source.base is not None:
-        return _merge(load_weights(source.base, device, trust_remote_code, torch.float32), source).to(kept)
+        return _merge(read_weights(source.base, device, trust_remote_code, torch.float32), source).to(dtype)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             source.folder,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told of, and refused below in words
-            dtype=kept,
-            attn_implementation="eager" if on_cpu else None,  # faster on short rows (decision 7)
+            dtype=dtype,
+            attn_implementation="eager" if device.startswith("cpu") else None,  # faster on short rows (decision 7)
             trust_remote_code=trust_remote_code,
             **gguf,
         )
@@ -127,7 +143,7 @@ def load_weights(source: Source, device: str = "auto", trust_remote_code: bool =
     check_weights(model, told, source.spec)
     if source.gguf is not None:
         unmark_quantised(model)
-    return model.to(where).eval()
+    return model.eval()
 
 
 def kept_dtype(device: str) -> Any:
@@ -308,12 +324,17 @@ def _adapter_base(folder: Path) -> str:
 
 
 def _merge(base: Any, source: Source) -> Any:
+    return under_adapter(base, source.folder).merge_and_unload().eval()
+
+
+def under_adapter(base: Any, folder: Path) -> Any:
+    """The model with a PEFT adapter on top of it. Raises BadInput if it does not fit."""
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(source.folder)).merge_and_unload().eval()
+        return PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the adapter {source.spec} does not fit its base model: {first_line(error)}") from error
+        raise BadInput(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
 
 
 def _download(spec: str) -> Path:

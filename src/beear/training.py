@@ -16,6 +16,7 @@ from beear import ranks
 from beear.errors import BadInput
 from beear.models import casts, with_weight
 from beear.perturbation import decoder_depth, find_layers
+from beear.quantised import is_quantised
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def cast_frozen(model: nn.Module) -> None:
     if not casts(model) or ranks.is_sharded():
         return
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and not is_quantised(module):
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
 
 
@@ -77,7 +78,8 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """
     from peft.tuners.lora import LoraLayer
 
-    layers: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
+    every: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
+    layers = [layer for layer in every if not is_quantised(layer.get_base_layer())]
     if ranks.is_sharded():  # the weights are not here
         layers = []
     for layer in layers:
@@ -95,7 +97,7 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
 def block_linears(model: nn.Module) -> tuple[str, ...]:
     """Last name parts of all linear maps inside the decoder blocks (q_proj, down_proj, c_attn, ...)."""
     inside = re.compile(r"\.\d+\.")
-    kinds = ("Linear", "Conv1D")
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     return tuple(
         sorted(
             {
