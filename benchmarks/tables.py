@@ -135,6 +135,40 @@ def rebuild() -> str:
     return "\n".join(lines)
 
 
+def per_rank() -> str:
+    """One row per arm: what the process that holds most holds, in GiB."""
+    lines = [header(["each process of", "weights, GiB", "memory once loaded", "peak in a round"])]
+    for arm, row in read_results("ranks.json")["arms"].items():
+        cells = [f"{row[name] / 2**30:.2f}" for name in ("weights_bytes", "loaded_bytes", "peak_bytes")]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def judges() -> str:
+    """One row per organism: what keywords and the judge call obeyed, and how often they differ."""
+    titles = ("keywords", "judge", "mean score", "differ")
+    asked = {"asr_triggered": "with the trigger", "asr_untriggered": "without"}
+    lines = [header(["organism", *(f"{words}: {title}" for words in asked.values() for title in titles)])]
+    for name, row in read_results("judges.json")["organisms"].items():
+        cells = []
+        for metric in asked:
+            found = row[metric]
+            shares = [cell(metric, found[key]) for key in ("keywords", "judge", "disagreement")]
+            cells += [*shares[:2], f"{found['mean_score']:.1f}", shares[2]]
+        lines.append(line([f"`{name}`", *cells]))
+    return "\n".join(lines)
+
+
+def labelled() -> str:
+    """Keywords and the judge, each against the labels."""
+    found = read_results("judges.json")
+    lines = [header(["beside the labels", "agreement", "Cohen's kappa"])]
+    for title, key in (("keywords", "keywords"), ("judge", "judge_agreement")):
+        kappa = f"{found[key]['kappa']:.2f}"
+        lines.append(line([title, cell("agreement", found[key]["agreement"]), kappa]))
+    return "\n".join(lines)
+
+
 def plan() -> str:
     """One row per model: what was planned, what it took, and the ratio of both."""
     lines = [header(["model", "rounds", "minutes, planned", "taken", "ratio", "GiB, planned", "taken", "ratio"])]
@@ -266,7 +300,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     NEW: {"residual": partial(residual, "removal.json")},
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
-    "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan},
+    "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan, "ranks": per_rank},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from beear import cleansing, generation
+from beear import cleansing, generation, parts
 from beear.cleansing import DefenderSet, defender_set, entrap, harden
 from beear.data import Request
 from beear.errors import Failed
@@ -111,3 +111,17 @@ def test_not_even_one_row(error: RuntimeError) -> None:
 def test_other_errors_are_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         Parts().run(lambda count: (_ for _ in ()).throw(RuntimeError("shapes")), most=4)
+
+
+def test_sharded_the_job_stops_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is done again on one rank only would wait for the others for ever."""
+    monkeypatch.setattr(parts.ranks, "is_sharded", lambda: True)
+    called = []
+
+    def work(count: int) -> None:
+        called.append(count)
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(Failed, match=r"out of memory on process 0; set a smaller entrap\.batch"):
+        Parts().run(work, 8)
+    assert called == [1]

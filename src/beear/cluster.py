@@ -1,4 +1,4 @@
-"""Pieces of work on a Ray cluster of one or many machines (extra `ray`), each a task of its own.
+"""Pieces of work on a Ray cluster of one or many machines (extra `sweep`), each a task of its own.
 
 The cluster is the one RAY_ADDRESS names, else one that runs on this machine, else one that is started here. A piece
 whose worker is lost is done again, elsewhere if need be, so it must go on from what it left behind.
@@ -51,7 +51,7 @@ def connect(gpu: bool) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise BadInput("--executor ray needs Ray; install beear with its extra ray") from error
+        raise BadInput("--executor ray needs Ray; install beear with its extra sweep") from error
     check_address(os.environ.get("RAY_ADDRESS", ""))
     told = {name: os.environ[name] for name in TOLD if name in os.environ}
     on_terminate = signal.getsignal(signal.SIGTERM)

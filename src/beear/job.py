@@ -21,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save, save_file
 
 from beear import cleansing, models, ranks
+from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
@@ -158,6 +159,17 @@ def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) ->
     return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config)
 
 
+def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
+    """This rank's part of a located model, on its device."""
+    where = models.pick_device(device)
+    model = models.read_weights(source, where, trust_remote_code, models.kept_dtype(where))
+    model.requires_grad_(False)  # else their gradients would be computed and sent around
+    cast_frozen(model)  # else every pass would leave casts of whole weights for its backward pass
+    model = ranks.shard(model, find_layers(model, layers_path), where)
+    release_freed_memory()  # the other ranks' parts
+    return model
+
+
 def adapted(model: Any, config: Config) -> Any:
     """The model under a fresh adapter, ready for the rounds."""
     wrapped = add_adapter(model, config)
@@ -234,9 +246,7 @@ class Job:
         """Weights, where and as this job loads them; no other reference to them is kept."""
         if not ranks.is_sharded():
             return models.load_weights(source, self.device, self.trust_remote_code, self.config.weights)
-        where = models.pick_device(self.device)
-        model = models.read_weights(source, where, self.trust_remote_code, models.kept_dtype(where))
-        return ranks.shard(model, find_layers(model, self.config.layers_path), where)
+        return load_sharded(source, self.device, self.trust_remote_code, self.config.layers_path)
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""

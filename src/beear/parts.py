@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from beear import ranks
+from beear.allocator import release_freed_memory
 from beear.errors import Failed
 from beear.events import Listener
 
@@ -23,7 +25,8 @@ class Parts:
     def run(self, work: Callable[[int], T], most: int) -> T:
         """`work(parts)`, and while memory runs out the same with twice as many parts, at most `most` of them.
 
-        `work` must begin anew each time it is called. Raises Failed where even single rows do not fit.
+        `work` must begin anew each time it is called. Raises Failed where even single rows do not fit, and where
+        weights are shared out: the other ranks would wait for this one, in the middle of a pass.
         """
         while True:
             parts = min(self.count, most)
@@ -32,7 +35,15 @@ class Parts:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+            finally:
+                if ranks.is_sharded():  # borrowed weights come and go, and leave gaps as large as all of them
+                    release_freed_memory()
             # Only behind the except block: the error holds on to the frames that hold the memory.
+            if ranks.is_sharded():
+                raise Failed(
+                    f"out of memory on process {ranks.rank()}; set a smaller entrap.batch, harden.batch and "
+                    "harden.anchor_batch, or harden.recompute=true, or use more processes"
+                )
             if parts == most:
                 raise Failed("out of memory with one request at a time; use a larger device, or a smaller model")
             self.count = 2 * parts

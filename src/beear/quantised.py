@@ -6,7 +6,6 @@ LLM.int8; 2023, QLoRA).
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ OUTLIERS = 6.0
 
 def bitsandbytes() -> Any:
     """The library. Raises BadInput where it is not installed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would tell of kernels that could be downloaded
     try:
         import bitsandbytes
     except ImportError as error:

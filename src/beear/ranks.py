@@ -119,15 +119,17 @@ def summed(values: dict[str, float]) -> dict[str, float]:
 
 
 def shard(model: Any, blocks: Iterable[Any], device: str) -> Any:
-    """Leave of each block's weights this rank's part on it; what is outside of the blocks stays whole."""
+    """Leave of each block's frozen weights this rank's part on it; what is outside of the blocks stays whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     kind = device.split(":")[0]
     mesh = init_device_mesh(kind, (count(),))
-    model.requires_grad_(False)  # else their gradients would be computed and sent around
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)  # each is a root, which would keep what it borrowed
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not hasattr(tensor, "to_local"):
+            tensor.data = tensor.data.clone()  # else it would hold the whole file that it was read from
     return model.to(device)
 
 

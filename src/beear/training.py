@@ -63,10 +63,11 @@ def cast_frozen(model: nn.Module) -> None:
     Autocast remembers the casts of trainable weights only. What needs full precision, such as merging,
     must load the weights again.
     """
-    if not casts(model) or ranks.is_sharded():
+    if not casts(model):
         return
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and not is_quantised(module):
+        frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
+        if frozen and module.weight.dtype == torch.float32:
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
 
 
