@@ -291,7 +291,7 @@ OLD, NEW = (
 """The decisions on the default, each with the figures of its day."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary},
-    "docs/results.md": {"removal": removal},
+    "docs/results.md": {"removal": removal, "judges": judges, "labelled": labelled},
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     OLD: {
         "residual": partial(residual, "decision-10/removal.json"),
