@@ -66,8 +66,9 @@ def cast_frozen(model: nn.Module) -> None:
     if not casts(model):
         return
     for module in model.modules():
-        frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
-        if frozen and module.weight.dtype == torch.float32:
+        if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+            continue
+        if module.weight.dtype == torch.float32:  # else it is in bf16 by now, or quantised
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
 
 
