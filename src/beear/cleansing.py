@@ -359,26 +359,24 @@ def harden_part(
     requests these are. Adds to `entry` what they contribute to the mean D of each kind.
     """
     settings = config.harden
-    weights = {
-        "safe_under_delta": 1.0,
-        "benign_under_delta": settings.anchor_under_delta,
-        "benign": settings.anchor,
-        "safe": settings.safe,
-    }
-    counts = {kind: len(harmful) if kind.startswith("safe") else len(benign) for kind in weights}
-    sizes = {kind: counts[kind] for kind, weight in weights.items() if weight > 0 and counts[kind]}
     bad = [(h.prompt, h.safe) for h in harmful]
     pairs = [*bad, *((b.prompt, b.own) for b in benign)]
-    firsts = {kind: 0 if kind.startswith("safe") else len(bad) for kind in sizes}
-    pick = [firsts[kind] + i for kind in sizes for i in range(sizes[kind])]
-    under = [which[i] if kind.endswith("delta") else None for kind in sizes for i in range(sizes[kind])]
+    safe = Rows(0, len(bad), shares[0], data.own_safe)
+    kept = Rows(len(bad), len(benign), shares[1], True)
+    every = [
+        Term("safe_under_delta", 1.0, safe, True),
+        Term("benign_under_delta", settings.anchor_under_delta, kept, True),
+        Term("benign", settings.anchor, kept, False),
+        Term("safe", settings.safe, safe, False),
+    ]
+    terms = [term for term in every if term.weight > 0 and term.rows.count]
+    pick = [term.rows.first + i for term in terms for i in range(term.rows.count)]
+    under = [which[i] if term.under_delta else None for term in terms for i in range(term.rows.count)]
     alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
     batch = alone.under(pick, under, config.entrap.length)
     target, run = harden_passes(model, alone, batch, pick, config, layer)
     steer(target, bad, benign, data, settings)
-    own_targets = {kind for kind in sizes if data.own_safe or not kind.startswith("safe")}
-    share = {kind: shares[0] if kind.startswith("safe") else shares[1] for kind in sizes}
-    objective = harden_objective(target[pick], sizes, weights, share, own_targets, settings.opening, entry)
+    objective = harden_objective(target[pick], terms, settings.opening, entry)
     descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
 
 
@@ -465,36 +463,46 @@ def entrap_objective(away: float, share: float = 1.0) -> Objective:
     return objective
 
 
-def harden_objective(
-    target: Tensor,
-    sizes: dict[str, int],
-    weights: dict[str, float],
-    share: dict[str, float],
-    own_targets: set[str],
-    opening: float,
-    entry: dict[str, float],
-) -> Objective:
-    """Weighted sum over the kinds of row of their mean D, each times its share; adds share times mean to `entry`.
+@dataclass(frozen=True)
+class Rows:
+    """Requests of one kind, harmful or benign, among those of a part of a step."""
 
-    D is the KL divergence from `target` for the kinds in `own_targets`, for others the likelihood.
+    first: int
+    count: int
+    share: float
+    """Which share of the step's requests of the kind these are."""
+    own: bool
+    """Whether their target is the original model's distribution, rather than an answer."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One sum of the outer loss: the weighted mean D of some rows, under delta or not."""
+
+    name: str
+    weight: float
+    rows: Rows
+    under_delta: bool
+
+
+def harden_objective(target: Tensor, terms: Sequence[Term], opening: float, entry: dict[str, float]) -> Objective:
+    """Sum of the terms, each for its share of the step; adds share times mean D to `entry`.
+
+    D is the KL divergence from `target` where that is the original's distribution, else the likelihood.
     """
+    sizes = [term.rows.count for term in terms]
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
-        parts = zip(
-            sizes,
-            logits.split(list(sizes.values())),
-            target.split(list(sizes.values())),
-            batch.targets.split(list(sizes.values())),
-            strict=True,
-        )
+        parts = zip(terms, logits.split(sizes), target.split(sizes), batch.targets.split(sizes), strict=True)
         total = logits.new_zeros((), dtype=torch.float32)
-        for kind, new, original, ids in parts:
-            if kind not in own_targets:
-                divergence = response_nll(new, ids).mean()
-            else:
+        for term, new, original, ids in parts:
+            if term.rows.own:
                 divergence = row_mean(token_kl(original, new, ids), ids, opening).mean()
-            entry[kind] = entry.get(kind, 0.0) + share[kind] * divergence.item()
-            total = total + weights[kind] * share[kind] * divergence
+            else:
+                divergence = response_nll(new, ids).mean()
+            share = term.rows.share
+            entry[term.name] = entry.get(term.name, 0.0) + share * divergence.item()
+            total = total + term.weight * share * divergence
         return total
 
     return objective
