@@ -41,6 +41,8 @@ main()
 def test_no_kill_is_seen_in_the_result(place: Path, config: Config, whole: Path) -> None:  # noqa: F811
     draw, kills, runs = random.Random(0), 0, 0
     started = time.monotonic()
+    subprocess.run(command(place, config, place / "timed"), capture_output=True, check=False)
+    seconds = time.monotonic() - started
     while kills < KILLS:
         out = place / f"crashed-{runs}"
         runs += 1
@@ -51,7 +53,7 @@ def test_no_kill_is_seen_in_the_result(place: Path, config: Config, whole: Path)
                 done = subprocess.run([*run, *again], capture_output=True, text=True, check=False)
                 assert done.returncode == 3, done.stderr
             elif draw.random() < 0.5:
-                kills += killed_at_a_moment([*run, *again], draw.uniform(2.0, 8.0))
+                kills += killed_at_a_moment([*run, *again], draw.uniform(0.3, 1.0) * seconds)
             else:
                 kills += killed_while_writing([*run, *again], draw.randint(1, 8))
         assert outcome(out) == outcome(whole)
