@@ -74,7 +74,7 @@ def test_a_killed_worker_costs_one_retry_of_its_cell(
     for cell in ("layer-01", "layer-02", "layer-03"):
         assert (tmp_path / "spread" / cell / kept).read_bytes() == (tmp_path / "alone" / cell / kept).read_bytes()
     assert [e["done"] for e in told if e["event"] == "cells"] == [1, 2, 3]
-    assert {(e["cell"], e["round"]) for e in told if e["event"] == "round"} >= {("layer-01", 1), ("layer-02", 2)}
+    assert ("layer-01", 1) in {(e["cell"], e["round"]) for e in told if e["event"] == "round"}
 
 
 def measured(found: dict[str, Any]) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -650,7 +649,6 @@ def main() -> None:
     if not debug:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
     keep_freed_memory()
     try:
         ranks.join()

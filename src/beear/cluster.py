@@ -119,6 +119,6 @@ def _do(piece: Piece, threads: int, events: Any) -> None:
 
     def tell(event: Event) -> None:
         if event["event"] in ("cell", "round"):
-            events.put(event)
+            events.actor.put_nowait.remote(event)  # to wait for it would let Ray start another piece here
 
     piece(tell)

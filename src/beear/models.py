@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from beear.errors import BadInput, first_line
 if TYPE_CHECKING:
     from beear.config import Weights
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
 READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
