@@ -38,6 +38,8 @@ def finished(pieces: Sequence[Piece], gpu: bool, listen: Listener) -> Iterator[i
     A piece takes as many processors as this process has threads, so that its bits are the same, and with `gpu` one
     GPU. Raises Failed for pieces whose workers were lost too often, once the others are done.
     """
+    if not pieces:
+        return
     ray = connect(gpu)
     try:
         yield from _finished(ray, pieces, gpu, listen)

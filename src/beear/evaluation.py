@@ -17,7 +17,7 @@ from beear.chat import collate, encode_prompt, encode_response
 from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
-from beear.events import Event
+from beear.events import Listener
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
@@ -75,7 +75,7 @@ def before_and_after(
     run: Path,
     *,
     whens: Sequence[str] = WHENS,
-    listen: Callable[[Event], None] = lambda event: None,
+    listen: Listener = lambda event: None,
     **options: Any,
 ) -> Iterator[tuple[str, Any, Any]]:
     """The model and tokenizer of a finished run as they came, then as cleansed; each is loaded when its turn comes.
@@ -106,7 +106,7 @@ def kept_before_and_after(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
-    listen: Callable[[Event], None] = lambda event: None,
+    listen: Listener = lambda event: None,
 ) -> dict[Any, dict[str, Any]]:
     """For each NAME: item wanted, what `work(item, when, model, tokenizer)` gives before and after a run.
 
@@ -133,7 +133,7 @@ def evaluate_spec(
     template: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    listen: Callable[[Event], None] = lambda event: None,
+    listen: Listener = lambda event: None,
 ) -> Measured:
     """Load MODEL (and the one it is held `against`) and measure it. Raises BadInput before weights load."""
     read_sets(config)
@@ -150,7 +150,7 @@ def evaluate_spec(
     )
 
 
-def listener_progress(listen: Callable[[Event], None], when: str) -> Progress:
+def listener_progress(listen: Listener, when: str) -> Progress:
     """Progress of measuring, told as events."""
 
     def report(what: str, done: int, total: int) -> None:

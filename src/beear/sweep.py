@@ -107,18 +107,16 @@ def write_sweep(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def read_axis(name: str) -> Axis:
     """What is varied. Raises BadInput for anything else."""
-    for axis in get_args(Axis):
-        if name == axis:
-            return cast(Axis, axis)
-    raise BadInput(f"cannot sweep over {name!r}; use layer or length")
+    if name not in get_args(Axis):
+        raise BadInput(f"cannot sweep over {name!r}; use layer or length")
+    return cast(Axis, name)
 
 
 def read_executor(name: str) -> Executor:
     """Where cells run. Raises BadInput for anything else."""
-    for executor in get_args(Executor):
-        if name == executor:
-            return cast(Executor, executor)
-    raise BadInput(f"no executor {name!r}; use local or ray")
+    if name not in get_args(Executor):
+        raise BadInput(f"no executor {name!r}; use local or ray")
+    return cast(Executor, name)
 
 
 def read_values(text: str | None) -> list[int]:
