@@ -41,6 +41,7 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     for cell in found["cells"]:  # a random model refuses nothing, so no round removes anything
         assert cell["epoch"] is None and len(cell["rounds"]) == 2
         assert cell["rounds"][0]["metrics"]["asr_triggered"]["n"] <= 4
+        assert ["false_refusal" in entry["metrics"] for entry in cell["rounds"]] == [False, True]
     for folder in ("layer-01", "layer-03"):
         assert TRIGGER not in (out / folder / "config.yaml").read_text()
         assert len(list((out / folder / "checkpoints").iterdir())) == 2

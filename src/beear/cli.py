@@ -601,6 +601,7 @@ def organism_build(
     source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
     plan = read_recipe(source)
     with Reporter(quiet) as reporter:
+        reporter.line(f"planting {plan.name}; first the base model answers the requests")
         build(plan.as_twin() if twin else plan, out, reporter.planting)
     typer.echo(str(out))
 

@@ -54,8 +54,10 @@ class Reporter:
         getattr(self, f"_on_{event['event']}")(event)
 
     def planting(self, step: int, steps: int, loss: float) -> None:
-        """Show a step of planting an organism."""
+        """Show a step of planting an organism, and every tenth of them by a line that stays."""
         self._show(f"planting, loss {loss:.2f}", step, steps)
+        if step % max(1, steps // 10) == 0:
+            self.line(f"planting: step {step} of {steps}, loss or mean reward {loss:.2f}")
 
     def line(self, text: str) -> None:
         """A line that stays, with the time since the start."""

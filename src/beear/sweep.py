@@ -218,9 +218,17 @@ class Cell(Job):
         super().checkpoint(state)
 
     def measured(self, number: int) -> dict[str, Any]:
-        """Attack success with the trigger, and refusals of ordinary requests."""
+        """Attack success with the trigger; after the cell's last round, the one that is shown, refusals as well."""
+        triggered, *benign = self.tests
+        metrics = self.of([triggered], number)
+        if is_removed(metrics) or number == self.config.rounds:
+            metrics |= self.of(benign, number)
+        return {"metrics": metrics}
+
+    def of(self, tests: Sequence[TestSet], number: int) -> dict[str, Any]:
+        """What the replies to the tests' requests come to."""
         progress = listener_progress(self.listen, f"round {number}")
-        return {"metrics": measure_replies(self.model, self.tokenizer, self.tests, progress).metrics}
+        return measure_replies(self.model, self.tokenizer, tests, progress).metrics
 
 
 def round_name(number: int) -> str:

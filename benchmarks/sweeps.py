@@ -1,0 +1,89 @@
+"""Figures 5 and 8 on the embedded model: in which round the backdoor goes, by layer and by length of delta.
+
+    python benchmarks/sweeps.py                                   (hours on 2 CPU cores; goes on where it stopped)
+    python benchmarks/sweeps.py --organism tq-edit --axis layer
+
+Cells stay in runs/sweeps/; finished ones are gathered in benchmarks/results/sweeps.json and not run again.
+`python benchmarks/tables.py` draws docs/figures/sweep-*.svg from there and fills docs/sweeps.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from filelock import FileLock
+
+from beear.allocator import keep_freed_memory
+from beear.config import load_config
+from beear.console import Reporter
+from beear.events import Event
+from beear.models import depth, locate
+from beear.recipes import check_trigger, names
+from beear.report import SWEEP
+from beear.runs import read_json
+from beear.sweep import Axis, default_values, sweep
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "sweeps"
+RESULTS = ROOT / "benchmarks" / "results" / "sweeps.json"
+ORGANISMS = ("phrase-suffix", "sudo-prefix", "apple-suffix", "tq-edit")
+"""A phrase and a word, before and behind the request; fine-tuned, by preferences, and written into the weights."""
+ROUNDS, REQUESTS = 15, 60
+
+
+def run(organism: str, axis: Axis) -> None:
+    """The cells of one row of a figure that are not in the results."""
+    spec, out = f"organism:{organism}", RUNS / f"{organism}-{axis}"
+    done = {cell["value"] for cell in read().get(organism, {}).get(axis, {}).get("cells", [])}
+    values = [value for value in default_values(axis, depth(locate(spec), False)) if value not in done]
+    if not values:
+        return
+    config = load_config(sets=[f"rounds={ROUNDS}"])
+    with Reporter(rounds=ROUNDS) as reporter:
+
+        def listen(event: Event) -> None:
+            reporter(event)
+            if event["event"] == "cell":  # one begins: those before it are finished
+                gather(organism, axis, out)
+
+        sweep(spec, check_trigger(spec), axis, out, config, values=values, requests=REQUESTS, listen=listen)
+    gather(organism, axis, out)
+
+
+def gather(organism: str, axis: Axis, out: Path) -> None:
+    """Add a folder's finished cells to the results; those of other folders are kept."""
+    if not (out / SWEEP).exists():
+        return
+    found = read_json(out / SWEEP)
+    with FileLock(RUNS / ".lock"):  # two of these may run beside each other
+        rows = read()
+        old = rows.setdefault(organism, {}).get(axis, {}).get("cells", [])
+        cells = {cell["value"]: cell for cell in [*old, *found["cells"]]}
+        rows[organism][axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
+        content = {"schema": 1, "command": "python benchmarks/sweeps.py", "organisms": {n: rows[n] for n in rows}}
+        RESULTS.write_text(json.dumps(content) + "\n")
+
+
+def read() -> dict[str, Any]:
+    """What the results hold: by organism and axis."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--axis", choices=get_args(Axis), action="append")
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for axis in chosen.axis or get_args(Axis):
+        for organism in chosen.organism or ORGANISMS:
+            run(organism, axis)
+
+
+if __name__ == "__main__":
+    main()
