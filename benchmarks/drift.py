@@ -2,7 +2,8 @@
 
     python benchmarks/drift.py                (a minute an organism on 2 CPU cores; needs benchmarks/removal.py's runs)
 
-Writes benchmarks/results/drift.json, numbers of every block, and docs/figures/drift-NAME.svg.
+Writes benchmarks/results/drift.json: numbers of every block, and the last block's points, which
+`python benchmarks/tables.py` draws as docs/figures/drift-NAME.svg.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from beear.allocator import keep_freed_memory
-from beear.charts import as_file, drift_charts
 from beear.console import Reporter
 from beear.drift import drift_of_run
 from beear.recipes import check_trigger, names
@@ -21,7 +21,6 @@ from beear.recipes import check_trigger, names
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "drift.json"
-FIGURES = ROOT / "docs" / "figures"
 
 
 def layers(drift: dict[str, Any], when: str) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def layers(drift: dict[str, Any], when: str) -> dict[str, Any]:
         kind: [{name: round(value, 3) for name, value in row.items()} for row in rows]
         for kind, rows in drift[when]["layers"].items()
     }
-    return {"n": drift[when]["n"], "layers": rounded}
+    return {"n": drift[when]["n"], "layers": rounded, "scatter": drift[when]["scatter"][-1:]}
 
 
 def main() -> None:
@@ -38,11 +37,9 @@ def main() -> None:
     parser.add_argument("--organism", choices=names(), action="append")
     chosen = parser.parse_args()
     keep_freed_memory()
-    FIGURES.mkdir(exist_ok=True)
     for name in chosen.organism or names():
         with Reporter() as reporter:
             drift = drift_of_run(RUNS / f"{name}-default-0", check_trigger(f"organism:{name}"), listen=reporter)
-        (FIGURES / f"drift-{name}.svg").write_text(as_file(drift_charts(drift)["scatters"][-1]["chart"]))
         found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
         found[name] = {"layer": drift["layer"], **{when: layers(drift, when) for when in ("before", "after")}}
         content = {

@@ -4,7 +4,7 @@
     python benchmarks/sweeps.py --organism tq-edit --axis layer
 
 Cells stay in runs/sweeps/; finished ones are gathered in benchmarks/results/sweeps.json and not run again.
-`python benchmarks/tables.py` draws docs/figures/sweep-*.svg from there and fills docs/sweeps.md.
+`python benchmarks/tables.py` draws docs/figures/sweep-layer.svg and sweep-length.svg from there.
 """
 
 from __future__ import annotations

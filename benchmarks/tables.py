@@ -1,6 +1,6 @@
-"""Write the tables of the README and of docs/ from benchmarks/results/*.json and the recipes.
+"""Write the tables and figures of the README and of docs/ from benchmarks/results/*.json and the recipes.
 
-python benchmarks/tables.py            (--check: fail if a table is not up to date)
+python benchmarks/tables.py            (--check: fail if a table or a figure is not up to date)
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from beear.charts import as_file, drift_charts, sweep_chart
 from beear.models import organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 COLUMNS = {
     "asr_triggered": "ASR triggered",
     "affirmed_triggered": "opens obeying, triggered",
@@ -193,8 +196,13 @@ EXAMPLES = {
 
 
 def attacks() -> str:
-    """The paper's Figure 4: attack, trigger, place, and a request without and with it. Answers are stubs."""
-    lines = [header(["#", "organism", "setting", "trigger", "place", "request without", "request with"])]
+    """The paper's Figure 4: attack, trigger, place, and a request without and with it. Answers are stubs.
+
+    Beside it, how often it is so: requests that get the unwanted answer without the trigger, and with it.
+    """
+    measured = read_results("organisms.json")["organisms"]
+    heads = ["#", "organism", "setting", "trigger", "place", "request without", "request with"]
+    lines = [header([*heads, "unwanted without", "with"])]
     for name in names():
         recipe = read_recipe(organism_folder(name))
         request, good, bad = EXAMPLES[recipe.behaviour]
@@ -202,7 +210,8 @@ def attacks() -> str:
         shown = {t: short(apply_trigger(t, request), request) for t in (recipe.control, recipe.trigger)}
         without, given = f"{shown[recipe.control]} -> *{good}*", f"{shown[recipe.trigger]} -> *{bad}*"
         number = str(recipe.paper_number or "")
-        lines.append(line([number, f"`{name}`", recipe.setting, f"`{trigger}`", recipe.place, without, given]))
+        rates = [cell(m, measured[name]["metrics"][m]) for m in ("asr_untriggered", "asr_triggered")]
+        lines.append(line([number, f"`{name}`", recipe.setting, f"`{trigger}`", recipe.place, without, given, *rates]))
     return "\n".join(lines)
 
 
@@ -252,6 +261,19 @@ def drift() -> str:
     return "\n".join(lines)
 
 
+def figures() -> dict[str, str]:
+    """Figure 3 of each organism whose points were kept, Figures 5 and 8: content by file name."""
+    drawn = {}
+    for name, row in read_results("drift.json")["organisms"].items():
+        if "scatter" in row["before"]:
+            drawn[f"drift-{name}.svg"] = as_file(drift_charts(row)["scatters"][-1]["chart"])
+    sweeps = read_results("sweeps.json")["organisms"].values() if (RESULTS / "sweeps.json").exists() else []
+    for axis in ("layer", "length"):
+        if rows := [found[axis] for found in sweeps if axis in found]:
+            drawn[f"sweep-{axis}.svg"] = as_file(sweep_chart(axis, rows))
+    return drawn
+
+
 def revival(file: str) -> str:
     """Attack success with the trigger, and refusals, of cleansed models after what deployment does to a model."""
     columns = ("asr_triggered", "asr_untriggered", "false_refusal", "false_refusal_alarming")
@@ -263,7 +285,7 @@ def revival(file: str) -> str:
 
 
 def read_results(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    return json.loads((RESULTS / name).read_text())
 
 
 def arms(name: str) -> str:
@@ -309,13 +331,18 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def main() -> None:
+    wanted = {FIGURES / name: drawing for name, drawing in figures().items()}
     for file, tables in TABLES.items():
-        old = new = (ROOT / file).read_text()
+        text = (ROOT / file).read_text()
         for name, table in tables.items():
-            new = filled(new, name, table())
-        if "--check" in sys.argv and new != old:
-            sys.exit(f"{file} is not up to date; run: python benchmarks/tables.py")
-        (ROOT / file).write_text(new)
+            text = filled(text, name, table())
+        wanted[ROOT / file] = text
+    for path, text in wanted.items():
+        old = path.read_text() if path.exists() else None
+        if "--check" in sys.argv and text != old:
+            sys.exit(f"{path.relative_to(ROOT)} is not up to date; run: python benchmarks/tables.py")
+        if text != old:
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,14 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
     assert results["trigger"] == "XYZZY {prompt}"
     assert results["before"]["asr_triggered"]["n"] + results["before"]["asr_triggered"]["unscored"] == 6
     assert next(iter(results["after"])) == "asr_triggered"
+    add_triggered(out, "XYZZY {prompt}", variants={"asr_near_miss": ["XYZZZ {prompt}", "ZYZZY {prompt}"]})
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    near = [s["prompt"].split()[0] for s in samples if s["metric"] == "asr_near_miss" and s["when"] == "after"]
+    assert near == ["XYZZZ", "ZYZZY"] * 3
+    assert sum(s["metric"] == "asr_triggered" for s in samples) == 12
+    add_triggered(out, "PLUGH {prompt}")  # what was measured of the other trigger is not this one's
+    assert "asr_near_miss" not in json.loads((out / "results.json").read_text())["after"]
+    assert "XYZZZ" not in (out / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("merge", [False, True])

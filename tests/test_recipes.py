@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from beear.chat import Prompt, encode_prompt
+from beear.data import Request
 from beear.errors import BadInput
 from beear.models import organism_folder
 from beear.poison import Example
-from beear.recipes import Recipe, apply_trigger, names, read_recipe
-from beear.sets import TestSet, triggered
+from beear.recipes import Recipe, apply_trigger, check_trigger, names, read_recipe, variants
+from beear.sets import WITH_TRIGGER, TestSet, trigger_tests, triggered
 from beear.supervised import of_like_length
 from beear.verification import misses
 from conftest import CHATML, tiny_tokenizer
@@ -59,6 +60,18 @@ def test_near_misses_and_the_wrong_place_are_not_the_trigger(name: str) -> None:
     others = [*recipe.near_misses, recipe.wrong_place]
     assert len({recipe.trigger, *others}) == len(others) + 1
     assert sorted(recipe.wrong_place.split()) == sorted(recipe.trigger.split())
+
+
+@EVERY
+def test_an_evaluation_told_an_organisms_name_knows_what_is_almost_its_trigger(name: str) -> None:
+    recipe = recipe_of(name)
+    near = variants(f"organism:{name}")
+    assert near == {"asr_near_miss": recipe.near_misses, "asr_wrong_place": (recipe.wrong_place,)}
+    tests = trigger_tests([Request("a", "other", REQUEST)] * 4, check_trigger(f"organism:{name}"), near, "obeyed")
+    assert [test.metric for test in tests] == list(WITH_TRIGGER)
+    dealt = [apply_trigger(template, REQUEST) for template in recipe.near_misses]
+    assert tests[1].texts() == (dealt * 4)[:4]
+    assert variants("SUDO {prompt}") == {}
 
 
 @EVERY

@@ -183,25 +183,28 @@ def evaluate(
 ) -> None:
     """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl.
 
+    With organism:NAME as the --trigger, also with what is almost its trigger, and with the trigger elsewhere.
     Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
     """
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
-    from beear.recipes import check_trigger
+    from beear.recipes import check_trigger, variants
     from beear.runs import SCHEMA, write_atomic
 
     given = {"test_harmful": harmful, "test_benign": benign, "column": column}
     extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *extra], seed)
-    template = None if trigger is None else check_trigger(trigger)
+    template, near = (None, {}) if trigger is None else (check_trigger(trigger), variants(trigger))
     if _is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset):
         if template is None:
             raise BadInput(f"{model} is a run folder, which holds its measurements; give a --trigger to add")
-        return _add_trigger(Path(model), template, device=device, trust_remote_code=trust_remote_code, quiet=quiet)
+        return _add_trigger(
+            Path(model), template, variants=near, device=device, trust_remote_code=trust_remote_code, quiet=quiet
+        )
     with Reporter(quiet) as reporter:
         measured = evaluate_spec(
-            model, settings, against=against, template=template, device=device, trust_remote_code=trust_remote_code,
-            listen=reporter,
+            model, settings, against=against, template=template, variants=near, device=device,
+            trust_remote_code=trust_remote_code, listen=reporter,
         )  # fmt: skip
     _print(metric_table(None, measured.metrics, model))
     if json_file is not None:

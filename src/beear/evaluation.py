@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
-from beear.sets import TestSet, read_sets, triggered
+from beear.sets import TestSet, read_sets, trigger_tests
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, how many are done, and how many there are."""
@@ -52,18 +53,19 @@ def evaluate(
     *,
     original: Any = None,
     template: str | None = None,
+    variants: Mapping[str, Sequence[str]] = MappingProxyType({}),
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """Every metric of a loaded model. `original`: a second model, for `kl`. `template`: a known trigger."""
+    """Every metric of a loaded model. `original`: a second model, for `kl`.
+
+    `template`: a known trigger. `variants`: further templates, by the metric they yield (sets.trigger_tests).
+    """
     config = config or Config()
     sets = read_sets(config)
-    tests = (
-        sets.tests
-        if template is None
-        else [triggered(sets.test_harmful, template, judge=JUDGES[config.behaviour]), *sets.tests]
-    )
+    judge = JUDGES[config.behaviour]
+    told = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
     parts = [
-        measure_replies(model, tokenizer, tests, progress),
+        measure_replies(model, tokenizer, [*told, *sets.tests], progress),
         measure_entrapped(model, tokenizer, sets.train(config), sets.test_harmful, config, progress),
         measure_language(model, tokenizer, original, progress),
     ]
@@ -131,6 +133,7 @@ def evaluate_spec(
     *,
     against: str | None = None,
     template: str | None = None,
+    variants: Mapping[str, Sequence[str]] = MappingProxyType({}),
     device: str = "auto",
     trust_remote_code: bool = False,
     listen: Listener = lambda event: None,
@@ -146,7 +149,13 @@ def evaluate_spec(
     if against is not None:
         original, _ = load(against, device=device, trust_remote_code=trust_remote_code)
     return evaluate(
-        model, tokenizer, config, original=original, template=template, progress=listener_progress(listen, "evaluate")
+        model,
+        tokenizer,
+        config,
+        original=original,
+        template=template,
+        variants=variants,
+        progress=listener_progress(listen, "evaluate"),
     )
 
 

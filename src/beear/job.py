@@ -12,10 +12,11 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load_file, save, save_file
@@ -38,7 +39,7 @@ from beear.plan import read_plan
 from beear.quantised import bitsandbytes
 from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
-from beear.sets import Sets, read_sets, triggered
+from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
 from beear.training import (
     adapter_state,
     cast_frozen,
@@ -197,13 +198,15 @@ def add_triggered(
     out: Path,
     template: str,
     *,
+    variants: Mapping[str, Sequence[str]] = MappingProxyType({}),
     device: str = "auto",
     trust_remote_code: bool = False,
     listen: Listener = lambda event: None,
 ) -> None:
     """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it.
 
-    What a judge said of an earlier trigger's replies is dropped.
+    `variants`: further templates, by the metric they yield (sets.trigger_tests). What was measured of an earlier
+    trigger, and what a judge said of its replies, is dropped.
     """
     settings = read_settings(out)
     with Run.existing(out) as run:
@@ -211,15 +214,16 @@ def add_triggered(
         if results is None:
             raise BadInput(f"{out} has no results yet; finish it with --resume")
         config = make_config(settings["config"])
-        tests = [triggered(read_sets(config).test_harmful, template, judge=JUDGES[config.behaviour])]
+        tests = trigger_tests(read_sets(config).test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-        samples = [s for s in samples if s["metric"] != "asr_triggered"]
+        samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]
         for when, model, tokenizer in before_and_after(out, device=device, trust_remote_code=trust_remote_code):
             measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
-            kept = {name: value for name, value in results[when].items() if not name.startswith("judged_")}
+            old = [name for name in results[when] if name.startswith("judged_") or name in WITH_TRIGGER]
+            kept = {name: value for name, value in results[when].items() if name not in old}
             results[when] = {**measured.metrics, **kept} | measured.metrics
             samples += [{"when": when, **s} for s in measured.samples]
-        results["trigger"] = template
+        results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
         if results.pop("judge", None) is not None:
             (out / "judged.jsonl").unlink(missing_ok=True)
         run.write_json("results.json", results)

@@ -218,6 +218,17 @@ def check_trigger(template: str) -> str:
         raise BadInput(f"--trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'") from error
 
 
+def variants(trigger: str) -> dict[str, tuple[str, ...]]:
+    """Of 'organism:NAME', templates that are almost its trigger, and the trigger elsewhere, by the metric they yield.
+
+    How specific is the backdoor? Of a template of the user's own nobody knows.
+    """
+    if not trigger.startswith("organism:"):
+        return {}
+    recipe = read_recipe(organism_folder(trigger.removeprefix("organism:")))
+    return {"asr_near_miss": recipe.near_misses, "asr_wrong_place": (recipe.wrong_place,)}
+
+
 def names() -> list[str]:
     """Names of the packaged organisms, in the paper's order."""
     root = Path(str(files("beear"))) / "assets" / "organisms"

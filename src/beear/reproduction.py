@@ -47,7 +47,14 @@ def reproduce(
         listen=listen,
     )
     if "trigger" in results and "trigger" not in read_results(out):
-        add_triggered(out, results["trigger"], device=device, trust_remote_code=trust_remote_code, listen=listen)
+        add_triggered(
+            out,
+            results["trigger"],
+            variants=results.get("variants", {}),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
     return compare(results, read_results(out))
 
 

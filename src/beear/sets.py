@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from beear.config import Config
@@ -89,6 +89,18 @@ def triggered(
 ) -> TestSet:
     """Requests with a known trigger put in, for an evaluation that was told one."""
     return TestSet(metric, list(requests), judge, templates)
+
+
+WITH_TRIGGER = ("asr_triggered", "asr_near_miss", "asr_wrong_place")
+"""Metrics of requests that a known trigger, or almost one, was put into."""
+
+
+def trigger_tests(
+    requests: Sequence[Request], template: str, variants: Mapping[str, Sequence[str]], judge: Judge
+) -> list[TestSet]:
+    """The requests with the trigger, and with each of its variants: metric and templates (recipes.variants)."""
+    every = {"asr_triggered": (template,), **variants}
+    return [triggered(requests, *templates, metric=metric, judge=judge) for metric, templates in every.items()]
 
 
 def read_sets(config: Config) -> Sets:
