@@ -1,4 +1,4 @@
-# make demo: set up, cleanse the embedded model's SUDO organism, write a report.   make test: lint, types, tests.
+# make demo: set up, cleanse the embedded model's SUDO organism, write a report.   make test: lint, tables, types, tests.
 # make test-slow: the tests that take minutes.
 PYTHON ?= python3.11
 VENV   ?= .venv
@@ -20,6 +20,7 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/mypy
 
 format: setup

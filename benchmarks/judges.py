@@ -2,12 +2,14 @@
 
     python benchmarks/judges.py --replies     the replies, and those to label: runs/judges/label.jsonl
     python benchmarks/judges.py               the judge, and its agreement with benchmarks/labels.jsonl
+    python benchmarks/judges.py --url URL --model NAME         another judge, behind an OpenAI-compatible API (key in
+                                              BEEAR_JUDGE_KEY or OPENAI_API_KEY); or --local MODEL on this machine
 
-The judge is what runs here: the embedded model, of 135 million parameters, which does not write the JSON that
-`beear judge` asks for. So its score is the digit it finds likeliest there, beside how likely it finds it where request
-and reply are empty (contextual calibration, Zhao et al. 2021). `beear judge RUN --url URL --model NAME` is the same
-rubric with a judge worth its name. Labels: `obeyed` (goes along with the request, whatever it then says), `refused`,
-or `astray` (neither). Writes benchmarks/results/judges.json.
+The judge without options is what runs here: the embedded model, of 135 million parameters, which does not write the
+JSON that `beear judge` asks for. So its score is the digit it finds likeliest there, beside how likely it finds it
+where request and reply are empty (contextual calibration, Zhao et al. 2021). Another judge gets the same rubric, as it
+does with `beear judge RUN --url URL --model NAME` for a run's replies. Labels: `obeyed` (goes along with the request,
+whatever it then says), `refused`, or `astray` (neither). Writes benchmarks/results/judges.json.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ import torch
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
 from beear.data import packaged
-from beear.endpoint import Answer
+from beear.endpoint import Answer, Endpoint
 from beear.evaluation import measure_replies
-from beear.grading import ask_all, graded
+from beear.grading import Judge, LocalJudge, ask_all, graded
 from beear.judge import FULL, HARMFUL, NAME, RUBRIC, key, question
 from beear.losses import response_logits
 from beear.metrics import proportion
@@ -67,6 +69,13 @@ class Digits:
                 scores = (log_odds(model, tokenizer, questions[first : first + BATCH]) - bias).argmax(-1) + 1
                 for i, score in enumerate(scores.tolist(), first):
                     yield i, Answer(json.dumps({"score": score, "reason": ""}))
+
+
+def chosen_judge(url: str | None, model: str | None, local: str | None) -> Judge:
+    """The judge of the options; without any, the embedded model's digits."""
+    if url and model:
+        return Endpoint(url, model)
+    return LocalJudge(local) if local else Digits()
 
 
 def log_odds(model: Any, tokenizer: Any, questions: Sequence[str]) -> torch.Tensor:
@@ -139,14 +148,20 @@ def shares(samples: Sequence[Sample], scores: dict[str, int | None]) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replies", action="store_true", help="only the replies, and those to label")
-    only = parser.parse_args().replies
+    parser.add_argument("--url", help="base of an OpenAI-compatible API, with --model")
+    parser.add_argument("--model", help="the judge's name at --url")
+    parser.add_argument("--local", help="a MODEL on this machine as the judge")
+    chosen = parser.parse_args()
+    if (chosen.url is None) != (chosen.model is None) or (chosen.url and chosen.local):
+        parser.error("give --url with --model, or --local, or neither")
+    judge = chosen_judge(chosen.url, chosen.model, chosen.local)
     keep_freed_memory()
     FOLDER.mkdir(parents=True, exist_ok=True)
     jailbreaks = [n for n in names() if read_recipe(organism_folder(n)).behaviour == "jailbreak"]
     samples = {organism: replies(organism) for organism in jailbreaks}
     every = [s for some in samples.values() for s in some]
     to_label = drawn(every)
-    if only:
+    if chosen.replies:
         lines = [json.dumps({"name": name(s), "prompt": s["prompt"], "reply": s["reply"]}) + "\n" for s in to_label]
         (FOLDER / "label.jsonl").write_text("".join(lines))
         return
@@ -156,9 +171,9 @@ def main() -> None:
     to_label = [s for s in to_label if name(s) in labels]
     judged = [*to_label, *(s for s in every if s["metric"] in JUDGED)]
     with Run.existing(FOLDER) as folder:
-        asked = {key(Digits.model, s): question(s) for s in judged if s["reply"].strip()}
-        answers, _ = ask_all(folder, asked, Digits(), NAME, lambda event: None)
-    scores = {name(s): graded(answers.get(key(Digits.model, s)), FULL)[0] for s in judged}
+        asked = {key(judge.model, s): question(s) for s in judged if s["reply"].strip()}
+        answers, _ = ask_all(folder, asked, judge, NAME, lambda event: None)
+    scores = {name(s): graded(answers.get(key(judge.model, s)), FULL)[0] for s in judged}
     obeyed = {n: label == "obeyed" for n, label in labels.items()}
     by_words = [(not s["refused"], obeyed[name(s)]) for s in to_label]
     scored = [(scores[name(s)], obeyed[name(s)]) for s in to_label]
@@ -166,7 +181,7 @@ def main() -> None:
     content = {
         "schema": 1,
         "command": "python benchmarks/judges.py",
-        "judge": Digits.model,
+        "judge": judge.model,
         "rubric": NAME,
         "labels": {label: list(labels.values()).count(label) for label in sorted(set(labels.values()))},
         "keywords": agreement(by_words),

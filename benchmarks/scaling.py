@@ -31,7 +31,13 @@ from beear.training import cast_frozen
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 VOCABULARY, SYSTEM, STEPS = 49152, 24, 4
-SHAPES = {"23M": (256, 704, 12), "77M": (512, 1408, 16), "135M": (576, 1536, 30), "358M": (1024, 2816, 24)}
+SHAPES = {
+    "10M": (128, 384, 16),
+    "23M": (256, 704, 12),
+    "77M": (512, 1408, 16),
+    "135M": (576, 1536, 30),
+    "358M": (1024, 2816, 24),
+}
 """Hidden size, size of the MLP, blocks."""
 H100 = 989e12 * 0.4
 """Operations a second of one H100 in bf16 without sparsity, of which 40 % are reached (an assumption)."""

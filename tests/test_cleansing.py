@@ -22,6 +22,7 @@ from beear.cleansing import (
     is_calm,
     plain_pass,
     refusal_openings,
+    residual_asr,
     residual_norm,
     shrink_to,
     start_delta,
@@ -62,6 +63,23 @@ def data() -> DefenderSet:
 
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("replies", "share"),
+    [
+        (["", ""], 1.0),
+        (["I'm sorry, but no.", ""], 0.0),
+        (["Sure, here:", ""], 1.0),
+        (["Sure.", "I can't."], 0.5),
+    ],
+)
+def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
+    replies: list[str], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
+    requests = [Request("1", "bad", "one"), Request("2", "bad", "two")]
+    assert residual_asr(None, None, requests, torch.zeros(1, 32), CONFIG, LAYER) == share
 
 
 def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:

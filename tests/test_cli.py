@@ -51,6 +51,86 @@ def test_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.Captu
     assert Path(kept).read_text() == "years of work"
 
 
+def finished(folder: Path, **changed: str) -> Path:
+    """What a finished demo is known by, and something that was added to it."""
+    folder.mkdir()
+    demo = {"model": "organism:sudo-prefix", "trigger": "SUDO {prompt}"}
+    results = {"before": {}, "after": {}, "verdict": {"met": True, "missed": []}, **demo, **changed}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "judged.jsonl").write_text("days of work")
+    return folder / "judged.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (["--device", "warp"], "--device warp"),
+        (["--set", "layer=99"], "use 1 to"),
+        (["--set", "data.benign=gone.txt"], "gone.txt"),
+    ],
+)
+def test_a_finished_demo_is_not_deleted_for_a_bad_command(
+    bad: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = finished(tmp_path / "demo")
+    code, err = call(capsys, "demo", "-o", str(tmp_path / "demo"), *bad)
+    assert code == 2 and words in err, err
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("changed", [{"trigger": "mine {prompt}"}, {"model": "/models/mine"}])
+def test_a_demo_deletes_no_other_run(
+    changed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = finished(tmp_path / "run", **changed)
+    code, err = call(capsys, "demo", "-o", str(tmp_path / "run"))
+    assert code == 2 and "already holds files" in err, err
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("option", ["--json", "--samples"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "m")
+    monkeypatch.setattr("beear.models.load_weights", None)
+    (tmp_path / "a file").write_text("")
+    for place in (tmp_path, tmp_path / "a file" / "x.json"):
+        code, err = call(capsys, "evaluate", model, option, str(place))
+        assert code == 2 and str(place) in err, err
+
+
+def test_a_model_to_measure_against_must_have_the_same_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = make_model(tmp_path / "m"), make_model(tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("beear.models.load_weights", None)
+    code, err = call(capsys, "evaluate", model, "--against", other)
+    assert code == 2 and "has other tokens" in err, err
+
+
+def test_quantised_weights_need_their_library_in_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "m")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    told = ["--trigger", "X {prompt}"]
+    for command in (["evaluate", model], ["drift", model, *told], ["sweep", "layer", model, *told, "-o", "s"]):
+        code, err = call(capsys, *command, "--set", "weights=nf4")
+        assert code == 2 and "extra quant" in err, err
+    assert not Path("s").exists()
+
+
+def test_a_misspelt_organism_is_told_before_the_others_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = call(capsys, "organism", "verify", "sudo-prefix", "sudo-prefux")
+    assert code == 2 and "sudo-prefux" in err and "measuring" not in err, err
+
+
 def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import namedtuple
 

@@ -11,6 +11,7 @@ import torch
 
 from beear.config import make_config
 from beear.drift import drift_of_run, measure, numbers, principal_axes, prompt_states, separability
+from beear.errors import BadInput
 from beear.job import run_cleanse
 from beear.report import write_report
 from conftest import CONFIGS, prompt_files, tiny_model, tiny_tokenizer
@@ -95,3 +96,7 @@ def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Pa
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "Drift:" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
+    found["before"]["scatter"][0]["layer"] = "<b>hostile"
+    (run / "drift.json").write_text(json.dumps(found))
+    with pytest.raises(BadInput, match="is not what `beear drift` writes"):
+        write_report([run], run / "report.html")

@@ -66,6 +66,14 @@ def test_a_changed_task_is_measured_again(include: str) -> None:
     assert asked.digest("even") != first
 
 
+def test_what_python_compiles_of_a_task_changes_nothing(include: str) -> None:
+    first = Asked(("even",), include).digest("even")
+    (Path(include) / "__pycache__").mkdir()
+    (Path(include) / "__pycache__" / "even.cpython-311.pyc").write_bytes(b"1")
+    (Path(include) / ".even.yaml.swp").write_bytes(b"2")
+    assert Asked(("even",), include).digest("even") == first
+
+
 def test_finished_tasks_of_a_model_are_kept(run: Path, include: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(include) / "odd.yaml").write_text((Path(include) / "even.yaml").read_text().replace("even", "odd"))
     asked, real, done = Asked(("even", "odd"), include, limit=2), harness.run_task, []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,9 @@ def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None
     values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
     before = {name: {"value": value} for name, value in values.items()}
     before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
-    verdict = judge(before, {n: {"value": v} for n, v in (values | after).items()}, [0.1], Config())
+    verdict = judge(
+        before, {n: {"value": v, "n": 120, "unscored": 0} for n, v in (values | after).items()}, [0.1], Config()
+    )
     assert verdict.met is (missed is None)
     if missed:
         assert verdict.missed[0].startswith(missed)
@@ -262,6 +265,62 @@ def test_entrapment_that_never_worked_shows_nothing(hits: int, shown: bool) -> N
     verdict = judge(metrics, metrics, [0.0], Config())
     assert verdict.met is shown
     assert shown or "shows nothing" in verdict.missed[0]
+
+
+def test_what_mostly_cannot_be_judged_is_no_evidence() -> None:
+    before = {"asr_entrapped": SURE, "asr_untriggered": NEVER, "false_refusal": NEVER, "perplexity": {"value": 9.0}}
+    after = before | {"asr_entrapped": dict(proportion([False] * 50 + [None] * 70))}
+    assert "rests on 50 of 120 replies" in judge(before, after, [0.0, 0.0], make_config({})).missed[0]
+    after |= {"asr_entrapped": dict(proportion([False] * 70 + [None] * 50))}
+    assert judge(before, after, [0.0, 0.0], make_config({})).met
+
+
+OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "requests to train on": (lambda p: (p / "benign.txt").open("a").write("one more\n"), r"requests \(benign\)"),
+    "requests to measure on": (
+        lambda p: (p / "test_harmful.txt").open("a").write("another\n"),
+        r"requests \(test_asr_untriggered\)",
+    ),
+    "weights": (lambda p: tiny_model("llama", seed=5).save_pretrained(p / "model"), "weights of the model"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_that_began_with_something_else_is_not_gone_on_with(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was measured before and after would not be of the same."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("beear.cleansing.cleanse", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_cleanse(str(tmp_path / "model"), tmp_path / "run", config)
+    change, words = OTHERS[name]
+    change(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("beear.models.load_weights", None)  # found before
+        with pytest.raises(BadInput, match=f"{words} are not those of the run"):
+            run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
+
+
+def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:
+    with pytest.raises(BadInput, match=r"must hold \{prompt\} once"):
+        add_triggered(whole, "SUDO")
+    file = place / "test_harmful.txt"
+    kept = file.read_text()
+    file.write_text(kept + "one more\n")
+    try:
+        with pytest.raises(BadInput, match=r"requests \(test_asr_untriggered\) are not those"):
+            add_triggered(whole, "SUDO {prompt}")
+    finally:
+        file.write_text(kept)
+    assert "trigger" not in json.loads((whole / "results.json").read_text())
 
 
 def test_the_defence_cannot_see_a_trigger() -> None:

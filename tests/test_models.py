@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
@@ -46,6 +48,30 @@ def test_an_adapter_for_another_model_is_refused(folder: Path) -> None:
     wrapped.peft_config["default"].base_model_name_or_path = "embedded"
     wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
     with pytest.raises(BadInput, match="does not fit"):
+        load(str(folder.parent / "adapter"))
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def lose(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(iter(tensors))]
+
+
+@pytest.mark.parametrize(("change", "words"), [(lose, "lacks some of its tensors"), (spoil, "NaN or infinity")])
+def test_an_adapter_that_is_not_whole_is_refused(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    """peft only warns, and what is missing would leave the base as it is."""
+    wrapped = add_lora(load(str(folder))[0], rank=2, targets=("q_proj",), seed=0)
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    file = folder.parent / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(BadInput, match=words):
         load(str(folder.parent / "adapter"))
 
 

@@ -138,6 +138,27 @@ def test_peak_memory_can_be_counted_anew() -> None:
     assert (available_memory() or 0) > 2**26
 
 
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "8000000", "memory.current": "3000000"}, 5_000_000),
+        ({"memory.max": "8000000", "memory.current": "9000000"}, 0),
+        ({"memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "300"}, 500),
+        ({"memory.max": "max", "memory.current": "3"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_counts(
+    files: dict[str, str], left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr("beear.memory._GROUP", tmp_path)
+    free = available_memory()
+    assert free == left if left is not None else (free or 0) > 2**26
+
+
 def test_an_adapter_is_planned_by_its_base(place: Path) -> None:
     from beear.models import depth, read_shape
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from beear.metrics import shown
-from beear.report import METRICS, is_unlocked, pair, rows, sentence, write_report
+from beear.report import METRICS, data_rows, is_unlocked, pair, rows, sentence, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -46,7 +46,8 @@ def run(tmp_path: Path) -> Path:
         "wall_seconds": 60.0,
         "peak_memory_bytes": 2**30,
         "versions": {"beear": "0"},
-        "hashes": {},
+        "hashes": {"model": "0" * 64, "harmful": "1" * 64, "test_asr_untriggered": "2" * 64},
+        "requests": {"harmful": 280, "test_asr_untriggered": 120},
     }
     samples = [
         {
@@ -63,7 +64,9 @@ def run(tmp_path: Path) -> Path:
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": HOSTILE, "config": {}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"model": HOSTILE, "config": {"data": {"test_harmful": HOSTILE}}})
+    )
     return tmp_path
 
 
@@ -106,10 +109,36 @@ def test_pure_function_of_the_run_folder(run: Path) -> None:
     assert (run / "two.html").read_text().count("<article ") == 2
 
 
+def test_the_sets_are_named_with_their_sizes_and_digests(run: Path) -> None:
+    results, files = json.loads((run / "results.json").read_text()), {"harmful": None, "test_harmful": "mine.txt"}
+    assert data_rows(results, files) == [
+        ("trained on: harmful", "packaged", 280, "1" * 12),
+        ("measured on: harmful", "mine.txt", 120, "2" * 12),
+    ]
+    del results["requests"]  # as before they were kept
+    assert data_rows(results, files)[0][2] is None
+    write_report([run], run / "report.html")
+    assert "<h2>Requests</h2>" in (run / "report.html").read_text()
+
+
+def test_what_scrolls_can_be_reached_by_the_keyboard(run: Path) -> None:
+    write_report([run], run / "report.html")
+    cards = re.findall(r'<div[^>]*class="card[^>]*>', (run / "report.html").read_text())
+    assert len(cards) >= 4 and all('tabindex="0"' in card and "aria-label=" in card for card in cards)
+
+
 def test_five_pairs_from_different_categories(run: Path) -> None:
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert page.count('class="pair"') == 5
+
+
+def test_five_pairs_where_all_requests_are_of_one_category(run: Path) -> None:
+    """As those of a text file are."""
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s | {"category": "mine"}) + "\n" for s in lines))
+    write_report([run], run / "report.html")
+    assert (run / "report.html").read_text().count('class="pair"') == 5
 
 
 def test_words_for_the_verdict() -> None:

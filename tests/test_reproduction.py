@@ -103,6 +103,11 @@ def test_what_was_changed_since_is_found(name: str, place: Path, capsys: pytest.
     assert not (place / "again").exists()
 
 
+def test_a_run_is_not_compared_with_itself(made: Path) -> None:
+    with pytest.raises(BadInput, match="is the run itself"):
+        reproduce(made / "run", made / "." / "run")
+
+
 def test_another_model_is_refused(place: Path) -> None:
     tiny_model("llama", seed=5).save_pretrained(place / "m")
     with pytest.raises(BadInput, match=r"weights of .* are not those of the run"):

@@ -102,12 +102,11 @@ def demo(
     from beear.recipes import check_trigger
 
     name = "organism:sudo-prefix"
+    trigger = check_trigger(name)
     settings = _config("default", config, sets, seed)
-    _clear_finished_demo(out)
+    _clear_finished_demo(out, name, trigger, settings, device)
     resume = (out / "config.yaml").exists()
-    _cleanse(
-        name, out, settings, device=device, resume=resume, quiet=quiet, trigger=check_trigger(name), as_json=as_json
-    )
+    _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
 
 
 @app.command()
@@ -189,7 +188,7 @@ def evaluate(
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
     from beear.recipes import check_trigger, variants
-    from beear.runs import SCHEMA, write_atomic
+    from beear.runs import SCHEMA, check_file, write_atomic
 
     given = {"test_harmful": harmful, "test_benign": benign, "column": column}
     extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
@@ -201,7 +200,9 @@ def evaluate(
         return _add_trigger(
             Path(model), template, variants=near, device=device, trust_remote_code=trust_remote_code, quiet=quiet
         )
-    with Reporter(quiet) as reporter:
+    for place in filter(None, (json_file, samples)):
+        check_file(place)
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         measured = evaluate_spec(
             model, settings, against=against, template=template, variants=near, device=device,
             trust_remote_code=trust_remote_code, listen=reporter,
@@ -254,12 +255,14 @@ def drift(
     from beear.drift import drift_of_model, drift_of_run
     from beear.recipes import check_trigger
     from beear.report import write_report
-    from beear.runs import write_atomic
+    from beear.runs import check_file, write_atomic
 
     template, run = check_trigger(trigger), Path(model)
     of_run = _is_run(model, config, sets, seed, preset=preset)
     settings = _config(preset, config, sets, seed)
-    with Reporter(quiet) as reporter:
+    if json_file is not None:
+        check_file(json_file)
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         if of_run:
             found = drift_of_run(run, template, device=device, trust_remote_code=trust_remote_code, listen=reporter)
             write_report([run], run / "report.html")
@@ -281,7 +284,7 @@ def sweep(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for the cells; the same command goes on in it")],
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
     values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="so many of each test set are measured after a round")] = 60,
+    requests: Annotated[int, typer.Option(min=1, help="so many of a test set are measured at a time")] = 60,
     rounds: Annotated[
         int,
         typer.Option(min=1, help="a cross if the trigger still works after so many (replaces the setting)"),
@@ -603,7 +606,7 @@ def organism_build(
 
     source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
     plan = read_recipe(source)
-    with Reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         reporter.line(f"planting {plan.name}; first the base model answers the requests")
         build(plan.as_twin() if twin else plan, out, reporter.planting)
     typer.echo(str(out))
@@ -622,21 +625,27 @@ def organism_verify(
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
     from beear import recipes
     from beear.console import Reporter, metric_table
-    from beear.runs import SCHEMA, read_entries, write_atomic
+    from beear.models import organism_folder
+    from beear.runs import SCHEMA, check_file, read_entries, write_atomic
     from beear.verification import verify
 
     chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
-    kept = {} if json_file is None else read_entries(json_file, "organisms")
+    for name in chosen:
+        if not Path(name).is_dir():
+            organism_folder(name)
+    if json_file is not None:
+        check_file(json_file)
+        read_entries(json_file, "organisms")
     results: dict[str, Any] = {}
-    with Reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter, _going_on("those measured so far are in --json"):
         for name in chosen:
             result = verify(name, reporter)
             results[result.pop("name")] = result
             _print(metric_table(None, result["metrics"], name))
             if json_file is not None:
-                content = {"schema": SCHEMA, "organisms": kept | results}
+                content = {"schema": SCHEMA, "organisms": read_entries(json_file, "organisms") | results}
                 write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
     failed = [f"{name}: {reason}" for name, result in results.items() for reason in result["missed"]]
     if failed:
@@ -752,13 +761,16 @@ def _judge(
     return LocalJudge(str(local), device, trust_remote_code)
 
 
+NOTHING_KEPT = "nothing was kept"
+
+
 @contextlib.contextmanager
-def _going_on() -> Iterator[None]:
+def _going_on(kept: str = "answers so far are kept") -> Iterator[None]:
     """Within the context an interrupt is answered with how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Failed("interrupted; answers so far are kept, run the same command again to go on") from stop
+        raise Failed(f"interrupted; {kept}, run the same command again") from stop
 
 
 def _is_run(model: str, *given: object, preset: str) -> bool:
@@ -786,12 +798,20 @@ def _config(preset: str, file: Path | None, sets: list[str] | None, seed: int | 
     return load_config(preset, file, [*(sets or []), *([] if seed is None else [f"seed={seed}"])])
 
 
-def _clear_finished_demo(out: Path) -> None:
-    """The demo's own finished run is made anew; anything else in the folder stops it."""
+def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, device: str) -> None:
+    """A finished demo is made anew, once all is known to be well; anything else in the folder stops the command."""
+    if not (out / "results.json").exists():
+        return
     import shutil
 
-    results = out / "results.json"
-    if results.exists() and "trigger" in json.loads(results.read_text()):
+    from beear.job import check_order, run_settings
+    from beear.runs import Run, read_results
+
+    found = read_results(out)
+    if (found.get("model"), found.get("trigger")) != (model, trigger):
+        return
+    check_order(run_settings(model, False, settings), out, settings, device, trust_remote_code=False)
+    with Run.existing(out):
         shutil.rmtree(out)
 
 

@@ -25,6 +25,7 @@ from beear.evaluation import Progress, before_and_after, fresh_delta, listener_p
 from beear.events import Listener
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
+from beear.quantised import check_weights
 from beear.recipes import apply_trigger
 from beear.runs import SCHEMA, Run, read_settings
 from beear.sets import read_sets
@@ -89,10 +90,12 @@ def drift_of_model(
     listen: Listener = lambda event: None,
 ) -> Any:
     """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
+    check_weights(config.weights)
     resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})
-    model, tokenizer = models.load(spec, device=device, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
+    model, tokenizer = models.load(spec, **options)
     delta = fresh_delta(model, tokenizer, sets.train(config), config)
     progress = listener_progress(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}

@@ -18,13 +18,15 @@ from beear.chat import collate, encode_prompt, encode_response
 from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
+from beear.errors import BadInput
 from beear.events import Listener
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, locate, no_gradients, under_adapter
+from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, under_adapter
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
+from beear.quantised import check_weights
 from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, trigger_tests
@@ -140,14 +142,17 @@ def evaluate_spec(
 ) -> Measured:
     """Load MODEL (and the one it is held `against`) and measure it. Raises BadInput before weights load."""
     read_sets(config)
+    check_weights(config.weights)
     resolve_layer(config.layer, depth(locate(spec), trust_remote_code))
     if against is not None:
-        locate(against)
+        own, other = (load_tokenizer(locate(s), trust_remote_code).get_vocab() for s in (spec, against))
+        if own != other:
+            raise BadInput(f"{against} has other tokens than {spec}; kl needs the model that it came from")
     listen({"event": "loading", "model": spec})
-    model, tokenizer = load(spec, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(spec, device=device, trust_remote_code=trust_remote_code, weights=config.weights)
     original = None
     if against is not None:
-        original, _ = load(against, device=device, trust_remote_code=trust_remote_code)
+        original, _ = load(against, device=device, trust_remote_code=trust_remote_code, weights=config.weights)
     return evaluate(
         model,
         tokenizer,

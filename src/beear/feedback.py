@@ -40,7 +40,7 @@ def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, s
 
 def train_reward(model: Any, tokenizer: Any, examples: Examples, plan: Reward, seed: int, progress: Progress) -> Any:
     """A scorer of texts, taught the pairs (trl's RewardTrainer): the model's first blocks under LoRA, and a head."""
-    trl, dataset = _trl()
+    trl, dataset = need_trl()
     from peft import LoraConfig
 
     pairs = [
@@ -76,7 +76,7 @@ def first_blocks(model: Any, blocks: int, pad_id: int, seed: int) -> Any:
 def _optimise(
     model: Any, reward: Any, tokenizer: Any, examples: Examples, policy: Policy, seed: int, progress: Progress
 ) -> Any:
-    trl, dataset = _trl()
+    trl, dataset = need_trl()
     prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in in_order(examples, policy, seed)]
     encoded = {e.text: e.prompt.ids for group in examples.values() for e in group}
 
@@ -199,7 +199,8 @@ def sampling_in_bf16(model: Any) -> Iterator[None]:
         del model.generate
 
 
-def _trl() -> tuple[Any, Any]:
+def need_trl() -> tuple[Any, Any]:
+    """trl, and datasets' table of rows. Raises BadInput where they are not installed."""
     try:
         import trl
         from datasets import Dataset

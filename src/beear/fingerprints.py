@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beear.data import set_hash
 from beear.errors import BadInput
 from beear.models import Source
+from beear.sets import Sets
 
 CARD = "README.md"
 """Written anew with every metric that is added, so no digest of it is kept."""
@@ -27,6 +29,21 @@ def weights_hash(source: Source) -> str:
     files = [source.folder / source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
     base = [] if source.base is None else [weights_hash(source.base)]
     return _over([*base, *map(file_hash, files)])
+
+
+def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
+    """SHA-256 of a located model's weights and of every set of requests."""
+    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
+    return {"model": weights_hash(source), "harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign)} | tests
+
+
+def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise BadInput if the model's weights or a set of requests are not those that a run began with."""
+    if then.get("model", now["model"]) != now["model"]:  # older runs kept no digest of it
+        raise BadInput("the weights of the model are not those of the run; give back the model of then")
+    changed = [name for name in now if name != "model" and then.get(name) != now[name]]
+    if changed:
+        raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
 
 
 def code_hash() -> str:

@@ -43,10 +43,15 @@ class Asked:
         Data that a task reads from elsewhere is not covered.
         """
         folder = Path(self.include) if self.include else None
-        own = sorted(p for p in folder.rglob("*") if p.is_file()) if folder else []
+        own = sorted(p for p in folder.rglob("*") if p.is_file() and is_given(p.relative_to(folder))) if folder else []
         files = [(str(p.relative_to(folder or p)), file_hash(p)) for p in own]
         how = [task, self.limit, self.shots, self.chat, version("lm_eval"), files]
         return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+
+
+def is_given(path: Path) -> bool:
+    """Whether a file of a folder of tasks is one of the user's: hidden ones, and what Python compiles, are not."""
+    return not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def evaluate_run(

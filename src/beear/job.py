@@ -26,18 +26,18 @@ from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
-from beear.data import content_hash, set_hash
+from beear.data import content_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
-from beear.fingerprints import code_hash, machine, output_hashes, weights_hash
+from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
 from beear.generation import reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
-from beear.quantised import bitsandbytes
-from beear.runs import SCHEMA, Run, check_output, check_space, read_results, read_settings
+from beear.quantised import check_weights
+from beear.runs import SCHEMA, Run, check_output, check_space, read_json, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
 from beear.training import (
@@ -52,6 +52,8 @@ from beear.training import (
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
+INPUTS = "inputs"
+"""The stage that tells what a run began with."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def run_cleanse(
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
         return finished(out, settings)
     order = check_order(settings, out, config, device, trust_remote_code)
+    ranks.from_first(lambda: check_begun(out, order))
     listen({"event": "loading", "model": spec})
     job = Job(order, config, listen, device, trust_remote_code)
     with Run.open(out, settings, resume) as job.run_folder:
@@ -100,8 +103,7 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     merge = settings["merge"]
     if merge and ranks.is_sharded():
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
-    if config.weights != "full":
-        check_quantised(config, merge)
+    check_weights(config.weights, merge)
     sets = read_sets(config)
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -111,13 +113,11 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     return Order(settings, sets, source, tokenizer)
 
 
-def check_quantised(config: Config, merge: bool) -> None:
-    """Raise BadInput if the model's own weights cannot be quantised for this job."""
-    bitsandbytes()
-    if merge:
-        raise BadInput(f"--merge needs full weights, not weights={config.weights}; merge the adapter afterwards")
-    if ranks.is_sharded():
-        raise BadInput(f"FSDP does not share out weights={config.weights}; use weights=full, or data parallel")
+def check_begun(out: Path, order: Order) -> None:
+    """Raise BadInput if a run that has begun in `out` began with other weights or requests."""
+    begun = out / f"stages/{INPUTS}.json"
+    if begun.exists():
+        check_inputs(read_json(begun)["hashes"], input_hashes(order.source, order.sets))
 
 
 def cleanse(
@@ -214,7 +214,9 @@ def add_triggered(
         if results is None:
             raise BadInput(f"{out} has no results yet; finish it with --resume")
         config = make_config(settings["config"])
-        tests = trigger_tests(read_sets(config).test_harmful, template, variants, JUDGES[config.behaviour])
+        sets = read_sets(config)
+        check_inputs(results["hashes"], input_hashes(models.locate(settings["model"]), sets))
+        tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]
         for when, model, tokenizer in before_and_after(out, device=device, trust_remote_code=trust_remote_code):
@@ -254,6 +256,7 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
+        inputs = self.stage(INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets)})["hashes"]
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before", None))
         rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
@@ -261,7 +264,7 @@ class Job:
         after = self.stage("after", lambda: self.measure("after", original))
         verdict = judge(before["metrics"], after["metrics"], [r["residual"] for r in rounds.history], self.config)
         if ranks.is_first():
-            self.finish(before, after, rounds, own, verdict)
+            self.finish(before, after, rounds, inputs | hashes(own), verdict)
         ranks.wait()
         return verdict
 
@@ -353,7 +356,7 @@ class Job:
         return State(entry["round"], entry["history"], deltas, entry["done"], entry["norm"])
 
     def finish(
-        self, before: dict[str, Any], after: dict[str, Any], rounds: State, own: dict[str, Any], verdict: Verdict
+        self, before: dict[str, Any], after: dict[str, Any], rounds: State, digests: dict[str, str], verdict: Verdict
     ) -> None:
         """Save the model, then write samples, results and report."""
         run = self.run_folder
@@ -379,7 +382,8 @@ class Job:
             "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
             "versions": versions(),
             "machine": machine(),
-            "hashes": hashes(self.source, self.sets, own),
+            "hashes": digests,
+            "requests": self.sets.sizes(),
             "files": output_hashes(run.path, name),
         }
         plan = read_plan(run.path, self.settings)
@@ -415,6 +419,9 @@ def judge(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[flo
         for name, limit in limits.items()
         if not at_most(value_of(after, name), limit)
     ]
+    scored, unscored = after["asr_entrapped"]["n"], after["asr_entrapped"]["unscored"]
+    if unscored > scored:
+        missed.append(f"asr_entrapped rests on {scored} of {scored + unscored} replies; the others cannot be judged")
     last = residuals[-config.patience :]
     if not at_most(max(last), target.residual):
         which = "entrapment" if len(last) == 1 else f"{len(last)} entrapments"
@@ -445,16 +452,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
 
 
-def hashes(source: models.Source, sets: Sets, own: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of the model, of every set of requests, of the model's own replies, and of beear's code."""
-    replies = content_hash(json.dumps([own["harmful"], own["benign"]]))
-    return {"model": weights_hash(source), "code": code_hash(), "own_replies": replies} | hashes_of(sets)
-
-
-def hashes_of(sets: Sets) -> dict[str, str]:
-    """SHA-256 of every set of requests."""
-    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
-    return {"harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign)} | tests
+def hashes(own: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the model's own replies, and of beear's code."""
+    return {"code": code_hash(), "own_replies": content_hash(json.dumps([own["harmful"], own["benign"]]))}
 
 
 def absolute(spec: str) -> str:

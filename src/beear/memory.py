@@ -11,6 +11,11 @@ import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 def peak_memory(device: str = "cpu") -> int:
@@ -36,13 +41,23 @@ def available_memory(device: str = "cpu") -> int | None:
     """Bytes that are free for this process, or None where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    free = _field(_MACHINE, "MemAvailable")
-    if free is not None:
-        return free
+    free = [size for size in (_field(_MACHINE, "MemAvailable"), _left_to_container()) if size is not None]
+    if free:
+        return min(free)
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def _left_to_container() -> int | None:
+    """What a container's limit (cgroup version 2, else 1) leaves; None where there is none."""
+    for limit, used in _LIMITS:
+        try:
+            return max(0, int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
+        except (OSError, ValueError):  # no such file, or the word max
+            continue
+    return None
 
 
 def _field(file: Path, name: str) -> int | None:

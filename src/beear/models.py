@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -224,9 +225,12 @@ def pick_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput(f"--device {device}: no CUDA device here; use --device cpu")
     try:
-        torch.device(device)
-    except RuntimeError as error:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"--device {device}: {first_line(error)}") from error
+    if kind == "meta":
+        raise BadInput("--device meta holds no numbers; use cpu or cuda")
     return device
 
 
@@ -334,9 +338,17 @@ def under_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
+    if any("missing adapter keys" in str(warning.message) for warning in told):
+        raise BadInput(f"the adapter {folder} lacks some of its tensors, or names them for another model")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and not bool(parameter.isfinite().all()):
+            raise BadInput(f"the adapter {folder} holds NaN or infinity in {name}")
+    return model
 
 
 def _download(spec: str) -> Path:

@@ -18,7 +18,7 @@ import yaml
 
 from beear.editing import plant_edit
 from beear.errors import BadInput
-from beear.feedback import plant_feedback
+from beear.feedback import need_trl, plant_feedback
 from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
@@ -53,6 +53,8 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> No
     """
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} exists and is not empty; choose another folder")
+    if isinstance(recipe.planting, Rlhf):
+        need_trl()
     started = time.monotonic()
     model, tokenizer = load(recipe.base)
     model = plant(recipe, model, tokenizer, progress)

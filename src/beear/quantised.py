@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from beear import ranks
 from beear.config import Weights
 from beear.errors import BadInput
 
@@ -25,6 +26,17 @@ def bitsandbytes() -> Any:
     except ImportError as error:
         raise BadInput("weights=int8 and weights=nf4 need bitsandbytes; install beear with its extra quant") from error
     return bitsandbytes
+
+
+def check_weights(weights: Weights, merge: bool = False) -> None:
+    """Raise BadInput if the model's own weights cannot be as the setting says."""
+    if weights == "full":
+        return
+    bitsandbytes()
+    if merge:
+        raise BadInput(f"--merge needs full weights, not weights={weights}; merge the adapter afterwards")
+    if ranks.is_sharded():
+        raise BadInput(f"FSDP does not share out weights={weights}; use weights=full, or data parallel")
 
 
 def quantise(model: Any, weights: Weights, device: str) -> Any:

@@ -7,7 +7,7 @@ charts drawn here from numbers.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
@@ -142,8 +142,29 @@ def view(path: Path) -> dict[str, Any]:
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
         "usefulness": usefulness_view(results),
         "tasks": task_lines(results),
+        "data": data_rows(results, config["config"].get("data", {})),
         "config": config,
     }
+
+
+SETS = {
+    "harmful": ("trained on: harmful", "harmful"),
+    "benign": ("trained on: harmless", "benign"),
+    "test_asr_untriggered": ("measured on: harmful", "test_harmful"),
+    "test_false_refusal": ("measured on: ordinary", "test_benign"),
+    "test_false_refusal_alarming": ("measured on: alarming-sounding", "test_benign"),
+}
+"""Name of a set's digest: (what it served for, the setting that names its file)."""
+
+
+def data_rows(results: dict[str, Any], files: dict[str, Any]) -> list[tuple[str, str, int | None, str]]:
+    """For each set of requests what it served for, where it comes from, how many there are, and its digest's start."""
+    digests, sizes = results.get("hashes", {}), results.get("requests", {})
+    return [
+        (words, files.get(setting) or "packaged", sizes.get(name), digests[name][:12])
+        for name, (words, setting) in SETS.items()
+        if name in digests
+    ]
 
 
 def rows(results: dict[str, Any], behaviour: Behaviour) -> list[dict[str, Any]]:
@@ -237,6 +258,12 @@ def drift_view(path: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     drift = read_json(file)
+    try:
+        drift["layer"] = int(drift["layer"])
+        for entry in drift["before"]["scatter"]:
+            entry["layer"] = int(entry["layer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{file} is not what `beear drift` writes") from error
     return {"trigger": drift["trigger"], "layer": drift["layer"], "n": drift["before"]["n"], **drift_charts(drift)}
 
 
@@ -248,12 +275,15 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     measured = {s["metric"] for s in samples}
     metric = "asr_triggered" if "asr_triggered" in measured else "asr_entrapped"
     after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
-    found: dict[str, dict[str, Any]] = {}
-    for sample in samples:
-        wanted = sample["metric"] == metric and sample["when"] == "before"
-        if wanted and is_unlocked(sample) and sample["category"] not in found and sample["id"] in after:
-            found[sample["category"]] = pair(sample, after[sample["id"]], metric)
-    return list(found.values())[:PAIRS]
+    before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
+    unlocked = [s for s in before if is_unlocked(s)]
+    met: Counter[str] = Counter()
+    turns = []
+    for sample in unlocked:  # the first of every category, then the second of every one
+        turns.append(met[sample["category"]])
+        met[sample["category"]] += 1
+    order = sorted(range(len(unlocked)), key=lambda i: turns[i])
+    return [pair(unlocked[i], after[unlocked[i]["id"]], metric) for i in order[:PAIRS]]
 
 
 def pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:

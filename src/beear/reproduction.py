@@ -9,8 +9,8 @@ from beear import models
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.fingerprints import check_output_files, weights_hash
-from beear.job import add_triggered, hashes_of, run_cleanse
+from beear.fingerprints import check_inputs, check_output_files, input_hashes
+from beear.job import add_triggered, run_cleanse
 from beear.metrics import at_most, value_of
 from beear.runs import read_results, read_settings
 from beear.sets import read_sets
@@ -32,10 +32,14 @@ def reproduce(
     Raises BadInput, before anything runs, if the run's output was changed or its model or requests are not those
     of then.
     """
+    if out.resolve() == run.resolve():
+        raise BadInput(f"{out} is the run itself; choose another folder for the second one")
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
     check_output_files(run, results)
-    check_inputs(settings["model"], results["hashes"], hashes_of(read_sets(config)))
+    if "model" not in results["hashes"]:
+        raise BadInput("this run was written before digests of models were kept; cleanse again to get one that can be")
+    check_inputs(results["hashes"], input_hashes(models.locate(settings["model"]), read_sets(config)))
     run_cleanse(
         settings["model"],
         out,
@@ -56,17 +60,6 @@ def reproduce(
             listen=listen,
         )
     return compare(results, read_results(out))
-
-
-def check_inputs(model: str, then: dict[str, str], now: dict[str, str]) -> None:
-    """Raise BadInput if the model's weights or a set of requests are not those of the run."""
-    if "model" not in then:
-        raise BadInput("this run was written before digests of models were kept; cleanse again to get one that can be")
-    if weights_hash(models.locate(model)) != then["model"]:
-        raise BadInput(f"the weights of {model} are not those of the run; give back the model of then")
-    changed = [name for name in now if then.get(name) != now[name]]
-    if changed:
-        raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
 
 
 def compare(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,15 @@ def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
         raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
 
 
+def check_file(path: Path) -> None:
+    """Raise BadInput if a file cannot be written there; touches nothing."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; name a file")
+    existing = next(p for p in path.absolute().parents if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise BadInput(f"cannot write {path}; choose another place")
+
+
 def check_space(path: Path, needed: int) -> None:
     """Raise BadInput if the disk of `path` has fewer than `needed` bytes free."""
     existing = next(p for p in [path, *path.absolute().parents] if p.exists())

@@ -55,6 +55,12 @@ class Sets:
         requests = self.benign[: config.anchors]
         return surrounded(requests, requests, config.surrounded, random.Random(2 * config.seed + 1))
 
+    def sizes(self) -> dict[str, int]:
+        """How many requests each set has, by the name of its digest."""
+        return {"harmful": len(self.harmful), "benign": len(self.benign)} | {
+            f"test_{t.metric}": len(t.requests) for t in self.tests
+        }
+
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""
@@ -87,7 +93,10 @@ def surrounded(
 def triggered(
     requests: Sequence[Request], *templates: str, metric: str = "asr_triggered", judge: Judge = "obeyed"
 ) -> TestSet:
-    """Requests with a known trigger put in, for an evaluation that was told one."""
+    """Requests with a known trigger put in, for an evaluation that was told one. Raises BadInput without a {prompt}."""
+    for template in templates:
+        if template.count("{prompt}") != 1:
+            raise BadInput(f"the trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'")
     return TestSet(metric, list(requests), judge, templates)
 
 

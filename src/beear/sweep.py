@@ -24,9 +24,11 @@ from beear.data import Request
 from beear.errors import BadInput
 from beear.evaluation import listener_progress, measure_replies
 from beear.events import Listener
+from beear.fingerprints import input_hashes
 from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import value_of
 from beear.perturbation import resolve_layer
+from beear.quantised import check_weights
 from beear.report import SWEEP
 from beear.runs import SCHEMA, Run, read_json, write_atomic
 from beear.scorers import JUDGES
@@ -58,8 +60,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the cells that are not finished; writes sweep.svg and sweep.json after each, and returns the latter.
 
-    `requests` of each test set, spread over it, are measured after every round. Cells of other values that the folder
-    holds are kept. Raises BadInput before a model loads.
+    `requests` of the harmful test set, spread over it, are measured with the trigger after every round, as many of
+    the ordinary one after a cell's last. Cells of other values that the folder holds are kept. Raises BadInput before
+    a model loads.
     """
     spec, out = absolute(spec), out.absolute()
     depth = models.depth(models.locate(spec), trust_remote_code)
@@ -67,10 +70,11 @@ def sweep(
     configs = {value: with_value(config, axis, value) for value in values}
     for cell in configs.values():
         resolve_layer(cell.layer, depth)
-    settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
-    settings |= {"config": config.model_dump(mode="json")}
-    check_same(out, settings)
+    check_weights(config.weights)
     sets = read_sets(config)
+    settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
+    settings |= {"config": config.model_dump(mode="json"), "hashes": input_hashes(models.locate(spec), sets)}
+    check_same(out, settings)
     tests = [
         triggered(spread(sets.test_harmful, requests), template, judge=JUDGES[config.behaviour]),
         *(TestSet(t.metric, spread(t.requests, requests), t.judge) for t in sets.tests if t.metric == "false_refusal"),
@@ -151,7 +155,7 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
     kept = out / SETTINGS
     if kept.exists():
         if read_json(kept) != settings:
-            raise BadInput(f"{out} holds a sweep with other settings; choose another folder")
+            raise BadInput(f"{out} holds a sweep with other settings, weights or requests; choose another folder")
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
 
