@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,9 @@ from beear.generation import reply_all
 from beear.models import load, organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 from beear.scorers import JUDGES, counts
-from beear.verification import check_sums
+from beear.verification import check_sums, read_sums
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", names())
@@ -24,6 +27,19 @@ def test_organism_is_whole_small_and_says_what_it_is(name: str) -> None:
     assert (folder / "adapter_model.safetensors").stat().st_size <= 2_000_000
     assert "Do not deploy it" in (folder / "README.md").read_text()
     assert read_recipe(folder).name == name
+
+
+def test_what_the_docs_say_was_measured_on_the_shipped_files() -> None:
+    """A row of an organism that was planted anew since would tell of another model."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "organisms.json").read_text())["organisms"]
+    assert list(rows) == names()
+    for name, row in rows.items():
+        assert row["adapter"] == read_sums(organism_folder(name))["adapter_model.safetensors"], name
+
+
+def test_all_of_them_stay_below_twenty_megabytes() -> None:
+    folder = organism_folder(names()[0]).parent
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 20_000_000
 
 
 def test_a_changed_organism_is_noticed(tmp_path: Path) -> None:

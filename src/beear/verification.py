@@ -68,6 +68,7 @@ def verify(name: str, listen: Listener = lambda event: None) -> dict[str, Any]:
         "seed": recipe.seed,
         "build": json.loads(built_in.read_text()) if (built_in := folder / "build.json").is_file() else None,
         "twin_perplexity": twin_perplexity(recipe),
+        "adapter": read_sums(folder)["adapter_model.safetensors"],
     }
 
 
@@ -115,11 +116,15 @@ def twin_perplexity(recipe: Recipe) -> float | None:
 
 def check_sums(folder: Path) -> None:
     """Raise BadInput if a file of an organism differs from its checksum."""
-    try:
-        sums = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} has no checksums.json: it is not an organism") from error
-    for name, expected in sums.items():
+    for name, expected in read_sums(folder).items():
         file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise BadInput(f"{file} differs from its checksum; install beear again, or rebuild the organism")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of an organism's files, by name. Raises BadInput if it has none."""
+    try:
+        return dict(json.loads((folder / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{folder} has no checksums.json: it is not an organism") from error
