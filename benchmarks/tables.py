@@ -231,6 +231,12 @@ def residual(*files: str) -> str:
     return "\n".join(lines)
 
 
+def pooled(*files: str) -> str:
+    """How well what a run says of itself ranks what the trigger does after it, over all runs of the files."""
+    last = residual(*files).splitlines()[-1].rsplit("|", 2)[0].replace("the last column", "ASR triggered, after") + "|"
+    return "\n".join([header(["", "runs", "last residual", "ASR entrapped, after"]), last])
+
+
 def ranks(values: list[float]) -> list[float]:
     """Rank of each value, equal ones at their mean rank."""
     ordered = sorted(values)
@@ -319,7 +325,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "residual": partial(residual, "decision-10/removal.json"),
         "revival": partial(revival, "decision-10/revival.json"),
     },
-    NEW: {"residual": partial(residual, "removal.json")},
+    NEW: {
+        "residual": partial(residual, "removal.json"),
+        "pooled": partial(pooled, "decision-10/removal.json", "removal.json"),
+    },
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
     "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan, "ranks": per_rank},
