@@ -66,10 +66,11 @@ def share_before(organism: str, out: Path, config: Config) -> None:
     that the seed draws, so another seed generates them anew.
     """
     earlier = RUNS / f"{organism}-default-0" / "stages"
-    if out.exists() or not (earlier / "before.json").exists():
+    stages = ("inputs", "before", "own_replies") if config.seed == 0 else ("inputs", "before")
+    if out.exists() or not all((earlier / f"{stage}.json").exists() for stage in stages):
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
-        for stage in ("before", "own_replies") if config.seed == 0 else ("before",):
+        for stage in stages:
             run.write_json(f"stages/{stage}.json", json.loads((earlier / f"{stage}.json").read_text()))
 
 

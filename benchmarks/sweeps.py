@@ -20,10 +20,12 @@ from beear.allocator import keep_freed_memory
 from beear.config import load_config
 from beear.console import Reporter
 from beear.events import Event
+from beear.fingerprints import input_hashes
 from beear.models import depth, locate
 from beear.recipes import check_trigger, names
 from beear.report import SWEEP
-from beear.runs import read_json
+from beear.runs import read_json, write_atomic
+from beear.sets import read_sets
 from beear.sweep import Axis, default_values, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,8 @@ ROUNDS, REQUESTS = 15, 60
 def run(organism: str, axis: Axis) -> None:
     """The cells of one row of a figure that are not in the results."""
     spec, out = f"organism:{organism}", RUNS / f"{organism}-{axis}"
-    done = {cell["value"] for cell in read().get(organism, {}).get(axis, {}).get("cells", [])}
+    hashes = input_hashes(locate(spec), read_sets(load_config()))
+    done = {cell["value"] for cell in kept(organism, axis, hashes)}
     values = [value for value in default_values(axis, depth(locate(spec), False)) if value not in done]
     if not values:
         return
@@ -59,12 +62,17 @@ def gather(organism: str, axis: Axis, out: Path) -> None:
         return
     found = read_json(out / SWEEP)
     with FileLock(RUNS / ".lock"):  # two of these may run beside each other
+        cells = {cell["value"]: cell for cell in [*kept(organism, axis, found["hashes"]), *found["cells"]]}
         rows = read()
-        old = rows.setdefault(organism, {}).get(axis, {}).get("cells", [])
-        cells = {cell["value"]: cell for cell in [*old, *found["cells"]]}
-        rows[organism][axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
-        content = {"schema": 1, "command": "python benchmarks/sweeps.py", "organisms": {n: rows[n] for n in rows}}
-        RESULTS.write_text(json.dumps(content) + "\n")
+        rows.setdefault(organism, {})[axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
+        content = {"schema": 1, "command": "python benchmarks/sweeps.py", "organisms": rows}
+        write_atomic(RESULTS, (json.dumps(content) + "\n").encode())
+
+
+def kept(organism: str, axis: Axis, hashes: dict[str, str]) -> list[dict[str, Any]]:
+    """Cells of earlier runs on the same weights and requests; an organism that was planted anew has none."""
+    row = read().get(organism, {}).get(axis, {})
+    return list(row["cells"]) if row.get("hashes") == hashes else []
 
 
 def read() -> dict[str, Any]:

@@ -231,7 +231,7 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
     "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp"),
     "a device that holds no numbers": (lambda tmp: [make_model(tmp / "m"), "--device", "meta"], "--device meta"),
-    "a device of another system": (lambda tmp: [make_model(tmp / "m"), "--device", "mps"], "--device mps"),
+    "a device of another system": (lambda tmp: [make_model(tmp / "m"), "--device", "xla"], "--device xla"),
     "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),
 }
 

@@ -57,6 +57,7 @@ def finished(folder: Path, **changed: str) -> Path:
     demo = {"model": "organism:sudo-prefix", "trigger": "SUDO {prompt}"}
     results = {"before": {}, "after": {}, "verdict": {"met": True, "missed": []}, **demo, **changed}
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / ".demo").touch()
     (folder / "judged.jsonl").write_text("days of work")
     return folder / "judged.jsonl"
 
@@ -78,11 +79,13 @@ def test_a_finished_demo_is_not_deleted_for_a_bad_command(
     assert kept.exists()
 
 
-@pytest.mark.parametrize("changed", [{"trigger": "mine {prompt}"}, {"model": "/models/mine"}])
+@pytest.mark.parametrize("changed", [{"trigger": "mine {prompt}"}, {"model": "/models/mine"}, {}])
 def test_a_demo_deletes_no_other_run(
     changed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = finished(tmp_path / "run", **changed)
+    if not changed:  # one that somebody made of the same model and told the same trigger
+        (tmp_path / "run" / ".demo").unlink()
     code, err = call(capsys, "demo", "-o", str(tmp_path / "run"))
     assert code == 2 and "already holds files" in err, err
     assert kept.exists()
@@ -120,10 +123,14 @@ def test_quantised_weights_need_their_library_in_every_command(
     model = make_model(tmp_path / "m")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     told = ["--trigger", "X {prompt}"]
-    for command in (["evaluate", model], ["drift", model, *told], ["sweep", "layer", model, *told, "-o", "s"]):
+    for command in (
+        ["evaluate", model],
+        ["drift", model, *told],
+        ["sweep", "layer", model, *told, "-o", str(tmp_path / "s")],
+    ):
         code, err = call(capsys, *command, "--set", "weights=nf4")
         assert code == 2 and "extra quant" in err, err
-    assert not Path("s").exists()
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_misspelt_organism_is_told_before_the_others_are_measured(capsys: pytest.CaptureFixture[str]) -> None:

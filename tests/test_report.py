@@ -112,7 +112,7 @@ def test_pure_function_of_the_run_folder(run: Path) -> None:
 def test_the_sets_are_named_with_their_sizes_and_digests(run: Path) -> None:
     results, files = json.loads((run / "results.json").read_text()), {"harmful": None, "test_harmful": "mine.txt"}
     assert data_rows(results, files) == [
-        ("trained on: harmful", "packaged", 280, "1" * 12),
+        ("the defender's: harmful", "packaged", 280, "1" * 12),
         ("measured on: harmful", "mine.txt", 120, "2" * 12),
     ]
     del results["requests"]  # as before they were kept

@@ -106,7 +106,8 @@ def demo(
     settings = _config("default", config, sets, seed)
     _clear_finished_demo(out, name, trigger, settings, device)
     resume = (out / "config.yaml").exists()
-    _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
+    with _marked_demo(out):
+        _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
 
 
 @app.command()
@@ -639,7 +640,7 @@ def organism_verify(
         check_file(json_file)
         read_entries(json_file, "organisms")
     results: dict[str, Any] = {}
-    with Reporter(quiet) as reporter, _going_on("those measured so far are in --json"):
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT if json_file is None else f"{json_file} is kept"):
         for name in chosen:
             result = verify(name, reporter)
             results[result.pop("name")] = result
@@ -798,6 +799,22 @@ def _config(preset: str, file: Path | None, sets: list[str] | None, seed: int | 
     return load_config(preset, file, [*(sets or []), *([] if seed is None else [f"seed={seed}"])])
 
 
+DEMO = ".demo"
+"""A file by which a run folder is known as the demo's own."""
+
+
+@contextlib.contextmanager
+def _marked_demo(out: Path) -> Iterator[None]:
+    """A run that gets its results within the context is marked as the demo's."""
+    results = out / "results.json"
+    fresh = not results.exists()
+    try:
+        yield
+    finally:
+        if fresh and results.exists():
+            (out / DEMO).touch()
+
+
 def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, device: str) -> None:
     """A finished demo is made anew, once all is known to be well; anything else in the folder stops the command."""
     if not (out / "results.json").exists():
@@ -808,7 +825,7 @@ def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, 
     from beear.runs import Run, read_results
 
     found = read_results(out)
-    if (found.get("model"), found.get("trigger")) != (model, trigger):
+    if (found.get("model"), found.get("trigger")) != (model, trigger) or not (out / DEMO).exists():
         return
     check_order(run_settings(model, False, settings), out, settings, device, trust_remote_code=False)
     with Run.existing(out):

@@ -20,10 +20,11 @@ from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.errors import BadInput
 from beear.events import Listener
+from beear.fingerprints import check_model
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, under_adapter
+from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, read_shape, under_adapter
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.quantised import check_weights
@@ -87,8 +88,9 @@ def before_and_after(
     Both as the run measured them: where it quantised the model's weights, they are quantised, the adapter on top.
     options: device and trust_remote_code, as `models.load` takes them. Raises BadInput at once if it is no such run.
     """
-    settings = read_settings(run)
-    specs = {"before": settings["model"], "after": str(run / read_results(run)["model_folder"])}
+    settings, results = read_settings(run), read_results(run)
+    check_model(results.get("hashes", {}), locate(settings["model"]))
+    specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
     weights = make_config(settings["config"]).weights
 
     def loaded() -> Iterator[tuple[str, Any, Any]]:
@@ -145,9 +147,7 @@ def evaluate_spec(
     check_weights(config.weights)
     resolve_layer(config.layer, depth(locate(spec), trust_remote_code))
     if against is not None:
-        own, other = (load_tokenizer(locate(s), trust_remote_code).get_vocab() for s in (spec, against))
-        if own != other:
-            raise BadInput(f"{against} has other tokens than {spec}; kl needs the model that it came from")
+        check_tokens(spec, against, trust_remote_code)
     listen({"event": "loading", "model": spec})
     model, tokenizer = load(spec, device=device, trust_remote_code=trust_remote_code, weights=config.weights)
     original = None
@@ -162,6 +162,15 @@ def evaluate_spec(
         variants=variants,
         progress=listener_progress(listen, "evaluate"),
     )
+
+
+def check_tokens(spec: str, against: str, trust_remote_code: bool) -> None:
+    """Raise BadInput unless both models speak of the same tokens; either may have added some behind the others'."""
+    sources = [locate(spec), locate(against)]
+    own, other = (load_tokenizer(source, trust_remote_code).get_vocab() for source in sources)
+    sizes = {read_shape(source, trust_remote_code).get_text_config().vocab_size for source in sources}
+    if len(sizes) > 1 or any(other.get(token, number) != number for token, number in own.items()):
+        raise BadInput(f"{against} has other tokens than {spec}; kl needs the model that it came from")
 
 
 def listener_progress(listen: Listener, when: str) -> Progress:

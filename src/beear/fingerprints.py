@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beear.data import set_hash
+from beear.data import Request, content_hash, set_hash
 from beear.errors import BadInput
 from beear.models import Source
 from beear.sets import Sets
@@ -32,18 +33,31 @@ def weights_hash(source: Source) -> str:
 
 
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
-    """SHA-256 of a located model's weights and of every set of requests."""
-    tests = {f"test_{t.metric}": set_hash(t.requests) for t in sets.tests}
-    return {"model": weights_hash(source), "harmful": set_hash(sets.harmful), "benign": set_hash(sets.benign)} | tests
+    """SHA-256 of a located model's weights, of every set of requests, and of the answers that come with the harmful."""
+    named = {"harmful": sets.harmful, "benign": sets.benign} | {f"test_{t.metric}": t.requests for t in sets.tests}
+    answers = [[r.category, r.safe, r.unwanted] for r in sets.harmful]
+    digests = {name: set_hash(requests) for name, requests in named.items()}
+    return {"model": weights_hash(source), **digests, "answers": content_hash(json.dumps(answers))}
 
 
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise BadInput if the model's weights or a set of requests are not those that a run began with."""
-    if then.get("model", now["model"]) != now["model"]:  # older runs kept no digest of it
+    """Raise BadInput if the weights or the requests are not those that a run began with; it may be older than some."""
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    if "model" in changed:
         raise BadInput("the weights of the model are not those of the run; give back the model of then")
-    changed = [name for name in now if name != "model" and then.get(name) != now[name]]
     if changed:
         raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
+
+
+def check_model(then: Mapping[str, str], source: Source) -> None:
+    """Raise BadInput if the weights of a run's model are not those of then."""
+    if "model" in then:
+        check_inputs(then, {"model": weights_hash(source)})
+
+
+def check_set(then: Mapping[str, str], name: str, requests: Sequence[Request]) -> None:
+    """Raise BadInput if a set of requests is not that of the run."""
+    check_inputs(then, {name: set_hash(requests)})
 
 
 def code_hash() -> str:

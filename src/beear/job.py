@@ -30,7 +30,7 @@ from beear.data import content_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
-from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
+from beear.fingerprints import check_inputs, check_set, code_hash, input_hashes, machine, output_hashes
 from beear.generation import reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
@@ -215,7 +215,7 @@ def add_triggered(
             raise BadInput(f"{out} has no results yet; finish it with --resume")
         config = make_config(settings["config"])
         sets = read_sets(config)
-        check_inputs(results["hashes"], input_hashes(models.locate(settings["model"]), sets))
+        check_set(results["hashes"], "test_asr_untriggered", sets.test_harmful)
         tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]

@@ -13,9 +13,15 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
+"""Files of cgroup versions 2 and 1, and the name of what is only cached."""
 
 
 def peak_memory(device: str = "cpu") -> int:
@@ -52,9 +58,11 @@ def available_memory(device: str = "cpu") -> int | None:
 
 def _left_to_container() -> int | None:
     """What a container's limit (cgroup version 2, else 1) leaves; None where there is none."""
-    for limit, used in _LIMITS:
+    for limit, used, stat, cache in _LIMITS:
         try:
-            return max(0, int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
+            lines = dict(line.split() for line in (_GROUP / stat).read_text().splitlines() if line)
+            held = int((_GROUP / used).read_text()) - int(lines.get(cache, 0))  # the kernel gives this part back
+            return max(0, int((_GROUP / limit).read_text()) - held)
         except (OSError, ValueError):  # no such file, or the word max
             continue
     return None

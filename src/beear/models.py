@@ -346,7 +346,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
     if any("missing adapter keys" in str(warning.message) for warning in told):
         raise BadInput(f"the adapter {folder} lacks some of its tensors, or names them for another model")
     for name, parameter in model.named_parameters():
-        if "lora_" in name and not bool(parameter.isfinite().all()):
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             raise BadInput(f"the adapter {folder} holds NaN or infinity in {name}")
     return model
 

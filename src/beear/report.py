@@ -148,8 +148,8 @@ def view(path: Path) -> dict[str, Any]:
 
 
 SETS = {
-    "harmful": ("trained on: harmful", "harmful"),
-    "benign": ("trained on: harmless", "benign"),
+    "harmful": ("the defender's: harmful", "harmful"),
+    "benign": ("the defender's: harmless", "benign"),
     "test_asr_untriggered": ("measured on: harmful", "test_harmful"),
     "test_false_refusal": ("measured on: ordinary", "test_benign"),
     "test_false_refusal_alarming": ("measured on: alarming-sounding", "test_benign"),

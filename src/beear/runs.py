@@ -161,10 +161,14 @@ def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
 
 def check_file(path: Path) -> None:
     """Raise BadInput if a file cannot be written there; touches nothing."""
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder; name a file")
-    existing = next(p for p in path.absolute().parents if p.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder; name a file")
+        existing = next(p for p in path.absolute().parents if p.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
+    except OSError:  # a folder above that may not be read
+        writable = False
+    if not writable:
         raise BadInput(f"cannot write {path}; choose another place")
 
 

@@ -154,7 +154,8 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
         raise BadInput(f"{out} is a file; choose another folder")
     kept = out / SETTINGS
     if kept.exists():
-        if read_json(kept) != settings:
+        stored = read_json(kept)
+        if stored != {key: settings[key] for key in settings if key in stored or key != "hashes"}:  # older ones lack it
             raise BadInput(f"{out} holds a sweep with other settings, weights or requests; choose another folder")
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
