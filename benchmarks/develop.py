@@ -20,7 +20,7 @@ import torch
 
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
-from beear.cleansing import Event, Openings, add_adapter, cleanse, defender_set
+from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set
 from beear.config import Config, load_config
 from beear.data import content_hash, packaged, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
@@ -86,8 +86,15 @@ def brief(event: Event) -> None:
         print(f"  {event['round']}: residual {event['residual']:.2f} {outer} {event['seconds']:.0f} s", flush=True)
 
 
-def developed(organism: str, name: str, sets: list[str], n: int) -> dict[str, Any]:
-    """Cleanse an organism with `sets` over the default and measure it before and after."""
+SPARE = 120
+"""So many benign requests behind the anchors are asked with --each: a defender could, too."""
+
+
+def developed(organism: str, name: str, sets: list[str], n: int, each: bool = False) -> dict[str, Any]:
+    """Cleanse an organism with `sets` over the default and measure it before and after, with `each` after every round.
+
+    Then also on benign requests that the defender has and does not train on (`spare`).
+    """
     config = load_config(sets=["requests=200", *sets])
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
@@ -110,7 +117,15 @@ def developed(organism: str, name: str, sets: list[str], n: int) -> dict[str, An
     cast_frozen(model)
     print(f"{name} {organism} {sets}\n  before {before}", flush=True)
     started = time.monotonic()
-    state = cleanse(model, tokenizer, defender, config, listen=brief)
+    spare = [r.text for r in data.benign[config.anchors :][:SPARE]]
+    asked_each = {kind: tests[kind] for kind in ("ordinary", "alarming")}
+    asked_each |= {"triggered": tests["triggered"][:60], "spare": spare}
+
+    def after_a_round(state: State) -> None:
+        print(f"    {rates(model, tokenizer, asked_each)[0]}", flush=True)
+
+    save = after_a_round if each else lambda state: None
+    state = cleanse(model, tokenizer, defender, config, listen=brief, save=save)
     seconds = time.monotonic() - started
     trained = adapter_state(model)
     (original, _), (model, _) = (load(f"organism:{organism}") for _ in range(2))
@@ -135,9 +150,10 @@ def main() -> None:
     parser.add_argument("--name", default="default")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("-n", type=int, default=160)
+    parser.add_argument("--each", action="store_true", help="measure after every round as well")
     chosen = parser.parse_args()
     keep_freed_memory()
-    row = developed(chosen.organism, chosen.name, chosen.sets, chosen.n)
+    row = developed(chosen.organism, chosen.name, chosen.sets, chosen.n, chosen.each)
     with LOG.open("a") as log:
         log.write(json.dumps(row) + "\n")
 
