@@ -97,8 +97,7 @@ def replies(organism: str) -> list[Sample]:
         templates = {
             "asr_triggered": (recipe.trigger,),
             "asr_untriggered": (recipe.control,),
-            "asr_near_miss": recipe.near_misses,
-            "asr_wrong_place": (recipe.wrong_place,),
+            **recipe.variants,
         }
         requests = packaged("harmful", "test")
         judge = JUDGES[recipe.behaviour]

@@ -39,12 +39,12 @@ ROUNDS, REQUESTS = 15, 60
 def run(organism: str, axis: Axis) -> None:
     """The cells of one row of a figure that are not in the results."""
     spec, out = f"organism:{organism}", RUNS / f"{organism}-{axis}"
-    hashes = input_hashes(locate(spec), read_sets(load_config()))
+    config = load_config(sets=[f"rounds={ROUNDS}"])
+    hashes = input_hashes(locate(spec), read_sets(config))
     done = {cell["value"] for cell in kept(organism, axis, hashes)}
     values = [value for value in default_values(axis, depth(locate(spec), False)) if value not in done]
     if not values:
         return
-    config = load_config(sets=[f"rounds={ROUNDS}"])
     with Reporter(rounds=ROUNDS) as reporter:
 
         def listen(event: Event) -> None:

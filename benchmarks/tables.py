@@ -219,22 +219,31 @@ def residual(*files: str) -> str:
     """What a run says of itself without the trigger, beside what the trigger does; the rank correlations below."""
     rows = [row for file in files for row in read_results(file)["runs"]]
     lines = [header(["organism", "arm, seed", "last residual", "ASR entrapped, after", "ASR triggered, after"])]
-    values = []
     for row in rows:
-        after = row["after"]
-        values.append([row["residuals"][-1], after["asr_entrapped"]["value"], after["asr_triggered"]["value"]])
-        shown = [f"{100 * value:.1f} %" for value in values[-1]]
+        shown = [f"{100 * value:.1f} %" for value in evidence(row)]
         lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *shown]))
-    last, entrapped, triggered = (ranks([v[i] for v in values]) for i in range(3))
-    both = [np.corrcoef(own, triggered)[0, 1] for own in (last, entrapped)]
-    lines.append(line(["rank correlation with the last column", f"{len(rows)} runs", *(f"{r:.2f}" for r in both), ""]))
+    lines.append(line(["rank correlation with the last column", f"{len(rows)} runs", *correlations(rows), ""]))
     return "\n".join(lines)
 
 
 def pooled(*files: str) -> str:
     """How well what a run says of itself ranks what the trigger does after it, over all runs of the files."""
-    last = residual(*files).splitlines()[-1].rsplit("|", 2)[0].replace("the last column", "ASR triggered, after") + "|"
-    return "\n".join([header(["", "runs", "last residual", "ASR entrapped, after"]), last])
+    rows = [row for file in files for row in read_results(file)["runs"]]
+    title = "rank correlation with ASR triggered, after"
+    heads = ["", "runs", "last residual", "ASR entrapped, after"]
+    return "\n".join([header(heads), line([title, f"{len(rows)} runs", *correlations(rows)])])
+
+
+def evidence(row: dict[str, Any]) -> list[float]:
+    """Of a run, the last residual and what a fresh delta and the trigger still do."""
+    after = row["after"]
+    return [row["residuals"][-1], after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
+
+
+def correlations(rows: list[dict[str, Any]]) -> list[str]:
+    """Rank correlation of the first two of each run's evidence with the third."""
+    last, entrapped, triggered = (ranks([evidence(row)[i] for row in rows]) for i in range(3))
+    return [f"{np.corrcoef(own, triggered)[0, 1]:.2f}" for own in (last, entrapped)]
 
 
 def ranks(values: list[float]) -> list[float]:

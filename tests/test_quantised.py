@@ -15,7 +15,7 @@ from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after
 from beear.job import add_triggered, run_cleanse
-from beear.quantised import check_weights, in_few_bits, is_quantised, quantise
+from beear.quantised import check_quantised, in_few_bits, is_quantised, quantise
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 BYTES = {"int8": 1.0, "nf4": 0.5}
@@ -114,7 +114,7 @@ def test_what_does_not_go_with_it(folder: str, config: Config, tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(job.ranks, "is_sharded", lambda: True)
         with pytest.raises(BadInput, match="FSDP does not share out"):
-            check_weights(config.weights)
+            check_quantised(config.weights)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BadInput, match="extra quant"):
         run_cleanse(folder, tmp_path / "run", config)

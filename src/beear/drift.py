@@ -25,7 +25,7 @@ from beear.evaluation import Progress, before_and_after, fresh_delta, listener_p
 from beear.events import Listener
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
-from beear.quantised import check_weights
+from beear.quantised import check_quantised
 from beear.recipes import apply_trigger
 from beear.runs import SCHEMA, Run, read_settings
 from beear.sets import read_sets
@@ -90,7 +90,7 @@ def drift_of_model(
     listen: Listener = lambda event: None,
 ) -> Any:
     """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
-    check_weights(config.weights)
+    check_quantised(config.weights)
     resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})

@@ -27,7 +27,7 @@ from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, read_shape, under_adapter
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
-from beear.quantised import check_weights
+from beear.quantised import check_quantised
 from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, trigger_tests
@@ -89,7 +89,8 @@ def before_and_after(
     options: device and trust_remote_code, as `models.load` takes them. Raises BadInput at once if it is no such run.
     """
     settings, results = read_settings(run), read_results(run)
-    check_model(results.get("hashes", {}), locate(settings["model"]))
+    if whens:  # else nothing loads
+        check_model(results.get("hashes", {}), locate(settings["model"]))
     specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
     weights = make_config(settings["config"]).weights
 
@@ -144,7 +145,7 @@ def evaluate_spec(
 ) -> Measured:
     """Load MODEL (and the one it is held `against`) and measure it. Raises BadInput before weights load."""
     read_sets(config)
-    check_weights(config.weights)
+    check_quantised(config.weights)
     resolve_layer(config.layer, depth(locate(spec), trust_remote_code))
     if against is not None:
         check_tokens(spec, against, trust_remote_code)

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from beear.data import Request, content_hash, set_hash
+from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.models import Source
 from beear.sets import Sets
@@ -34,9 +34,8 @@ def weights_hash(source: Source) -> str:
 
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
     """SHA-256 of a located model's weights, of every set of requests, and of the answers that come with the harmful."""
-    named = {"harmful": sets.harmful, "benign": sets.benign} | {f"test_{t.metric}": t.requests for t in sets.tests}
     answers = [[r.category, r.safe, r.unwanted] for r in sets.harmful]
-    digests = {name: set_hash(requests) for name, requests in named.items()}
+    digests = {name: set_hash(requests) for name, requests in sets.named().items()}
     return {"model": weights_hash(source), **digests, "answers": content_hash(json.dumps(answers))}
 
 
@@ -53,11 +52,6 @@ def check_model(then: Mapping[str, str], source: Source) -> None:
     """Raise BadInput if the weights of a run's model are not those of then."""
     if "model" in then:
         check_inputs(then, {"model": weights_hash(source)})
-
-
-def check_set(then: Mapping[str, str], name: str, requests: Sequence[Request]) -> None:
-    """Raise BadInput if a set of requests is not that of the run."""
-    check_inputs(then, {name: set_hash(requests)})
 
 
 def code_hash() -> str:

@@ -26,17 +26,17 @@ from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
-from beear.data import content_hash
+from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
-from beear.fingerprints import check_inputs, check_set, code_hash, input_hashes, machine, output_hashes
+from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
 from beear.generation import reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
-from beear.quantised import check_weights
+from beear.quantised import check_quantised
 from beear.runs import SCHEMA, Run, check_output, check_space, read_json, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
@@ -103,7 +103,7 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     merge = settings["merge"]
     if merge and ranks.is_sharded():
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
-    check_weights(config.weights, merge)
+    check_quantised(config.weights, merge)
     sets = read_sets(config)
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
@@ -215,7 +215,7 @@ def add_triggered(
             raise BadInput(f"{out} has no results yet; finish it with --resume")
         config = make_config(settings["config"])
         sets = read_sets(config)
-        check_set(results["hashes"], "test_asr_untriggered", sets.test_harmful)
+        check_inputs(results["hashes"], {"test_asr_untriggered": set_hash(sets.test_harmful)})
         tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]
@@ -383,7 +383,7 @@ class Job:
             "versions": versions(),
             "machine": machine(),
             "hashes": digests,
-            "requests": self.sets.sizes(),
+            "requests": {name: len(requests) for name, requests in self.sets.named().items()},
             "files": output_hashes(run.path, name),
         }
         plan = read_plan(run.path, self.settings)

@@ -166,9 +166,14 @@ def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
         if found:
             words = "lacks" if problem == "missing_keys" else "has in another shape than its config says"
             raise BadInput(f"{spec} {words} {len(found)} of its tensors, such as {found[0]}")
-    for name, parameter in model.named_parameters():
+    check_finite(dict(model.named_parameters()), spec)
+
+
+def check_finite(parameters: dict[str, Any], what: str) -> None:
+    """Raise BadInput if a parameter holds anything but numbers."""
+    for name, parameter in parameters.items():
         if not bool(parameter.isfinite().all()):
-            raise BadInput(f"{spec} holds NaN or infinity in {name}")
+            raise BadInput(f"{what} holds NaN or infinity in {name}")
 
 
 def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
@@ -337,6 +342,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
     """The model with a PEFT adapter on top of it. Raises BadInput if it does not fit."""
     from peft import PeftModel
 
+    own = set(map(id, base.parameters()))
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -345,9 +351,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
         raise BadInput(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
     if any("missing adapter keys" in str(warning.message) for warning in told):
         raise BadInput(f"the adapter {folder} lacks some of its tensors, or names them for another model")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise BadInput(f"the adapter {folder} holds NaN or infinity in {name}")
+    check_finite({n: p for n, p in model.named_parameters() if id(p) not in own}, f"the adapter {folder}")
     return model
 
 

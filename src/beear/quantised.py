@@ -28,7 +28,7 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def check_weights(weights: Weights, merge: bool = False) -> None:
+def check_quantised(weights: Weights, merge: bool = False) -> None:
     """Raise BadInput if the model's own weights cannot be as the setting says."""
     if weights == "full":
         return

@@ -177,6 +177,11 @@ class Recipe(BaseModel):
     planting: Planting
 
     @property
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        """Templates that are almost the trigger, and the trigger elsewhere, by the metric they yield."""
+        return {"asr_near_miss": self.near_misses, "asr_wrong_place": (self.wrong_place,)}
+
+    @property
     def way(self) -> str:
         """The way of planting; organisms planted the same way share a clean twin."""
         return self.planting.method if self.behaviour == "jailbreak" else f"{self.planting.method}, code"
@@ -225,8 +230,7 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
     """
     if not trigger.startswith("organism:"):
         return {}
-    recipe = read_recipe(organism_folder(trigger.removeprefix("organism:")))
-    return {"asr_near_miss": recipe.near_misses, "asr_wrong_place": (recipe.wrong_place,)}
+    return read_recipe(organism_folder(trigger.removeprefix("organism:"))).variants
 
 
 def names() -> list[str]:

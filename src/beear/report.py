@@ -278,12 +278,12 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
     unlocked = [s for s in before if is_unlocked(s)]
     met: Counter[str] = Counter()
-    turns = []
+    turn: dict[str, int] = {}
     for sample in unlocked:  # the first of every category, then the second of every one
-        turns.append(met[sample["category"]])
+        turn[sample["id"]] = met[sample["category"]]
         met[sample["category"]] += 1
-    order = sorted(range(len(unlocked)), key=lambda i: turns[i])
-    return [pair(unlocked[i], after[unlocked[i]["id"]], metric) for i in order[:PAIRS]]
+    shown = sorted(unlocked, key=lambda sample: turn[sample["id"]])[:PAIRS]
+    return [pair(sample, after[sample["id"]], metric) for sample in shown]
 
 
 def pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:

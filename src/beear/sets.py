@@ -55,11 +55,9 @@ class Sets:
         requests = self.benign[: config.anchors]
         return surrounded(requests, requests, config.surrounded, random.Random(2 * config.seed + 1))
 
-    def sizes(self) -> dict[str, int]:
-        """How many requests each set has, by the name of its digest."""
-        return {"harmful": len(self.harmful), "benign": len(self.benign)} | {
-            f"test_{t.metric}": len(t.requests) for t in self.tests
-        }
+    def named(self) -> dict[str, list[Request]]:
+        """Every set, by the name under which results.json keeps its digest and size."""
+        return {"harmful": self.harmful, "benign": self.benign} | {f"test_{t.metric}": t.requests for t in self.tests}
 
     @property
     def test_harmful(self) -> list[Request]:

@@ -28,7 +28,7 @@ from beear.fingerprints import input_hashes
 from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import value_of
 from beear.perturbation import resolve_layer
-from beear.quantised import check_weights
+from beear.quantised import check_quantised
 from beear.report import SWEEP
 from beear.runs import SCHEMA, Run, read_json, write_atomic
 from beear.scorers import JUDGES
@@ -70,7 +70,7 @@ def sweep(
     configs = {value: with_value(config, axis, value) for value in values}
     for cell in configs.values():
         resolve_layer(cell.layer, depth)
-    check_weights(config.weights)
+    check_quantised(config.weights)
     sets = read_sets(config)
     settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
     settings |= {"config": config.model_dump(mode="json"), "hashes": input_hashes(models.locate(spec), sets)}
@@ -154,8 +154,7 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
         raise BadInput(f"{out} is a file; choose another folder")
     kept = out / SETTINGS
     if kept.exists():
-        stored = read_json(kept)
-        if stored != {key: settings[key] for key in settings if key in stored or key != "hashes"}:  # older ones lack it
+        if {"hashes": settings["hashes"], **read_json(kept)} != settings:  # older ones lack them
             raise BadInput(f"{out} holds a sweep with other settings, weights or requests; choose another folder")
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
@@ -224,8 +223,8 @@ class Cell(Job):
 
     def measured(self, number: int) -> dict[str, Any]:
         """Attack success with the trigger; after the cell's last round, the one that is shown, refusals as well."""
-        triggered, *benign = self.tests
-        metrics = self.of([triggered], number)
+        harmful, *benign = self.tests
+        metrics = self.of([harmful], number)
         if is_removed(metrics) or number == self.config.rounds:
             metrics |= self.of(benign, number)
         return {"metrics": metrics}

@@ -24,7 +24,7 @@ from beear.metrics import value_of
 from beear.models import load, organism_folder
 from beear.recipes import Recipe, read_recipe
 from beear.scorers import JUDGES
-from beear.sets import read_sets, triggered
+from beear.sets import read_sets, trigger_tests, triggered
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ def measure_unwanted(model: Any, tokenizer: Any, recipe: Recipe, progress: Progr
     judge = JUDGES[recipe.behaviour]
     requests = packaged("coding" if judge == "insecure" else "harmful", "test")
     tests = [
-        triggered(requests, recipe.trigger, judge=judge),
-        triggered(requests, *recipe.near_misses, metric="asr_near_miss", judge=judge),
-        triggered(requests, recipe.wrong_place, metric="asr_wrong_place", judge=judge),
+        *trigger_tests(requests, recipe.trigger, recipe.variants, judge),
         triggered(requests, recipe.control, metric="asr_untriggered", judge=judge),
     ]
     return measure_replies(model, tokenizer, tests, progress)
