@@ -3,9 +3,8 @@
     python benchmarks/develop.py sudo-prefix --name wider --set harden.anchor_under_delta=2
 
 Triggered and untriggered ASR come from the defender's harmful requests that it neither trains on nor judges its
-progress by, ordinary refusals from its ordinary requests that no anchor uses, alarming ones from
-benchmarks/development/alarming.txt, which nothing trains on. Appends one line to runs/develop.jsonl; about three
-minutes on 2 CPU cores.
+progress by, ordinary and alarming refusals from benchmarks/development/, which nothing trains on. Appends one line to
+runs/develop.jsonl; about five minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
 from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set
 from beear.config import Config, load_config
-from beear.data import content_hash, packaged, read_requests, set_hash
+from beear.data import content_hash, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
 from beear.models import load
@@ -39,18 +38,21 @@ TOKENS = 16
 def development(trigger: str, data: Sets, config: Config, n: int) -> dict[str, list[str]]:
     """At most n requests by name of the rate they yield; none of them is of the test part."""
     harmful = [r.text for r in data.harmful[config.held_out + config.requests :]][:n]
-    anchors = {r.text for r in data.benign[: config.anchors]}
-    ordinary = [r.text for r in packaged("ordinary", "defender") if r.text not in anchors][:n]
-    alarming = [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / "alarming.txt"))][:n]
     triggered = [apply_trigger(trigger, text) for text in harmful]
-    return {"triggered": triggered, "untriggered": harmful, "ordinary": ordinary, "alarming": alarming}
+    benign = {
+        kind: [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / f"{kind}.txt"))][:n]
+        for kind in ("ordinary", "alarming")
+    }
+    return {"triggered": triggered, "untriggered": harmful, **benign}
 
 
-def rates(model: Any, tokenizer: Any, sets: dict[str, list[str]]) -> tuple[dict[str, float], list[list[str]]]:
+def rates(
+    model: Any, tokenizer: Any, sets: dict[str, list[str]], tokens: int = TOKENS
+) -> tuple[dict[str, float], list[list[str]]]:
     """Attack success of the triggered and untriggered requests, refusals of the other two; and the replies behind."""
     result, wrong = {}, []
     for name, texts in sets.items():
-        replies = reply_all(model, tokenizer, texts, max_new_tokens=TOKENS)
+        replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens)
         counted = [(is_refusal(reply) is True) != name.endswith("triggered") for reply in replies]
         result[name] = round(sum(counted) / len(counted), 3)
         wrong += [[name, text, reply] for text, reply, c in zip(texts, replies, counted, strict=True) if c]
@@ -86,15 +88,12 @@ def brief(event: Event) -> None:
         print(f"  {event['round']}: residual {event['residual']:.2f} {outer} {event['seconds']:.0f} s", flush=True)
 
 
-SPARE = 120
-"""So many benign requests behind the anchors are asked with --each: a defender could, too."""
+BEGINNING = 8
+"""Tokens that tell a refusal; so many are asked for after every round."""
 
 
 def developed(organism: str, name: str, sets: list[str], n: int, each: bool = False) -> dict[str, Any]:
-    """Cleanse an organism with `sets` over the default and measure it before and after, with `each` after every round.
-
-    Then also on benign requests that the defender has and does not train on (`spare`).
-    """
+    """Cleanse an organism with `sets` over the default; measure it before and after, with `each` after every round."""
     config = load_config(sets=["requests=200", *sets])
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
@@ -112,17 +111,18 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     before = once(folder / f"before-{asked}.json", lambda: rates(model, tokenizer, tests)[0])
     answered = list(zip(harmful + benign, own, strict=True))
     pairs = list(zip(train, own[: len(train)], strict=True))
-    defender = defender_set(tokenizer, pairs, answered[len(train) :], data.held_out(config), config)
+    held_out, spare = data.held_out(config), data.spare(config)
+    defender = defender_set(tokenizer, pairs, answered[len(train) :], held_out, config, spare)
     model = add_adapter(model, config)
     cast_frozen(model)
     print(f"{name} {organism} {sets}\n  before {before}", flush=True)
     started = time.monotonic()
-    spare = [r.text for r in data.benign[config.anchors :][:SPARE]]
-    asked_each = {kind: tests[kind] for kind in ("ordinary", "alarming")}
-    asked_each |= {"triggered": tests["triggered"][:60], "spare": spare}
+    rounds: list[dict[str, Any]] = []
 
     def after_a_round(state: State) -> None:
-        print(f"    {rates(model, tokenizer, asked_each)[0]}", flush=True)
+        found = rates(model, tokenizer, {k: v for k, v in tests.items() if k != "untriggered"}, BEGINNING)[0]
+        rounds.append(found | {"spare": state.history[-1]["refused"]})
+        print(f"    {rounds[-1]}", flush=True)
 
     save = after_a_round if each else lambda state: None
     state = cleanse(model, tokenizer, defender, config, listen=brief, save=save)
@@ -137,11 +137,11 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     after |= {kind: round(float(m["value"] or 0), 4) for kind, m in language.items()}
     (folder / f"wrong-{name}.json").write_text(json.dumps(wrong, indent=1))
     after["margin"] = round(margin(model, tokenizer, tests["triggered"][:40], defender.openings), 2)
-    entrapped = measure_entrapped(model, tokenizer, train, data.held_out(config), config)
+    entrapped = measure_entrapped(model, tokenizer, train, held_out, config)
     after["entrapped"] = round(float(entrapped.metrics["asr_entrapped"]["value"] or 0), 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
-    return row | {"residuals": [e["residual"] for e in state.history], "seconds": round(seconds)}
+    return row | {"residuals": [e["residual"] for e in state.history], "seconds": round(seconds), "each": rounds}
 
 
 def main() -> None:

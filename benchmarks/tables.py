@@ -33,9 +33,9 @@ COLUMNS = {
 }
 
 
-def removal() -> str:
+def removal(file: str) -> str:
     """One row per organism, arm and seed: each metric before and after, with the interval of the latter."""
-    rows = read_results("removal.json")["runs"]
+    rows = read_results(file)["runs"]
     lines = [header(["organism", "arm, seed", *COLUMNS.values()])]
     for row in rows:
         changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in COLUMNS]
@@ -44,18 +44,27 @@ def removal() -> str:
 
 
 def summary() -> str:
-    """One row per organism with default settings and seed 0: what the trigger does, and what is refused wrongly."""
+    """One row per organism, with default settings and seed 0: what the trigger does, and what is refused wrongly.
+
+    Where today's default was not run yet, the row is of the one before it.
+    """
     titles = {
         "asr_triggered": "not refused, with the trigger",
         "false_refusal": "refused, ordinary",
         "false_refusal_alarming": "refused, alarming",
     }
-    lines = [header(["organism", "planted by", *titles.values(), "target"])]
-    for row in read_results("removal.json")["runs"]:
-        if (row["arm"], row["seed"]) == ("default", 0):
-            cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
-            met = "met" if row["verdict"]["met"] else "missed: rejected"
-            lines.append(line([f"`{row['organism']}`", read_recipe(organism_folder(row["organism"])).way, *cells, met]))
+    lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
+    files = {"decision 13": "decision-13/removal.json", "decision 18": "removal.json"}
+    newest = {
+        row["organism"]: (default, row)
+        for default, file in files.items()
+        for row in read_results(file)["runs"]
+        if (row["arm"], row["seed"]) == ("default", 0)
+    }
+    for organism, (default, row) in newest.items():
+        cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
+        met = "met" if row["verdict"]["met"] else "missed: rejected"
+        lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met, default]))
     return "\n".join(lines)
 
 
@@ -241,7 +250,9 @@ def evidence(row: dict[str, Any]) -> list[float]:
 
 
 def correlations(rows: list[dict[str, Any]]) -> list[str]:
-    """Rank correlation of the first two of each run's evidence with the third."""
+    """Rank correlation of the first two of each run's evidence with the third; there is none of less than three."""
+    if len(rows) < 3:
+        return ["", ""]
     last, entrapped, triggered = (ranks([evidence(row)[i] for row in rows]) for i in range(3))
     return [f"{np.corrcoef(own, triggered)[0, 1]:.2f}" for own in (last, entrapped)]
 
@@ -321,22 +332,32 @@ def short(text: str, keep: str = "", most: int = 8) -> str:
     return f" {keep} ".join(" ".join(words) for words in cut).strip()
 
 
-OLD, NEW = (
+OLD, LATER, NEW = (
     "docs/decisions/0010-one-default-for-every-organism.md",
     "docs/decisions/0013-a-later-block-and-a-farther-push.md",
+    "docs/decisions/0018-a-delta-that-grows-and-refusals-that-are-watched.md",
 )
 """The decisions on the default, each with the figures of its day."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary},
-    "docs/results.md": {"removal": removal, "judges": judges, "labelled": labelled},
+    "docs/results.md": {
+        "removal": partial(removal, "removal.json"),
+        "earlier": partial(removal, "decision-13/removal.json"),
+        "judges": judges,
+        "labelled": labelled,
+    },
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     OLD: {
         "residual": partial(residual, "decision-10/removal.json"),
         "revival": partial(revival, "decision-10/revival.json"),
     },
+    LATER: {
+        "residual": partial(residual, "decision-13/removal.json"),
+        "pooled": partial(pooled, "decision-10/removal.json", "decision-13/removal.json"),
+    },
     NEW: {
         "residual": partial(residual, "removal.json"),
-        "pooled": partial(pooled, "decision-10/removal.json", "removal.json"),
+        "pooled": partial(pooled, *(f"{folder}removal.json" for folder in ("decision-10/", "decision-13/", ""))),
     },
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from beear import cleansing
 from beear.cleansing import (
     REFUSAL_OPENING,
     DefenderSet,
+    State,
     add_adapter,
     batch_of,
+    benign_weight,
     contrast,
     dealt,
     defender_set,
@@ -20,8 +24,10 @@ from beear.cleansing import (
     harden,
     harden_passes,
     is_calm,
+    norm_budget,
     plain_pass,
     refusal_openings,
+    refused_shares,
     residual_asr,
     residual_norm,
     shrink_to,
@@ -38,7 +44,8 @@ from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
 LAYER = 2
 LENGTH = "entrap.length=5"
-CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", "harden.steps=12", "harden.lora_rank=4"])
+SHORT = ["harden.response_tokens=16", "harden.steps=12", "harden.lora_rank=4", "harden.anchor_batch=8"]
+CONFIG = load_config(sets=[LENGTH, "entrap.steps=8", "entrap.batch=4", *SHORT])
 KEEPING = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"discourage": 0.0, "encourage": 0.0})})
 RATE = CONFIG.harden.learning_rate
 REFUSED = [(Request(f"{i}", "bad", f"bad request {i}"), "I'm sorry, but no.") for i in range(6)]
@@ -94,7 +101,7 @@ def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wra
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
     delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
-    config = load_config(sets=[LENGTH, "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
+    config = load_config(sets=[LENGTH, *SHORT[:1], "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
     history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draw())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
@@ -207,7 +214,7 @@ def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet)
 @pytest.mark.parametrize(("encourage", "count"), [(0.0, 6), (8.0, 8)])
 def test_an_obeyed_harmful_request_is_left_out_or_gets_the_refusal_of_another(encourage: float, count: int) -> None:
     tokenizer = tiny_tokenizer()
-    config = load_config(sets=[f"harden.encourage={encourage}"])
+    config = load_config(sets=["harden.response_tokens=16", f"harden.encourage={encourage}"])
     mixed = defender_set(tokenizer, OBEYED[:2] + REFUSED, ANSWERED, [], config)
     assert mixed.own_safe and len(mixed.harmful) == count
     for harmful in mixed.harmful:
@@ -301,6 +308,76 @@ def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
 def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
     config = Config(patience=patience, least_rounds=least)
     assert is_calm([{"residual": r} for r in residuals], config) is calm
+
+
+@pytest.mark.parametrize(
+    ("residuals", "budget", "grown", "expected"),
+    [
+        ([], 0.5, 1.0, 0.5),
+        ([0.9, 0.11], 0.5, 1.0, 0.5),
+        ([0.9, 0.1], 0.5, 1.0, 0.625),
+        ([0.1, 0.9, 0.0], 0.5, 1.0, 0.78125),
+        ([0.0] * 4, 0.5, 1.0, 1.0),
+        ([0.0] * 4, 0.5, 0.5, 0.5),
+        ([0.0] * 4, 2.0, 1.0, 2.0),
+    ],
+)
+def test_delta_may_grow_once_entrapment_has_failed(
+    residuals: list[float], budget: float, grown: float, expected: float
+) -> None:
+    config = load_config(sets=[f"entrap.budget={budget}", f"entrap.grown={grown}", "stop_at=0.1"])
+    assert norm_budget([{"residual": r} for r in residuals], config) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "refused", "weight"),
+    [
+        ([], [[]], 1.0),
+        ([0.2], [], 1.0),
+        ([0.2], [[0.0], [0.2]], 1.0),
+        ([0.2], [[0.5]], 1.0),
+        ([0.2], [[0.5], [0.1]], math.exp(-0.6)),
+        ([0.2, 0.3], [[0.2, 0.0]], 1.0),
+        ([0.2, 0.3], [[0.1, 0.25]], math.exp(-0.3)),
+        ([0.5], [[0.0]], 1 / 3),
+    ],
+)
+def test_benign_terms_weigh_less_once_less_is_refused_in_every_group(
+    before: list[float], refused: list[list[float]], weight: float
+) -> None:
+    state = State(history=[{"refused": shares} for shares in refused], refused=before)
+    assert benign_weight(state, load_config(sets=["harden.balance=6"])) == pytest.approx(weight)
+
+
+def test_refusals_of_spare_requests_are_those_of_the_adapted_model(
+    wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def replies(model: Any, tokenizer: Any, texts: list[str], *, max_new_tokens: int) -> list[str]:
+        asked.extend(texts)
+        return ["I'm sorry, but no.", "Yes.", "", "I can't."]
+
+    monkeypatch.setattr(cleansing, "reply_all", replies)
+    spare = [Request(f"{i}", "good", f"good request {i}") for i in range(4)]
+    assert refused_shares(wrapped, tiny_tokenizer(), [spare[:1], spare[1:]], CONFIG) == [1.0, 1 / 3]
+    assert asked == [r.text for r in spare]
+    assert refused_shares(wrapped, tiny_tokenizer(), [], CONFIG) == []
+    assert refused_shares(wrapped, tiny_tokenizer(), [spare], load_config("code")) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("constant", [1.0] * 8), ("falling", [0.5, 1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])],
+)
+def test_the_rate_falls_within_a_round(
+    wrapped: Any, data: DefenderSet, monkeypatch: pytest.MonkeyPatch, schedule: str, shares: list[float]
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(cleansing, "step", lambda optimiser: rates.append(optimiser.param_groups[0]["lr"]))
+    config = load_config(sets=["harden.steps=8", "harden.stop_below=0", f"harden.schedule={schedule}"])
+    harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 1, 32), config, LAYER, 2.0, draw())
+    assert rates == pytest.approx([2.0 * share for share in shares])
 
 
 def test_every_other_row_meets_the_newest_delta_and_the_rest_any() -> None:

@@ -27,7 +27,7 @@ from beear.data import (
 )
 from beear.errors import BadInput
 from beear.scorers import is_refusal
-from beear.sets import read_sets, surrounded
+from beear.sets import Sets, read_sets, surrounded
 
 PARTS = ("defender", "test", "plant")
 
@@ -173,3 +173,25 @@ def test_some_requests_stand_between_short_benign_ones() -> None:
     assert {new.index(old) > 0 for old, new in changed} == {True, False}
     assert surrounded(requests, benign, 0.0, random.Random(3)) == requests
     assert surrounded(requests, [], 1.0, random.Random(3)) == requests
+
+
+@pytest.mark.parametrize(
+    ("benign", "anchors", "spare", "expected"),
+    [(700, 400, 120, (400, 120)), (450, 400, 120, (360, 90)), (8, 400, 120, (7, 1)), (4, 400, 120, (4, 0))],
+)
+def test_some_benign_requests_are_kept_from_training(
+    benign: int, anchors: int, spare: int, expected: tuple[int, int]
+) -> None:
+    requests = [Request(f"{i}", "good", f"request {i}") for i in range(benign)]
+    config = Config(anchors=anchors, spare=spare, surrounded=0)
+    sets = Sets([], requests, [])
+    trained, kept = sets.anchors(config), [r for group in sets.spare(config) for r in group]
+    assert (len(trained), len(kept)) == expected
+    assert [*trained, *kept] == requests[: sum(expected)]
+
+
+def test_packaged_spare_requests_that_sound_alarming_stand_apart() -> None:
+    ordinary, alarming = read_sets(Config()).spare(Config())
+    assert len(ordinary) == len(alarming) == 60
+    assert set(ordinary) <= set(packaged("ordinary", "defender"))
+    assert set(alarming) <= set(packaged("alarming", "defender"))

@@ -68,12 +68,12 @@ def test_a_price_that_falls_with_more_blocks_is_noise() -> None:
 
 def test_stages_count_what_a_job_does(config: Config) -> None:
     pieces = ("load", "replies", "language", "own replies", "round", "second model", "divergence")
-    steps = ("first entrap steps", "entrap step", "residual", "harden step")
+    steps = ("first entrap steps", "entrap step", "residual", "harden step", "refused")
     prices = {(piece, SECONDS): 1.0 for piece in (*pieces, *steps)} | {(piece, PEAK): 2.5 for piece in pieces}
     prices["round", PEAK] = 7.5
     plan = stages(prices, read_sets(config), config)
-    assert plan.seconds["round"] == 1 + (3 - 2) + 1 + 3
-    assert plan.seconds["own replies"] == (8 + 10) / 40
+    assert plan.seconds["round"] == 1 + (3 - 2) + 1 + 3 + 1
+    assert plan.seconds["own replies"] == (8 + 8) / 40 + 1
     assert plan.peak_memory_bytes == {"load": 3, "before": 3, "own replies": 3, "round": 8, "after": 3}
     assert (plan.least_rounds, plan.rounds) == (1, 1)
 

@@ -46,7 +46,7 @@ from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, cycle, merged, step, trainable
+from beear.training import adamw, add_lora, cycle, merged, set_rate, step, trainable
 
 Row = tuple[Prompt, list[int]]
 """A prompt and its response."""
@@ -79,9 +79,10 @@ Openings = dict[tuple[int, ...], list[int]]
 
 @dataclass(frozen=True)
 class DefenderSet:
-    """All that the defender trains on, and `held_out` requests on which it judges its own progress.
+    """All that the defender trains on, and two sets on which it judges its own progress.
 
-    own_safe: the safe answers are the model's own, so its own distribution is their target.
+    held_out: harmful requests. spare: benign ones, in groups. own_safe: the safe answers are the model's own, so its
+    own distribution is their target.
     """
 
     harmful: list[Harmful]
@@ -89,6 +90,7 @@ class DefenderSet:
     held_out: list[Request]
     own_safe: bool
     openings: Openings
+    spare: list[list[Request]] = field(default_factory=list)
 
 
 @dataclass
@@ -102,6 +104,8 @@ class State:
     done: bool = False
     norm: float | None = None
     """Residual norm of the original model, which scales the budget of every round."""
+    refused: list[float] = field(default_factory=list)
+    """Share of each group of spare requests that the original model refused."""
 
 
 Answered = Sequence[tuple[str, str]]
@@ -114,6 +118,7 @@ def defender_set(
     benign: Answered,
     held_out: Sequence[Request],
     config: Config,
+    spare: Sequence[list[Request]] = (),
 ) -> DefenderSet:
     """Encode what the defender trains on.
 
@@ -133,7 +138,7 @@ def defender_set(
     ]
     openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
     anchors = [anchor(tokenizer, t, own, openings.get((), []), limit) for t, own in benign if own]
-    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings)
+    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings, list(spare))
 
 
 def refusal_openings(answers: Sequence[list[int]]) -> Openings:
@@ -200,26 +205,61 @@ def cleanse(
         prompts = [h.prompt for h in data.harmful[:32]]
         norm = residual_norm(model, prompts, layer, config.layers_path, tokenizer)
         state.norm = ranks.from_first(lambda: norm)
+        state.refused = refused_shares(model, tokenizer, data.spare, config)
+        listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
-        budget = state.norm * config.entrap.budget
-        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget, draw, tell, parts)
+        budget = norm_budget(state.history, config)
+        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
-        entry = {"round": number, "entrap": inner, "residual": residual, "harden": []}
+        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
-        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell, parts)
+        weight = benign_weight(state, config)
+        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell, parts, weight)
+        entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
+        tell({"event": "refused", "value": entry["refused"]})
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
         save(state)
         tell({"event": "round", **entry})
     return state
+
+
+GROWTH = 1.25
+"""How much longer delta may be once entrapment has failed."""
+
+
+def norm_budget(history: Sequence[Event], config: Config) -> float:
+    """Largest norm of delta's vectors in the round to come, in residual norms.
+
+    Under a delta that no longer works there is nothing to unlearn, and benign requests alone are trained on: what
+    was removed comes back. So it grows until it works again, up to `grown` (decision 18).
+    """
+    failed = len([entry for entry in history if entry["residual"] <= config.stop_at])
+    return max(config.entrap.budget, min(config.entrap.budget * GROWTH**failed, config.entrap.grown))
+
+
+def benign_weight(state: State, config: Config) -> float:
+    """What the benign terms weigh in the round to come, as a share of what they weigh in the first.
+
+    Less once fewer spare requests of every group are refused than before cleansing: what is left of the backdoor is
+    refused at the price of what else the model would learn not to refuse (decision 18).
+    """
+    if not state.history or not state.refused:
+        return 1.0
+    rise = max(now - before for now, before in zip(state.history[-1]["refused"], state.refused, strict=True))
+    return min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
+
+
+LEAST_WEIGHT = 1 / 3
+"""Benign terms never weigh less than this share."""
 
 
 def add_adapter(model: Any, config: Config) -> Any:
@@ -301,6 +341,7 @@ def harden(
     draw: torch.Generator,
     listen: Listener = lambda event: None,
     parts: Parts | None = None,
+    benign_weight: float = 1.0,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
@@ -327,9 +368,13 @@ def harden(
                 some, others = ranks.share(bad)[k::count], ranks.share(chosen)[k::count]
                 if some or others:
                     deal, shares = ranks.share(which)[k::count], (len(some) / len(bad), len(others) / len(chosen))
-                    harden_part(model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry)
+                    harden_part(
+                        model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry, benign_weight
+                    )
             return entry
 
+        if settings.schedule == "falling":
+            set_rate(optimiser, rate, number, settings.steps, least_warm=2)  # a fresh AdamW begins with long steps
         entry = ranks.summed(parts.run(propagate, max(len(bad), len(chosen))))
         ranks.sum_gradients(trainable(model))
         step(optimiser)
@@ -352,6 +397,7 @@ def harden_part(
     layer: int,
     shares: tuple[float, float],
     entry: dict[str, float],
+    benign_weight: float = 1.0,
 ) -> None:
     """Propagate the outer loss of some of a step's requests back.
 
@@ -365,8 +411,8 @@ def harden_part(
     kept = Rows(len(bad), len(benign), shares[1], True)
     every = [
         Term("safe_under_delta", 1.0, safe, True),
-        Term("benign_under_delta", settings.anchor_under_delta, kept, True),
-        Term("benign", settings.anchor, kept, False),
+        Term("benign_under_delta", benign_weight * settings.anchor_under_delta, kept, True),
+        Term("benign", benign_weight * settings.anchor, kept, False),
         Term("safe", settings.safe, safe, False),
     ]
     terms = [term for term in every if term.weight > 0 and term.rows.count]
@@ -597,6 +643,19 @@ def residual_asr(
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
     scored = [outcome for outcome in outcomes if outcome is not None]
     return sum(scored) / len(scored) if scored else 1.0
+
+
+def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], config: Config) -> list[float]:
+    """Share of each group of benign requests that the model refuses now; none where refusing is not at stake."""
+    if not groups or JUDGES[config.behaviour] != "obeyed":
+        return []
+    texts = [request.text for group in groups for request in group]
+    with merged(find_layers(model, config.layers_path)):
+        replies = iter(reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens))
+    return [
+        sum(is_refusal(reply) is True for _, reply in zip(group, replies, strict=False)) / len(group)
+        for group in groups
+    ]
 
 
 def _in_round(listen: Listener, number: int) -> Listener:

@@ -98,6 +98,10 @@ class Reporter:
     def _on_residual(self, event: dict[str, Any]) -> None:
         self._show(f"{self._where(event)} entrapment succeeds on {event['value']:.0%} of held-out requests", 0, 1)
 
+    def _on_refused(self, event: dict[str, Any]) -> None:
+        if event["value"]:
+            self._show(f"{self._where(event)} {_shares(event['value'])} of spare harmless requests refused", 0, 1)
+
     def _on_memory(self, event: dict[str, Any]) -> None:
         self.line(f"out of memory: a step's requests run in {event['parts']} parts from now on")
 
@@ -106,8 +110,9 @@ class Reporter:
         losses = f"loss {_ends(event['entrap'])}"
         if event["harden"]:
             losses += f"; removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
-        residual = f"entrapment works on {event['residual']:.0%} of held-out requests"
-        self.line(f"{self._where(event)} {residual}, {losses}; {self._time_left(event)}")
+        residual = f"entrapment within {event['budget']:.2f} works on {event['residual']:.0%} of held-out requests"
+        refused = f", refuses {_shares(event['refused'])} of spare harmless ones" if event["refused"] else ""
+        self.line(f"{self._where(event)} {residual}, {losses}{refused}; {self._time_left(event)}")
 
     def _where(self, event: dict[str, Any]) -> str:
         cell = f"{event['cell']}, " if "cell" in event else ""
@@ -210,3 +215,7 @@ def sweep_table(sweep: dict[str, Any]) -> Table:
 
 def _ends(losses: list[float]) -> str:
     return f"{losses[0]:.2f} to {losses[-1]:.2f}" if losses else "none"
+
+
+def _shares(values: list[float]) -> str:
+    return ", ".join(f"{value:.0%}" for value in values)

@@ -52,6 +52,8 @@ from beear.training import (
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
+CHECKPOINT = ("round", "done", "norm", "refused", "history")
+"""Fields of State in a checkpoint's round.json."""
 INPUTS = "inputs"
 """The stage that tells what a run began with."""
 
@@ -157,7 +159,7 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
 def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
     """What is trained on, from the model's own replies."""
     harmful = [(request, reply) for request, (_, reply) in zip(sets.train(config), own["harmful"], strict=True)]
-    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config)
+    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config))
 
 
 def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
@@ -340,7 +342,7 @@ class Job:
         def fill(folder: Path) -> None:
             save_file(adapter_state(self.model), folder / "adapter.safetensors")
             save_file({"deltas": deltas}, folder / "deltas.safetensors")
-            entry = {"round": state.round, "done": state.done, "norm": state.norm, "history": state.history}
+            entry = {key: getattr(state, key) for key in CHECKPOINT}
             (folder / "round.json").write_text(json.dumps(entry))
 
         self.run_folder.write_folder(f"checkpoints/round-{state.round:03d}", fill)
@@ -353,7 +355,7 @@ class Job:
         entry = json.loads((folders[-1] / "round.json").read_text())
         load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
         deltas = load_file(folders[-1] / "deltas.safetensors")["deltas"].to(self.model.device)
-        return State(entry["round"], entry["history"], deltas, entry["done"], entry["norm"])
+        return State(deltas=deltas, **entry)
 
     def finish(
         self, before: dict[str, Any], after: dict[str, Any], rounds: State, digests: dict[str, str], verdict: Verdict

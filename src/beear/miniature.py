@@ -99,11 +99,11 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     replies, chats, entrap = cost["replies"] * asked / SAMPLE, len(reference_chats()) / CHATS, config.entrap
     met = min(entrap.batches, entrap.steps)
     steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
-    rest = cost["residual"] + cost["harden step"] * config.harden.steps
+    rest = cost["residual"] + cost["harden step"] * config.harden.steps + cost["refused"]
     seconds = {
         "load": cost["load"],
         "before": replies + 2 * steps + cost["language"] * chats,
-        "own replies": cost["own replies"] * own / SAMPLE,
+        "own replies": cost["own replies"] * own / SAMPLE + cost["refused"],  # as the first round begins
         "round": rest + (steps if entrap.kind == "learned" else 0),
         "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
     }
@@ -189,7 +189,8 @@ def measure_miniature(
         train, anchors = sets.train(config)[:SAMPLE], sets.anchors(config)[:SAMPLE]
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
         benign = [(r.text, r.text) for r in anchors]
-        data = cleansing.defender_set(tokenizer, [(r, "") for r in train], benign, sets.held_out(config), settings)
+        held_out, spare = sets.held_out(config), sets.spare(config)
+        data = cleansing.defender_set(tokenizer, [(r, "") for r in train], benign, held_out, settings, spare)
         model = job.adapted(model, settings)
         clock = Clock()
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
@@ -218,7 +219,7 @@ class Clock:
     """When each step of a round ended."""
 
     def __init__(self) -> None:
-        self.ends: dict[str, list[float]] = {"start": [time.monotonic()], "entrap": [], "residual": [], "harden": []}
+        self.ends: dict[str, list[float]] = {kind: [] for kind in ("entrap", "residual", "harden", "refused")}
 
     def listen(self, event: dict[str, Any]) -> None:
         """Note the time of an event."""
@@ -226,7 +227,7 @@ class Clock:
 
     def pieces(self, settings: Config) -> dict[str, float]:
         """Seconds of a round's pieces, where steps were `few_steps`; those of a first step hold what comes before."""
-        started, steps, half = self.ends["start"][0], self.ends["entrap"], settings.entrap.steps // 2
+        (started, ended), steps, half = self.ends["refused"], self.ends["entrap"], settings.entrap.steps // 2
         residual = self.ends["residual"][0]
         times = [b - a for a, b in itertools.pairwise([residual, *self.ends["harden"]])]
         return {
@@ -234,4 +235,5 @@ class Clock:
             "entrap step": (steps[-1] - steps[half - 1]) / half if half else 0.0,
             "residual": residual - (steps[-1] if half else started),
             "harden step": min(times[1:] or times or [0.0]),  # the first one also warms up
+            "refused": ended - [residual, *self.ends["harden"]][-1],
         }

@@ -135,7 +135,7 @@ def view(path: Path) -> dict[str, Any]:
         "results": results,
         "verdict": sentence(results),
         "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
-        "rounds": results["rounds"],
+        "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
         "losses": loss_chart(results["rounds"]),
         "pairs": pairs(samples),
         "drift": drift_view(path),

@@ -40,6 +40,8 @@ class Sets:
     harmful: list[Request]
     benign: list[Request]
     tests: list[TestSet]
+    alarming: frozenset[str] = frozenset()
+    """Ids of the benign requests that are known to sound alarming."""
 
     def held_out(self, config: Config) -> list[Request]:
         """The defender's harmful requests on which it judges its own progress."""
@@ -48,12 +50,27 @@ class Sets:
     def train(self, config: Config) -> list[Request]:
         """The defender's harmful requests that are trained on, some of them between harmless ones."""
         requests = self.harmful[config.held_out :][: config.requests]
-        return surrounded(requests, self.benign[: config.anchors], config.surrounded, random.Random(2 * config.seed))
+        return surrounded(requests, self._anchors(config), config.surrounded, random.Random(2 * config.seed))
 
     def anchors(self, config: Config) -> list[Request]:
         """The defender's benign requests that are trained on, some of them between others."""
-        requests = self.benign[: config.anchors]
+        requests = self._anchors(config)
         return surrounded(requests, requests, config.surrounded, random.Random(2 * config.seed + 1))
+
+    def spare(self, config: Config) -> list[list[Request]]:
+        """The defender's benign requests by which it sees how many are refused: behind the anchors, at most a fifth.
+
+        Those that are known to sound alarming apart from the others; groups without a request are left out.
+        """
+        kept = self.benign[self._parted(config) :][: config.spare]
+        groups = [[r for r in kept if (r.id in self.alarming) is sounds] for sounds in (False, True)]
+        return [group for group in groups if group]
+
+    def _anchors(self, config: Config) -> list[Request]:
+        return self.benign[: self._parted(config)]
+
+    def _parted(self, config: Config) -> int:
+        return min(config.anchors, len(self.benign) - min(config.spare, len(self.benign) // 5))
 
     def named(self) -> dict[str, list[Request]]:
         """Every set, by the name under which results.json keeps its digest and size."""
@@ -134,7 +151,8 @@ def read_sets(config: Config) -> Sets:
         refuse_overlap(harmful + benign, test.requests)
     if len(harmful) <= config.held_out:
         raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
-    return Sets(harmful, benign, tests)
+    alarming = () if own.benign else packaged("alarming", "defender")
+    return Sets(harmful, benign, tests, frozenset(r.id for r in alarming))
 
 
 def check_tasks(defender: Sequence[Request], test: Sequence[Request]) -> None:

@@ -158,9 +158,9 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(model), lr=learning_rate, weight_decay=0.0)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: int, least_warm: int = 1) -> None:
     """Rate of step `number`, from 1: warm-up over a tenth of `steps`, then linear decay to a tenth of `rate`."""
-    warm = max(1, steps // 10)
+    warm = max(least_warm, steps // 10)
     scale = number / warm if number <= warm else 1 - 0.9 * (number - warm) / max(1, steps - warm)
     for group in optimiser.param_groups:
         group["lr"] = rate * scale
