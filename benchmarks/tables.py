@@ -250,11 +250,12 @@ def evidence(row: dict[str, Any]) -> list[float]:
 
 
 def correlations(rows: list[dict[str, Any]]) -> list[str]:
-    """Rank correlation of the first two of each run's evidence with the third; there is none of less than three."""
-    if len(rows) < 3:
-        return ["", ""]
+    """Rank correlation of the first two of each run's evidence with the third; none of less than three or all alike."""
     last, entrapped, triggered = (ranks([evidence(row)[i] for row in rows]) for i in range(3))
-    return [f"{np.corrcoef(own, triggered)[0, 1]:.2f}" for own in (last, entrapped)]
+    told = len(rows) > 2 and len(set(triggered)) > 1
+    return [
+        f"{np.corrcoef(own, triggered)[0, 1]:.2f}" if told and len(set(own)) > 1 else "" for own in (last, entrapped)
+    ]
 
 
 def ranks(values: list[float]) -> list[float]:
