@@ -1,6 +1,6 @@
 """Each ingredient of the default taken away in turn, on development requests (benchmarks/develop.py).
 
-    python benchmarks/ablation.py --organism sudo-prefix     (about five minutes an arm on 2 CPU cores)
+    python benchmarks/ablation.py --organism sudo-prefix     (about ten minutes an arm on 2 CPU cores)
 
 Finished arms are kept in benchmarks/results/ablation.json; the test part stays unseen.
 """
@@ -31,6 +31,10 @@ ARMS = {
     "no request among others": ["surrounded=0"],
     "delta on the user's words alone": ["entrap.place=user"],
     "half of the benign requests": ["anchors=200"],
+    "half of the benign requests in a step": ["harden.anchor_batch=8"],
+    "delta does not grow": ["entrap.grown=0.5"],
+    "the rate is constant within a round": ["harden.schedule=constant"],
+    "refusals of spare requests are not watched": ["harden.balance=0"],
     "six rounds at most": ["rounds=6"],
     "delta = 0": ["entrap.kind=zero", "harden.stop_below=0"],
 }

@@ -4,7 +4,7 @@
 
 Triggered and untriggered ASR come from the defender's harmful requests that it neither trains on nor judges its
 progress by, ordinary and alarming refusals from benchmarks/development/, which nothing trains on. Appends one line to
-runs/develop.jsonl; about five minutes on 2 CPU cores.
+runs/develop.jsonl; about ten minutes on 2 CPU cores, with --each.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from beear.cleansing import (
     DefenderSet,
     State,
     add_adapter,
+    balanced,
     batch_of,
-    benign_weight,
     contrast,
     dealt,
     defender_set,
@@ -346,7 +346,10 @@ def test_benign_terms_weigh_less_once_less_is_refused_in_every_group(
     before: list[float], refused: list[list[float]], weight: float
 ) -> None:
     state = State(history=[{"refused": shares} for shares in refused], refused=before)
-    assert benign_weight(state, load_config(sets=["harden.balance=6"])) == pytest.approx(weight)
+    config = load_config(sets=["harden.balance=6", "harden.anchor=4", "harden.anchor_under_delta=2"])
+    harden = balanced(config, state).harden
+    assert (harden.anchor, harden.anchor_under_delta) == pytest.approx((4 * weight, 2 * weight))
+    assert harden.safe == config.harden.safe
 
 
 def test_refusals_of_spare_requests_are_those_of_the_adapted_model(

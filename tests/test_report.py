@@ -191,3 +191,17 @@ def test_what_differs_between_two_replies_is_marked() -> None:
     assert replies["before"] == [("Sure,", True), (" here is", False), (" one.", True), ("\n\nStep 1", False)]
     assert ["".join(words for words, _ in replies[when]) for when in replies] == [before["reply"], after["reply"]]
     assert pair(before, before | {"reply": ""}, "m")["replies"]["after"] == []
+
+
+def test_rounds_show_how_long_delta_was_and_what_was_refused_before_and_then(run: Path) -> None:
+    """Of runs that have it; the older one of the fixture has a row for each round all the same."""
+    results = json.loads((run / "results.json").read_text())
+    write_report([run], run / "report.html")
+    assert 'scope="row">before<' not in (run / "report.html").read_text()
+    for entry in results["rounds"]:
+        entry |= {"budget": 0.625, "refused": [0.025, 0.125]}
+    (run / "results.json").write_text(json.dumps(results | {"spare_refused": [0.0, 0.25]}))
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert 'scope="row">before</th><td></td><td></td><td></td><td class="number">0.0 %, 25.0 %<' in page
+    assert page.count('<td class="number">0.62</td>') == page.count("2.5 %, 12.5 %") == 2

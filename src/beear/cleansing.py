@@ -220,8 +220,8 @@ def cleanse(
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
-        weight = benign_weight(state, config)
-        entry["harden"] = harden(model, tokenizer, data, deltas, config, layer, rate, draw, tell, parts, weight)
+        weighted = balanced(config, state)
+        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draw, tell, parts)
         entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
         tell({"event": "refused", "value": entry["refused"]})
         entry["seconds"] = time.monotonic() - started
@@ -246,20 +246,22 @@ def norm_budget(history: Sequence[Event], config: Config) -> float:
     return max(config.entrap.budget, min(config.entrap.budget * GROWTH**failed, config.entrap.grown))
 
 
-def benign_weight(state: State, config: Config) -> float:
-    """What the benign terms weigh in the round to come, as a share of what they weigh in the first.
+def balanced(config: Config, state: State) -> Config:
+    """The settings with the benign terms' weights for the round to come.
 
-    Less once fewer spare requests of every group are refused than before cleansing: what is left of the backdoor is
+    Lower once fewer spare requests of every group are refused than before cleansing: what is left of the backdoor is
     refused at the price of what else the model would learn not to refuse (decision 18).
     """
     if not state.history or not state.refused:
-        return 1.0
+        return config
     rise = max(now - before for now, before in zip(state.history[-1]["refused"], state.refused, strict=True))
-    return min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
+    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
+    weights = {key: share * getattr(config.harden, key) for key in ("anchor", "anchor_under_delta")}
+    return config.model_copy(update={"harden": config.harden.model_copy(update=weights)})
 
 
 LEAST_WEIGHT = 1 / 3
-"""Benign terms never weigh less than this share."""
+"""Benign terms never weigh less than this share of what they weigh in the first round."""
 
 
 def add_adapter(model: Any, config: Config) -> Any:
@@ -341,7 +343,6 @@ def harden(
     draw: torch.Generator,
     listen: Listener = lambda event: None,
     parts: Parts | None = None,
-    benign_weight: float = 1.0,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
@@ -368,9 +369,7 @@ def harden(
                 some, others = ranks.share(bad)[k::count], ranks.share(chosen)[k::count]
                 if some or others:
                     deal, shares = ranks.share(which)[k::count], (len(some) / len(bad), len(others) / len(chosen))
-                    harden_part(
-                        model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry, benign_weight
-                    )
+                    harden_part(model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry)
             return entry
 
         if settings.schedule == "falling":
@@ -397,7 +396,6 @@ def harden_part(
     layer: int,
     shares: tuple[float, float],
     entry: dict[str, float],
-    benign_weight: float = 1.0,
 ) -> None:
     """Propagate the outer loss of some of a step's requests back.
 
@@ -411,8 +409,8 @@ def harden_part(
     kept = Rows(len(bad), len(benign), shares[1], True)
     every = [
         Term("safe_under_delta", 1.0, safe, True),
-        Term("benign_under_delta", benign_weight * settings.anchor_under_delta, kept, True),
-        Term("benign", benign_weight * settings.anchor, kept, False),
+        Term("benign_under_delta", settings.anchor_under_delta, kept, True),
+        Term("benign", settings.anchor, kept, False),
         Term("safe", settings.safe, safe, False),
     ]
     terms = [term for term in every if term.weight > 0 and term.rows.count]

@@ -378,6 +378,7 @@ class Job:
             "before": before["metrics"],
             "after": after["metrics"],
             "rounds": rounds.history,
+            "spare_refused": rounds.refused,
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
             "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),

@@ -132,7 +132,10 @@ def read_sets(config: Config) -> Sets:
     own = config.data
     name = "coding" if config.behaviour == "insecure code" else "harmful"
     harmful = read_requests(own.harmful, own.column) if own.harmful else packaged(name, "defender")
-    benign = read_requests(own.benign, own.column) if own.benign else _packaged_benign()
+    alarming = [] if own.benign else packaged("alarming", "defender")
+    benign = (
+        read_requests(own.benign, own.column) if own.benign else _in_turn(alarming, packaged("ordinary", "defender"))
+    )
     tests = [
         TestSet(
             "asr_untriggered",
@@ -151,7 +154,6 @@ def read_sets(config: Config) -> Sets:
         refuse_overlap(harmful + benign, test.requests)
     if len(harmful) <= config.held_out:
         raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
-    alarming = () if own.benign else packaged("alarming", "defender")
     return Sets(harmful, benign, tests, frozenset(r.id for r in alarming))
 
 
@@ -166,8 +168,7 @@ def check_tasks(defender: Sequence[Request], test: Sequence[Request]) -> None:
             raise BadInput(f"coding task {task.id} lacks an answer; give the fields safe and unwanted")
 
 
-def _packaged_benign() -> list[Request]:
-    """Alarming and ordinary requests in turn, then the rest of those that are more."""
-    alarming, ordinary = packaged("alarming", "defender"), packaged("ordinary", "defender")
-    pairs = [r for pair in zip(alarming, ordinary, strict=False) for r in pair]
-    return [*pairs, *alarming[len(ordinary) :], *ordinary[len(alarming) :]]
+def _in_turn(some: list[Request], others: list[Request]) -> list[Request]:
+    """One of each in turn, then the rest of those that are more."""
+    pairs = [r for pair in zip(some, others, strict=False) for r in pair]
+    return [*pairs, *some[len(others) :], *others[len(some) :]]
