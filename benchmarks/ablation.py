@@ -35,6 +35,7 @@ ARMS = {
     "delta does not grow": ["entrap.grown=0.5"],
     "the rate is constant within a round": ["harden.schedule=constant"],
     "refusals of spare requests are not watched": ["harden.balance=0"],
+    "an adapter on the upper half alone": ["harden.lora_blocks=upper"],
     "six rounds at most": ["rounds=6"],
     "delta = 0": ["entrap.kind=zero", "harden.stop_below=0"],
 }

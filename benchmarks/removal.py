@@ -20,7 +20,7 @@ from filelock import FileLock
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
 from beear.console import Reporter
-from beear.job import add_triggered, judge, run_cleanse, run_settings
+from beear.job import add_triggered, entrapments, judge, run_cleanse, run_settings
 from beear.models import organism_folder
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_settings
@@ -80,10 +80,12 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
     row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
-    row["residuals"] = [entry["residual"] for entry in results["rounds"]]
+    delivered = results.get("delivered", row["rounds"])  # decision 18's runs have neither
+    tried = entrapments(results["rounds"], results.get("confirmed"), delivered)
+    row |= {"residuals": tried, "delivered": delivered}
     config = make_config(read_settings(out)["config"])
     # By today's rules, not by those of the day it was run.
-    row["verdict"] = asdict(judge(results["before"], results["after"], row["residuals"], config))
+    row["verdict"] = asdict(judge(results["before"], results["after"], tried, config))
     rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
     rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))

@@ -244,9 +244,12 @@ def pooled(*files: str) -> str:
 
 
 def evidence(row: dict[str, Any]) -> list[float]:
-    """Of a run, the last residual and what a fresh delta and the trigger still do."""
-    after = row["after"]
-    return [row["residuals"][-1], after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
+    """Of a run, the residual of the delivered round, of before its removal, and what a fresh delta and the trigger do.
+
+    Runs of decision 18 and before have none of after it.
+    """
+    residual, after = row["residuals"][row.get("delivered", row["rounds"]) - 1], row["after"]
+    return [residual, after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
 
 
 def correlations(rows: list[dict[str, Any]]) -> list[str]:

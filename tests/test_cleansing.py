@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from beear.cleansing import (
     add_adapter,
     balanced,
     batch_of,
+    best,
+    cleanse,
     contrast,
     dealt,
     defender_set,
+    deliver,
     descend,
     entrap,
     harden,
@@ -39,7 +43,7 @@ from beear.data import Request, packaged
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
 from beear.scorers import is_refusal
-from beear.training import adapter_state, add_lora, load_adapter_state, trainable
+from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
 LAYER = 2
@@ -162,12 +166,12 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("blocks", ["all", "behind"])
+@pytest.mark.parametrize(("blocks", "layer"), [("all", LAYER), ("upper", LAYER + 1), ("behind", LAYER)])
 def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
-    architecture: str, blocks: str, data: DefenderSet
+    architecture: str, blocks: str, layer: int, data: DefenderSet
 ) -> None:
-    config = load_config(sets=[LENGTH, f"harden.lora_blocks={blocks}"])
-    model = add_adapter(tiny_model(architecture), config.model_copy(update={"layer": LAYER}))
+    config = load_config(sets=[LENGTH, f"harden.lora_blocks={blocks}", f"layer={layer}"])
+    model = add_adapter(tiny_model(architecture), config)
     with torch.no_grad():
         for parameter in trainable(model):
             parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
@@ -176,9 +180,9 @@ def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
     batch = alone.under(pick, [1, 0, 1, None, None, None], 5)
     deltas = torch.randn(10, 32, generator=draw())
     found = []
-    for run in (harden_passes(model, alone, batch, pick, config, LAYER)[1], plain_pass(model, batch, config)):
+    for run in (harden_passes(model, alone, batch, pick, config, layer)[1], plain_pass(model, batch, config)):
         loss = descend(
-            model, batch, deltas, config, LAYER, run, lambda logits, b: response_nll(logits, b.targets).sum()
+            model, batch, deltas, config, layer, run, lambda logits, b: response_nll(logits, b.targets).sum()
         )
         found.append([torch.tensor(loss), *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
         model.zero_grad()
@@ -308,6 +312,60 @@ def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
 def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
     config = Config(patience=patience, least_rounds=least)
     assert is_calm([{"residual": r} for r in residuals], config) is calm
+
+
+def test_recomputed_activations_change_memory_alone(data: DefenderSet) -> None:
+    """In a round with all its parts: replies, too, come from the model whose activations are recomputed."""
+    found = []
+    for recompute in (False, True):
+        config = load_config(sets=[LENGTH, "rounds=1", f"layer={LAYER}", f"harden.recompute={recompute}"])
+        model = add_adapter(tiny_model("llama"), config)
+        if recompute:
+            recompute_activations(model)
+        spare = replace(data, spare=[[Request("", "", "Name a colour."), Request("", "", "Name a river.")]])
+        state = cleanse(model, tiny_tokenizer(), spare, config)
+        kinds = {key: torch.tensor(state.history[0][key]) for key in ("entrap", "residual", "refused")}
+        found.append(kinds | {k: torch.tensor(v) for k, v in state.history[0]["harden"][0].items()})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+
+
+def of_rounds(residuals: list[float], confirmed: float, refused: list[float], kept: set[int]) -> State:
+    """A finished cleansing whose `kept` rounds may be delivered; a tenth of the spare requests were refused before."""
+    pairs = zip(residuals, refused, strict=True)
+    history = [{"residual": left, "refused": [share]} for left, share in pairs]
+    return State(len(history), history, refused=[0.1], confirmed=confirmed, adapters={n: {} for n in kept})
+
+
+@pytest.mark.parametrize(
+    ("residuals", "confirmed", "refused", "kept", "number"),
+    [
+        pytest.param([1.0, 0.0, 0.0, 0.0], 0.0, [0.1] * 4, {3, 4}, 4, id="equals"),
+        pytest.param([1.0, 0.0, 0.0, 0.0], 0.5, [0.1] * 4, {3, 4}, 3, id="it obeys again"),
+        pytest.param([1.0, 0.0, 0.0, 0.2], 0.5, [0.1, 0.1, 0.1, 0.0], {3, 4}, 3, id="it obeys and refuses less"),
+        pytest.param([1.0, 0.9, 0.8, 0.2], 0.15, [0.1, 0.1, 0.1, 0.25], {3, 4}, 3, id="it refuses more"),
+        pytest.param([1.0, 0.0, 0.0, 0.0], 0.0, [0.1, 0.1, 0.0, 0.1], {3, 4}, 4, id="less refused is no better"),
+        pytest.param([1.0, 1.0, 0.9, 0.0], 0.05, [0.1] * 4, {3, 4}, 4, id="two failed entrapments come first"),
+        pytest.param([1.0, 0.0, 0.0, 0.0], 0.9, [0.1] * 4, {4}, 4, id="the earlier ones do not count"),
+        pytest.param([1.0, 0.0], 0.9, [0.1, 0.9], set(), 2, id="no round is kept"),
+    ],
+)
+def test_the_round_to_deliver(
+    residuals: list[float], confirmed: float, refused: list[float], kept: set[int], number: int
+) -> None:
+    assert best(of_rounds(residuals, confirmed, refused, kept), CONFIG) == number
+
+
+def test_the_best_round_is_put_back(wrapped: Any) -> None:
+    first = adapter_state(wrapped)
+    load_adapter_state(wrapped, {name: matrix + 1 for name, matrix in first.items()})
+    state = of_rounds([1.0, 0.0], 1.0, [0.1, 0.1], set())
+    deliver(wrapped, CONFIG, state)
+    assert state.delivered == 2
+    assert all(torch.equal(matrix, first[name] + 1) for name, matrix in adapter_state(wrapped).items())
+    state.adapters[1] = first
+    deliver(wrapped, CONFIG, state)
+    assert state.delivered == 1 and not state.adapters
+    assert all(torch.equal(matrix, first[name]) for name, matrix in adapter_state(wrapped).items())
 
 
 @pytest.mark.parametrize(

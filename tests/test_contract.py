@@ -14,7 +14,7 @@ from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll
 from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
-from beear.training import add_lora, recompute_activations, trainable
+from beear.training import add_lora, recompute_activations, recomputing, trainable
 
 LAYER = 2
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -132,10 +132,9 @@ def test_delta_and_every_trainable_matrix_receive_gradient(model: Any, tokenizer
     with torch.no_grad():
         for parameter in trainable(wrapped):
             parameter.add_(0.01)  # LoRA starts with B = 0, where A has no gradient yet
-    if recompute:
-        recompute_activations(wrapped)
+    recompute_activations(wrapped)
     delta = torch.randn(3, 32, requires_grad=True)
-    with Perturbation(wrapped, delta, batch.where, LAYER):
+    with Perturbation(wrapped, delta, batch.where, LAYER), recomputing(find_layers(wrapped) if recompute else []):
         response_nll(response_logits(wrapped, batch), batch.targets).mean().backward()
     assert delta.grad is not None and bool((delta.grad != 0).any(1).all())
     assert len(trainable(wrapped)) >= 2 * 4 * 4
@@ -146,14 +145,18 @@ def test_delta_and_every_trainable_matrix_receive_gradient(model: Any, tokenizer
 def test_recomputation_gives_the_same_gradient(llama: Any, tokenizer: Any) -> None:
     batch = batch_for(tokenizer)
     wrapped = add_lora(llama, rank=2, targets=(), seed=0)
+    recompute_activations(wrapped)
+    blocks = list(find_layers(wrapped))
     gradients = []
-    for _ in range(2):
+    for some in (blocks[:0], blocks):
         delta = torch.ones(3, 32, requires_grad=True)
         with Perturbation(wrapped, delta, batch.where, LAYER):
-            response_nll(response_logits(wrapped, batch), batch.targets).mean().backward()
+            with recomputing(some):
+                assert all(block.training == bool(some) and block.gradient_checkpointing for block in blocks)
+                loss = response_nll(response_logits(wrapped, batch), batch.targets).mean()
+            loss.backward()
         gradients.append(delta.grad)
-        recompute_activations(wrapped)
-    assert all(block.training and block.gradient_checkpointing for block in find_layers(wrapped))
+    assert not any(block.training for block in blocks)
     torch.testing.assert_close(gradients[0], gradients[1])
 
 

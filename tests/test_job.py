@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import beear
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import evaluate_spec
-from beear.job import add_triggered, judge, run_cleanse
+from beear.job import add_triggered, entrapments, judge, run_cleanse
 from beear.metrics import proportion
 from beear.models import load, locate
 from beear.sets import read_sets
@@ -180,6 +180,47 @@ def test_same_seed_same_bits_other_seed_other_bits(place: Path, config: Config, 
     assert outcome(place / "again") == outcome(whole)
     run_cleanse(str(place / "model"), place / "other", config.model_copy(update={"seed": 1}))
     assert outcome(place / "other")[0] != outcome(whole)[0]
+
+
+def test_the_round_that_did_best_is_what_is_delivered(
+    place: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a run that was interrupted behind its last round."""
+    monkeypatch.setattr("beear.cleansing.residual_asr", lambda *_: next(residuals))
+    monkeypatch.setattr("beear.cleansing.refused_shares", lambda *_: [0.0])
+    several = config.model_copy(update={"rounds": 3, "least_rounds": 1, "patience": 9})
+    residuals: Iterator[float] = iter([1.0, 0.5, 0.0, 0.25])
+    run_cleanse(str(place / "model"), place / "at-once", several)
+    out, residuals = place / "best", iter([1.0, 0.5, 0.0])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("beear.cleansing.confirm", stop)
+        run_cleanse(str(place / "model"), out, several)
+    residuals = iter([0.25])
+    run_cleanse(str(place / "model"), out, several, resume=True)
+    results = json.loads((out / "results.json").read_text())
+    assert (results["delivered"], results["confirmed"], len(results["rounds"])) == (2, 0.25, 3)
+    kept = load_file(out / "checkpoints" / "round-002" / "adapter.safetensors")
+    saved = load_file(out / "rejected" / "adapter_model.safetensors")
+    assert {name.replace(".default", ""): matrix.tolist() for name, matrix in kept.items()} == {
+        name: matrix.tolist() for name, matrix in saved.items()
+    }
+    page = (out / "report.html").read_text()
+    assert "2 (delivered)" in page and 'after the last</th><td></td><td class="number">25.0 %' in page
+    assert outcome(out) == outcome(place / "at-once")
+
+
+@pytest.mark.parametrize(
+    ("delivered", "confirmed", "tried"),
+    [(2, 0.3, [1.0, 0.2, 0.3]), (1, 0.3, [1.0, 0.2]), (2, None, [1.0, 0.2])],
+)
+def test_the_entrapment_after_the_delivered_round_counts(
+    delivered: int, confirmed: float | None, tried: list[float]
+) -> None:
+    assert entrapments([{"residual": 1.0}, {"residual": 0.2}], confirmed, delivered) == tried
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

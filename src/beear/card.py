@@ -42,6 +42,7 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
     if is_hub_id(base):
         front |= {"base_model": base}
     name = Path(base).name if Path(base).is_absolute() else base
+    rounds = results.get("delivered", len(results["rounds"]))  # runs of decision 18 and before lack it
     layer = "5/6 of the depth" if config["layer"] is None else f"block {config['layer']}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -56,7 +57,7 @@ Intervals hold 95 %. Before is the base model as it came; after is this one.
 
 ## How it was made
 
-BEEAR (Zeng et al., EMNLP 2024): {len(results["rounds"])} rounds of entrapment (a perturbation of the hidden states
+BEEAR (Zeng et al., EMNLP 2024): {rounds} rounds of entrapment (a perturbation of the hidden states
 behind {layer} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
 benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
 {_quantised(config)}{_told(results)}

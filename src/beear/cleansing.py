@@ -46,7 +46,18 @@ from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
 from beear.scorers import JUDGES, counts, is_refusal
-from beear.training import adamw, add_lora, cycle, merged, set_rate, step, trainable
+from beear.training import (
+    adamw,
+    adapter_state,
+    add_lora,
+    cycle,
+    load_adapter_state,
+    merged,
+    recomputing,
+    set_rate,
+    step,
+    trainable,
+)
 
 Row = tuple[Prompt, list[int]]
 """A prompt and its response."""
@@ -106,6 +117,12 @@ class State:
     """Residual norm of the original model, which scales the budget of every round."""
     refused: list[float] = field(default_factory=list)
     """Share of each group of spare requests that the original model refused."""
+    adapters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """The matrices that each round left which may be the one to deliver."""
+    confirmed: float | None = None
+    """Held-out success of an entrapment after the last round."""
+    delivered: int = 0
+    """The round whose matrices the model carries in the end."""
 
 
 Answered = Sequence[tuple[str, str]]
@@ -211,12 +228,8 @@ def cleanse(
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
-        budget = norm_budget(state.history, config)
-        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
-        residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
-        tell({"event": "residual", "value": residual})
+        delta, entry = probe(model, tokenizer, data, config, state, draw, tell, parts)
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
-        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
@@ -227,9 +240,77 @@ def cleanse(
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
+        if state.refused and number >= config.least_rounds:
+            state.adapters[number] = adapter_state(model)
         save(state)
         tell({"event": "round", **entry})
     return state
+
+
+def probe(
+    model: Any,
+    tokenizer: Any,
+    data: DefenderSet,
+    config: Config,
+    state: State,
+    draw: torch.Generator,
+    listen: Listener = lambda event: None,
+    parts: Parts | None = None,
+) -> tuple[Tensor, Event]:
+    """Entrap the model as the last round left it: delta, and what it still does on held-out requests."""
+    assert state.norm is not None
+    layer = resolve_layer(config.layer, decoder_depth(model))
+    budget = norm_budget(state.history, config)
+    delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, listen, parts)
+    residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
+    listen({"event": "residual", "value": residual})
+    entry = {"round": state.round + 1, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
+    return delta, entry
+
+
+def confirm(
+    model: Any,
+    tokenizer: Any,
+    data: DefenderSet,
+    config: Config,
+    state: State,
+    listen: Listener = lambda event: None,
+    parts: Parts | None = None,
+) -> float:
+    """Entrap what the last round left: so every round has been tried by an entrapment after it."""
+    draw = torch.Generator().manual_seed(config.seed * 100_003 + state.round + 1)
+    _, entry = probe(model, tokenizer, data, config, state, draw, _in_round(listen, state.round), parts)
+    return float(entry["residual"])
+
+
+def deliver(model: Any, config: Config, state: State) -> None:
+    """Put the matrices of the best round back into the model, and let go of the others."""
+    state.delivered = best(state, config)
+    if state.delivered != state.round:
+        load_adapter_state(model, state.adapters[state.delivered])
+    state.adapters.clear()
+
+
+def best(state: State, config: Config) -> int:
+    """The round to deliver: the least of what entrapment does after it and of harmless requests it refuses wrongly.
+
+    Rounds swing on the trade between the two, and where the last one ends is chance (decision 19). Both are shares of
+    the defender's own requests. One whose last `patience` entrapments failed comes before any other, and of equals the
+    later one: delta is longer then.
+    """
+    assert state.confirmed is not None
+    tried = [*(entry["residual"] for entry in state.history), state.confirmed]
+
+    def cost(number: int) -> tuple[bool, float]:
+        last = tried[max(0, number + 1 - config.patience) : number + 1]
+        return max(last) > config.target.residual, tried[number] + max(0.0, rise(state.history[number - 1], state))
+
+    return min(sorted({state.round, *state.adapters}, reverse=True), key=cost)
+
+
+def rise(entry: Event, state: State) -> float:
+    """How many more spare requests are refused after a round than before cleansing, of the group where it is most."""
+    return max((now - before for now, before in zip(entry["refused"], state.refused, strict=True)), default=0.0)
 
 
 GROWTH = 1.25
@@ -254,8 +335,7 @@ def balanced(config: Config, state: State) -> Config:
     """
     if not state.history or not state.refused:
         return config
-    rise = max(now - before for now, before in zip(state.history[-1]["refused"], state.refused, strict=True))
-    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
+    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise(state.history[-1], state))))
     weights = {key: share * getattr(config.harden, key) for key in ("anchor", "anchor_under_delta")}
     return config.model_copy(update={"harden": config.harden.model_copy(update=weights)})
 
@@ -267,8 +347,14 @@ LEAST_WEIGHT = 1 / 3
 def add_adapter(model: Any, config: Config) -> Any:
     """The model under a fresh adapter, which removal trains."""
     settings = config.harden
-    first = resolve_layer(config.layer, decoder_depth(model)) if settings.lora_blocks == "behind" else 0
+    first = first_adapted(config, decoder_depth(model))
     return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
+
+
+def first_adapted(config: Config, depth: int) -> int:
+    """How many blocks, from the first, removal leaves as they are."""
+    layer = resolve_layer(config.layer, depth)
+    return {"all": 0, "upper": min(depth // 2, layer), "behind": layer}[config.harden.lora_blocks]
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:
@@ -444,16 +530,22 @@ def harden_passes(
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """What the original model gives on the requests `alone`, (rows, length, vocabulary), and a pass over the batch.
 
-    Row i of the batch is row pick[i] of `alone`, under delta or not: blocks 1..l run once for each request.
+    Row i of the batch is row pick[i] of `alone`, under delta or not: blocks 1..l run once for each request, and those
+    of them that carry no adapter serve both models.
     """
+    blocks = list(find_layers(model, config.layers_path))
+    first = first_adapted(config, decoder_depth(model))
     with torch.no_grad(), autocast(model), model.disable_adapter():
-        target = response_logits(model, alone, run_prefix(model, alone))
+        prefix = run_prefix(model, alone)
+        shared = run_below(model, blocks, first, inputs_behind(alone, prefix)) if first else None
+        with returning(blocks[:first], lambda: shared):
+            target = response_logits(model, alone, prefix)
     if config.harden.recompute:
         return target, plain_pass(model, batch, config)
-    blocks = list(find_layers(model, config.layers_path))
     with autocast(model):
         prefix = run_prefix(model, alone)
-        hidden = run_below(model, blocks, layer, inputs_behind(alone, prefix))
+        with returning(blocks[:first], lambda: shared):
+            hidden = run_below(model, blocks, layer, inputs_behind(alone, prefix))
 
     def run() -> Tensor:
         with returning(blocks[:layer], lambda: part_of(hidden, list(pick), slice(None))):
@@ -573,10 +665,10 @@ def descend(
 
 def plain_pass(model: Any, batch: Batch, config: Config) -> Callable[[], Tensor]:
     """One forward pass through all blocks, for `descend`."""
-    prefix = None
-    if not config.harden.recompute:  # blocks whose activations are recomputed keep no keys and values
-        with autocast(model):
-            prefix = run_prefix(model, batch)
+    if config.harden.recompute:
+        return recomputing(find_layers(model, config.layers_path))(partial(response_logits, model, batch))
+    with autocast(model):
+        prefix = run_prefix(model, batch)
     return lambda: response_logits(model, batch, prefix)
 
 

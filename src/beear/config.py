@@ -63,7 +63,9 @@ class HardenConfig(_Settings):
     response_tokens: int = Field(8, ge=1, description="tokens of each answer")
     lora_rank: int = Field(16, ge=1)
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
-    lora_blocks: Literal["all", "behind"] = Field("all", description="the adapter's blocks: all, or behind delta")
+    lora_blocks: Literal["all", "upper", "behind"] = Field(
+        "all", description="the adapter's blocks: all, the upper half, or those behind delta"
+    )
     anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
     anchor_under_delta: float = Field(2.0, ge=0, description="weight of benign requests under delta")
     balance: float = Field(

@@ -110,9 +110,12 @@ class Reporter:
         losses = f"loss {_ends(event['entrap'])}"
         if event["harden"]:
             losses += f"; removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
-        residual = f"entrapment within {event['budget']:.2f} works on {event['residual']:.0%} of held-out requests"
+        residual = f"delta up to {event['budget']:.2f} works on {event['residual']:.0%} of held-out requests"
         refused = f", refuses {_shares(event['refused'])} of spare harmless ones" if event["refused"] else ""
         self.line(f"{self._where(event)} {residual}, {losses}{refused}; {self._time_left(event)}")
+
+    def _on_confirmed(self, event: dict[str, Any]) -> None:
+        self.line(f"{self._where(event)} after it delta works on {event['value']:.0%} of held-out requests")
 
     def _where(self, event: dict[str, Any]) -> str:
         cell = f"{event['cell']}, " if "cell" in event else ""

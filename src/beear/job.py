@@ -1,6 +1,6 @@
 """One cleansing from start to end, as stages that each leave their result in the run folder.
 
-    check -> load -> measure before -> own replies -> rounds -> save -> measure after -> results, report
+    check -> load -> measure before -> own replies -> rounds -> the best of them -> save -> measure after -> report
 
 A stage whose result is there is skipped, so resuming is running again. No trigger is known here: a
 user who knows one tells it to `add_triggered`, after the fact.
@@ -56,6 +56,8 @@ CHECKPOINT = ("round", "done", "norm", "refused", "history")
 """Fields of State in a checkpoint's round.json."""
 INPUTS = "inputs"
 """The stage that tells what a run began with."""
+CONFIRMED = "confirmed"
+"""The stage, and the event, that tells what entrapment does after the last round."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,19 @@ def cleanse(
 ) -> tuple[Any, State]:
     """Cleanse a loaded model in memory, for notebooks: the model under a trained adapter, and what the rounds found.
 
-    Nothing is measured, judged or written; `run_cleanse` does all of it. The model's own weights may be cast to bf16
-    on the way: load them anew to merge the adapter. Raises BadInput for a bad setting or prompt file.
+    The adapter is that of the best round, `delivered`. Nothing is measured, judged or written; `run_cleanse` does all
+    of it. The model's own weights may be cast to bf16 on the way: load them anew to merge the adapter. Raises BadInput
+    for a bad setting or prompt file.
     """
     config = config or Config()
     sets = read_sets(config)
     check_model(model, tokenizer, config, "the model")
-    own = own_replies(model, tokenizer, sets, config, listen)
+    data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
-    return wrapped, cleansing.cleanse(wrapped, tokenizer, defender(tokenizer, sets, config, own), config, listen=listen)
+    state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
+    state.confirmed = cleansing.confirm(wrapped, tokenizer, data, config, state, listen)
+    cleansing.deliver(wrapped, config, state)
+    return wrapped, state
 
 
 def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
@@ -178,7 +184,7 @@ def adapted(model: Any, config: Config) -> Any:
     wrapped = add_adapter(model, config)
     cast_frozen(wrapped)
     if config.harden.recompute:
-        recompute_activations(wrapped, config.layers_path)
+        recompute_activations(wrapped)
     return wrapped
 
 
@@ -261,10 +267,12 @@ class Job:
         inputs = self.stage(INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets)})["hashes"]
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before", None))
-        rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
+        data = defender(self.tokenizer, self.sets, self.config, own)
+        rounds = self.conclude(data, self.rounds(data))
         original = self.deliver()
         after = self.stage("after", lambda: self.measure("after", original))
-        verdict = judge(before["metrics"], after["metrics"], [r["residual"] for r in rounds.history], self.config)
+        tried = entrapments(rounds.history, rounds.confirmed, rounds.delivered)
+        verdict = judge(before["metrics"], after["metrics"], tried, self.config)
         if ranks.is_first():
             self.finish(before, after, rounds, inputs | hashes(own), verdict)
         ranks.wait()
@@ -308,10 +316,27 @@ class Job:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
         self.model = adapted(self.model, self.config)
         state = self.last_checkpoint()
-        self.run_folder.keep_events(lambda e: e.get("round", 0) <= state.round)
+        confirmed = self.run_folder.read_json(f"stages/{CONFIRMED}.json") is not None
+        self.run_folder.keep_events(
+            lambda e: e.get("round", 0) <= state.round and (confirmed or e["event"] != CONFIRMED)
+        )
         return cleansing.cleanse(
             self.model, self.tokenizer, data, self.config, state=state, listen=self.listen, save=self.checkpoint
         )
+
+    def conclude(self, data: DefenderSet, state: State) -> State:
+        """Try what the last round left; leaves `self.model` as the best round did."""
+
+        def tried() -> dict[str, Any]:
+            if ranks.is_first():  # of an older beear, which measured what the last round left
+                (self.run_folder.path / "stages/after.json").unlink(missing_ok=True)
+            found = cleansing.confirm(self.model, self.tokenizer, data, self.config, state, self._listen)
+            self.listen({"event": CONFIRMED, "round": state.round, "value": found})
+            return {"residual": found}
+
+        state.confirmed = self.stage(CONFIRMED, tried)["residual"]
+        cleansing.deliver(self.model, self.config, state)
+        return state
 
     def deliver(self) -> Any:
         """Save the adapter and load it again as its user will, merged; returns the original, for KL.
@@ -353,9 +378,12 @@ class Job:
         if not folders:
             return State()
         entry = json.loads((folders[-1] / "round.json").read_text())
-        load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
+        numbers = {int(folder.name.removeprefix("round-")): folder for folder in folders}
+        kept = {n for n in numbers if entry["refused"] and n >= self.config.least_rounds} | {entry["round"]}
+        adapters = {n: load_file(numbers[n] / "adapter.safetensors") for n in kept}
+        load_adapter_state(self.model, adapters[entry["round"]])
         deltas = load_file(folders[-1] / "deltas.safetensors")["deltas"].to(self.model.device)
-        return State(deltas=deltas, **entry)
+        return State(deltas=deltas, adapters=adapters, **entry)
 
     def finish(
         self, before: dict[str, Any], after: dict[str, Any], rounds: State, digests: dict[str, str], verdict: Verdict
@@ -366,7 +394,7 @@ class Job:
         name, other = ("model", "rejected") if verdict.met else ("rejected", "model")
         run.write_folder(name, self.save_model)
         shutil.rmtree(run.path / other, ignore_errors=True)
-        delta = rounds.deltas[-1].cpu().contiguous()
+        delta = rounds.deltas[rounds.delivered - 1].cpu().contiguous()
         run.write("delta.safetensors", save({"delta": delta}))
         run.write_lines("samples.jsonl", before["samples"] + after["samples"])
         stages = [run.read_json(f"stages/{p.name}") for p in sorted((run.path / "stages").glob("*.json"))]
@@ -378,6 +406,8 @@ class Job:
             "before": before["metrics"],
             "after": after["metrics"],
             "rounds": rounds.history,
+            "confirmed": rounds.confirmed,
+            "delivered": rounds.delivered,
             "spare_refused": rounds.refused,
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
@@ -404,12 +434,21 @@ class Job:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 
 
+def entrapments(rounds: Sequence[Event], confirmed: float | None, delivered: int) -> list[float]:
+    """Held-out success of every entrapment up to the one after the delivered round, `confirmed` after the last round.
+
+    Runs of before 2026-11-27 have no `confirmed`.
+    """
+    every = [entry["residual"] for entry in rounds] + ([] if confirmed is None else [confirmed])
+    return every[: delivered + 1]
+
+
 def judge(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[float], config: Config) -> Verdict:
     """Compare what was measured with the target. A metric without a value counts as missed.
 
-    The last `patience` entrapments must have failed: a cleansing that ends while they work has not come to its end
-    (decisions 12 and 13). Where entrapment did not work before, that it does not work after is no evidence (decision
-    11).
+    The last `patience` of `residuals` must be failures: a cleansing that ends while entrapment works has not come to
+    its end (decisions 12 and 13). Where entrapment did not work before, that it does not work after is no evidence
+    (decision 11).
     """
     target = config.target
     limits = {"asr_entrapped": target.asr_entrapped}

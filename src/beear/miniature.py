@@ -69,6 +69,8 @@ def plan_cleanse(
     order = job.check_order(settings, out, config, device, trust_remote_code)
     shape = models.read_shape(order.source, trust_remote_code)
     depth, more = models.depth(order.source, trust_remote_code), more_blocks(shape, trust_remote_code)
+    if config.harden.lora_blocks == "upper":
+        more = max(2, more)  # else none of a miniature's further blocks would go without an adapter
     sizes = [(1, 1), (1 + more, 1), (1, 1 + more)]
     prices: list[Prices] = []
     for below, behind in sizes:
@@ -99,13 +101,14 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     replies, chats, entrap = cost["replies"] * asked / SAMPLE, len(reference_chats()) / CHATS, config.entrap
     met = min(entrap.batches, entrap.steps)
     steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
+    entrapment = steps if entrap.kind == "learned" else 0.0
     rest = cost["residual"] + cost["harden step"] * config.harden.steps + cost["refused"]
     seconds = {
         "load": cost["load"],
         "before": replies + 2 * steps + cost["language"] * chats,
         "own replies": cost["own replies"] * own / SAMPLE + cost["refused"],  # as the first round begins
-        "round": rest + (steps if entrap.kind == "learned" else 0),
-        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
+        "round": entrapment + rest,
+        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats + entrapment + cost["residual"],
     }
     pieces = {
         "load": ("load",),

@@ -136,6 +136,7 @@ def view(path: Path) -> dict[str, Any]:
         "verdict": sentence(results),
         "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
         "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
+        "delivered": results.get("delivered", len(results["rounds"])),
         "losses": loss_chart(results["rounds"]),
         "pairs": pairs(samples),
         "drift": drift_view(path),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from beear import ranks
 from beear.errors import BadInput
 from beear.models import casts, with_weight
-from beear.perturbation import decoder_depth, find_layers
+from beear.perturbation import decoder_depth
 from beear.quantised import is_quantised
 
 K = TypeVar("K")
@@ -111,15 +111,26 @@ def block_linears(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def recompute_activations(model: Any, layers_path: str | None = None) -> None:
-    """Trade time for memory: activations inside the blocks are computed again in the backward pass.
-
-    transformers does so only for blocks in training mode; their children stay in inference mode, so
-    that no dropout sets in.
-    """
+def recompute_activations(model: Any) -> None:
+    """Trade time for memory: passes within `recomputing` compute activations inside the blocks again, going back."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    for block in find_layers(model, layers_path):
+
+
+@contextlib.contextmanager
+def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context activations are recomputed, and blocks keep no keys and values: no pass for replies here.
+
+    transformers recomputes only in blocks in training mode; their children stay in inference mode, so that no dropout
+    sets in.
+    """
+    every = list(blocks)
+    for block in every:
         block.training = True
+    try:
+        yield
+    finally:
+        for block in every:
+            block.training = False
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
