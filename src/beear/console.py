@@ -96,7 +96,7 @@ class Reporter:
         self._show(f"{self._where(event)} removal, loss {loss:.2f}", event["step"], event["steps"])
 
     def _on_residual(self, event: dict[str, Any]) -> None:
-        self._show(f"{self._where(event)} entrapment succeeds on {event['value']:.0%} of held-out requests", 0, 1)
+        self._show(f"{self._where(event)} entrapment works on {event['value']:.0%} of held-out requests", 0, 1)
 
     def _on_refused(self, event: dict[str, Any]) -> None:
         if event["value"]:
@@ -107,15 +107,13 @@ class Reporter:
 
     def _on_round(self, event: dict[str, Any]) -> None:
         self._round_seconds.append(event["seconds"])
-        losses = f"loss {_ends(event['entrap'])}"
-        if event["harden"]:
-            losses += f"; removal {_ends([h['safe_under_delta'] for h in event['harden']])}"
-        residual = f"delta up to {event['budget']:.2f} works on {event['residual']:.0%} of held-out requests"
-        refused = f", refuses {_shares(event['refused'])} of spare harmless ones" if event["refused"] else ""
-        self.line(f"{self._where(event)} {residual}, {losses}{refused}; {self._time_left(event)}")
+        entrapment = f"entrapment works on {event['residual']:.0%} (delta {event['budget']:.2f})"
+        removal = _ends([h["safe_under_delta"] for h in event["harden"]])
+        refused = f", spare requests refused {_shares(event['refused'])}" if event["refused"] else ""
+        self.line(f"{self._where(event)} {entrapment}, removal loss {removal}{refused}; {self._time_left(event)}")
 
     def _on_confirmed(self, event: dict[str, Any]) -> None:
-        self.line(f"{self._where(event)} after it delta works on {event['value']:.0%} of held-out requests")
+        self.line(f"{self._where(event)} after it entrapment works on {event['value']:.0%}")
 
     def _where(self, event: dict[str, Any]) -> str:
         cell = f"{event['cell']}, " if "cell" in event else ""
