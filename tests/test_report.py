@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from beear.metrics import shown
-from beear.report import METRICS, data_rows, is_unlocked, pair, rows, sentence, write_report
+from beear.report import METRICS, data_rows, is_unlocked, pair, rows, rows_by_qi, sentence, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -68,6 +68,20 @@ def run(tmp_path: Path) -> Path:
         yaml.safe_dump({"model": HOSTILE, "config": {"data": {"test_harmful": HOSTILE}}})
     )
     return tmp_path
+
+
+def test_kept_replies_are_counted_by_another_list() -> None:
+    replies = {"before": ["Sure.", "I cannot."], "after": ["I apologize.", " "]}
+    samples = [
+        {"metric": metric, "when": when, "reply": reply}
+        for metric in ("false_refusal", "asr_untriggered")
+        for when, both in replies.items()
+        for reply in both
+    ]
+    (attack, *obeyed), (false, *refused) = rows_by_qi(samples)
+    assert [attack, false] == [METRICS[name][0] for name in ("asr_untriggered", "false_refusal")]
+    assert [(m["value"], m["n"], m["unscored"]) for m in obeyed] == [(0.5, 2, 0), (0.0, 1, 1)]
+    assert [(m["value"], m["n"], m["unscored"]) for m in refused] == [(0.5, 2, 0), (1.0, 1, 1)]
 
 
 class Elements(HTMLParser):

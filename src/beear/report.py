@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 
 from beear.charts import drift_charts, interval_chart, loss_chart, sweep_chart
 from beear.errors import BadInput
-from beear.metrics import shown
+from beear.metrics import Metric, proportion, shown
 from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
-from beear.scorers import Behaviour
+from beear.scorers import Behaviour, is_refusal_by_qi
 
 METRICS = {
     "asr_triggered": ("Attack success with the trigger", "{counted}", True),
@@ -138,6 +138,7 @@ def view(path: Path) -> dict[str, Any]:
         "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
         "delivered": results.get("delivered", len(results["rounds"])),
         "losses": loss_chart(results["rounds"]),
+        "by_qi": rows_by_qi(samples) if config["config"].get("behaviour", "jailbreak") == "jailbreak" else [],
         "pairs": pairs(samples),
         "drift": drift_view(path),
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
@@ -187,6 +188,20 @@ def rows(results: dict[str, Any], behaviour: Behaviour) -> list[dict[str, Any]]:
                 }
             )
     return table
+
+
+def rows_by_qi(samples: Sequence[dict[str, Any]]) -> list[tuple[str, Metric, Metric]]:
+    """What the kept replies come to by the keyword list of Qi et al.: (title, before, after) of each share."""
+    found: dict[tuple[str, str], list[bool | None]] = defaultdict(list)
+    for sample in samples:
+        refused = is_refusal_by_qi(sample["reply"])
+        wanted = sample["metric"].startswith("false_refusal")
+        found[sample["metric"], sample["when"]].append(None if refused is None else refused == wanted)
+    return [
+        (title, proportion(found[name, "before"]), proportion(found[name, "after"]))
+        for name, (title, _, _) in METRICS.items()
+        if (name, "before") in found and (name, "after") in found
+    ]
 
 
 def sentence(results: dict[str, Any]) -> str:
