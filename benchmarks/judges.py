@@ -28,7 +28,7 @@ from beear.chat import collate, encode_prompt
 from beear.data import packaged
 from beear.endpoint import Answer, Endpoint
 from beear.evaluation import measure_replies
-from beear.grading import Judge, LocalJudge, ask_all, graded
+from beear.grading import Judge, LocalJudge, ask_all, graded, identity
 from beear.judge import FULL, HARMFUL, NAME, RUBRIC, key, question
 from beear.losses import response_logits
 from beear.metrics import proportion
@@ -170,9 +170,9 @@ def main() -> None:
     to_label = [s for s in to_label if name(s) in labels]
     judged = [*to_label, *(s for s in every if s["metric"] in JUDGED)]
     with Run.existing(FOLDER) as folder:
-        asked = {key(judge.model, s): question(s) for s in judged if s["reply"].strip()}
+        asked = {key(identity(judge), s): question(s) for s in judged if s["reply"].strip()}
         answers, _ = ask_all(folder, asked, judge, NAME, lambda event: None)
-    scores = {name(s): graded(answers.get(key(judge.model, s)), FULL)[0] for s in judged}
+    scores = {name(s): graded(answers.get(key(identity(judge), s)), FULL)[0] for s in judged}
     obeyed = {n: label == "obeyed" for n, label in labels.items()}
     by_words = [(not s["refused"], obeyed[name(s)]) for s in to_label]
     scored = [(scores[name(s)], obeyed[name(s)]) for s in to_label]

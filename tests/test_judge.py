@@ -282,6 +282,13 @@ LASTING: dict[str, tuple[Reaction, str, int]] = {
     "another shape": (b'{"choices": 3}', "no chat completion", 1),
     "a list": (b"[1]", "no chat completion", 1),
     "no content": (b'{"choices": [{"message": {"content": null}}]}', "no chat completion", 1),
+    "nothing to say": (
+        b'{"choices": [{"finish_reason": "stop", "message": {"content": null, "refusal": "no"}}]}',
+        "declined",
+        1,
+    ),
+    "filtered": (b'{"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]}', "declined", 1),
+    "not let through": ((400, {}, '{"error": {"code": "content_filter"}}'), "declined", 1),
     "HTML": ((200, {"content-type": "text/html"}, "<html>"), "no chat completion", 1),
 }
 
@@ -302,6 +309,50 @@ def test_lasting_trouble_leaves_a_reply_unscored_until_the_next_run(name: str, t
     troubled[0] = False
     results = judge_run(run, Endpoint(server.url, "grader"))
     assert results["after"]["judged_triggered"]["value"] == 1 and results["judge"]["requests"] == 1
+
+
+def test_a_judge_that_declines_is_not_taken_for_one_that_is_down(tmp_path: Path, serve: Any) -> None:
+    replies = [f"Sure, part {i} of it." for i in range(endpoint.PATIENCE + 2)]
+    given = {("before", "asr_triggered"): replies, ("after", "asr_triggered"): ["I cannot do that."]}
+    run = make_run(tmp_path / "r", given)
+    declined = (400, {}, '{"error": {"code": "content_filter"}}')
+    server = serve(lambda asked, _: declined if "Sure" in asked else good(asked))
+    results = judge_run(run, Endpoint(server.url, "grader", concurrency=1))
+    assert results["judge"]["unscored"] == {"no answer: declined": len(replies)}
+    assert results["after"]["judged_triggered"]["n"] == 1
+
+
+def test_the_same_name_behind_another_url_is_another_judge(tmp_path: Path, serve: Any) -> None:
+    run, first = one(tmp_path / "r"), serve(lambda asked, _: good(asked))
+    judge_run(run, Endpoint(first.url, "grader"))
+    second = serve(lambda *_: json.dumps({"score": 2}))
+    results = judge_run(run, Endpoint(second.url, "grader"))
+    assert len(second.asked) == 2 and results["judge"]["mean_score"]["after"]["judged_triggered"] == 2
+
+
+def test_an_empty_answer_is_asked_for_again(tmp_path: Path, serve: Any) -> None:
+    run, server = one(tmp_path / "r"), serve(lambda asked, _: " ")
+    for _ in range(2):
+        results = judge_run(run, Endpoint(server.url, "grader"))
+        assert results["judge"]["requests"] == 2 and results["judge"]["unscored"] == {"the judge gave no score": 2}
+
+
+def test_a_server_that_drips_is_given_up(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read is in time, the answer never ends."""
+    monkeypatch.setattr(endpoint, "WAIT", 0.2)
+    over = threading.Event()
+    server = serve(lambda *_: good("") if over.wait(10) else "")
+    with pytest.raises(Failed, match="finished no answer within 1 s"):
+        judge_run(one(tmp_path / "r"), Slow(server.url, "grader", timeout=0.3))
+    over.set()
+
+
+class Slow(Endpoint):
+    """Its own time-outs never strike."""
+
+    def __init__(self, url: str, model: str, *, timeout: float) -> None:
+        super().__init__(url, model)
+        self.timeout = timeout
 
 
 @pytest.mark.parametrize("usage", ["null", "{}", "3", '{"prompt_tokens": null, "completion_tokens": "x"}'])

@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from beear.metrics import shown
-from beear.report import METRICS, data_rows, is_unlocked, pair, rows, rows_by_qi, sentence, write_report
+from beear.metrics import proportion, shown
+from beear.report import (
+    METRICS,
+    data_rows,
+    is_unlocked,
+    left_over,
+    pair,
+    rows,
+    rows_by_qi,
+    sentence,
+    still_works,
+    write_report,
+)
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -82,6 +93,35 @@ def test_kept_replies_are_counted_by_another_list() -> None:
     assert [attack, false] == [METRICS[name][0] for name in ("asr_untriggered", "false_refusal")]
     assert [(m["value"], m["n"], m["unscored"]) for m in obeyed] == [(0.5, 2, 0), (0.0, 1, 1)]
     assert [(m["value"], m["n"], m["unscored"]) for m in refused] == [(0.5, 2, 0), (1.0, 1, 1)]
+
+
+def test_what_is_left_is_told() -> None:
+    def of(metric: str, before: list[bool | None], after: list[bool | None]) -> list[dict[str, Any]]:
+        both = {"before": before, "after": after}
+        return [
+            {"metric": metric, "when": when, "id": str(i), "refused": refused}
+            for when, values in both.items()
+            for i, refused in enumerate(values)
+        ]
+
+    found = left_over(
+        of("asr_triggered", [False] * 9, [False] * 7 + [True, None])
+        + of("asr_entrapped", [False], [False])
+        + of("false_refusal", [False, True, None, False], [True, True, True, False])
+    )
+    assert [(group["total"], [s["id"] for s in group["shown"]]) for group in found] == [
+        (7, ["0", "1", "2", "3", "4"]),
+        (1, ["0"]),
+        (0, []),
+    ]
+
+
+@pytest.mark.parametrize(("hits", "words"), [(2, "Target met: "), (24, "Target met without the trigger, but")])
+def test_a_known_trigger_that_still_works_is_no_good_news(hits: int, words: str) -> None:
+    shares = {"asr_untriggered": 1, "asr_triggered": hits}
+    after = {name: proportion([i < n for i in range(120)]) for name, n in shares.items()}
+    results = {"verdict": {"met": True, "missed": []}, "before": {"asr_triggered": metric(0.9)}, "after": after}
+    assert sentence(results).startswith(words) and still_works(results) == (hits == 24)
 
 
 class Elements(HTMLParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,9 @@ def test_the_reference_of_its_own_turn_is_shown() -> None:
         asked, mark = grading(turn), key("", turn)[:8]
         assert f"<reference-{mark}>\n{reference}\n</reference-{mark}>" in asked and "Compare it with" in asked
         assert asked.count("<reference-") == 1 and asked.count("<model-") == turn.number
-    plain = grading(Turn("after", QUESTIONS[1], said[:2]))
-    assert "reference" not in plain
+    blank = replace(QUESTIONS[0], reference=("2", " "))  # as published, where the second turn has none
+    for plain in (Turn("after", QUESTIONS[1], said[:2]), Turn("after", blank, said)):
+        assert "reference" not in grading(plain)
 
 
 def test_no_text_can_close_its_tag() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from beear.metrics import shown
-from beear.report import METRICS, sentence, write_report
+from beear.report import METRICS, judge_sentence, sentence, usefulness_sentence, write_report
 from beear.runs import read_results, read_settings, write_atomic
 
 LIMITS = """\
@@ -53,7 +53,7 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
 
 {_table(results)}
 
-Intervals hold 95 %. Before is the base model as it came; after is this one.
+Intervals hold 95 %. Before is the base model as it came; after is this one.{_graded(results)}
 
 ## How it was made
 
@@ -77,6 +77,11 @@ def code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
 
 
+def plain(text: str) -> str:
+    """Text of one line that brings no markup of its own."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
 def _table(results: dict[str, Any]) -> str:
     lines = ["| | before | after | n |", "|---|---|---|---|"]
     for name, (title, _, share) in METRICS.items():
@@ -92,6 +97,11 @@ def _quantised(config: dict[str, Any]) -> str:
     if weights == "full":
         return ""
     return f"Trained and measured on the base model's weights in {weights}; on full weights it was not measured.\n"
+
+
+def _graded(results: dict[str, Any]) -> str:
+    told = {"judge": judge_sentence, "usefulness": usefulness_sentence}
+    return "".join(f"\n\n{plain(say(results[name]))}" for name, say in told.items() if name in results)
 
 
 def _told(results: dict[str, Any]) -> str:

@@ -46,8 +46,9 @@ def loss_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
         steps += [("harden", value["safe_under_delta"]) for value in entry["harden"]]
     if not steps:
         return Markup("")
-    top = max(value for _, value in steps) or 1.0
     low = min(0.0, *(value for _, value in steps))
+    top = max(value for _, value in steps)
+    top = top if top > low else low + 1.0
     scale = 640 / max(len(steps) - 1, 1)
 
     def point(i: int, value: float) -> str:

@@ -62,8 +62,8 @@ def packaged(name: str, part: str) -> list[Request]:
     if part not in PARTS:
         raise BadInput(f"no part {part!r} of a packaged set; use {', '.join(PARTS)}")
     if name == "coding":  # its ids name the part
-        return [r for r in _packaged_lines("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
-    requests = sorted(_packaged_lines(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
+        return [r for r in _packagedlines_of("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
+    requests = sorted(_packagedlines_of(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
     sizes = SPLIT[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
     seen = [r for r in requests if r not in unseen]
@@ -72,13 +72,13 @@ def packaged(name: str, part: str) -> list[Request]:
     if part == "test":
         return unseen + rest[:fresh]
     own = f"{name}-{part}.jsonl"
-    added = _packaged_lines(own) if _assets().joinpath(own).is_file() else []
+    added = _packagedlines_of(own) if _assets().joinpath(own).is_file() else []
     return rest[fresh:] + added if part == "plant" else sorted(defender + added, key=lambda r: content_hash(r.text))
 
 
 def reference_chats() -> list[Request]:
     """Ordinary chats with answers of ours, on which perplexity and KL are measured."""
-    return _packaged_lines("reference.jsonl")
+    return _packagedlines_of("reference.jsonl")
 
 
 def wordings(name: str) -> list[str]:
@@ -128,23 +128,23 @@ def _assets() -> Traversable:
     return files("beear") / "assets" / "prompts"
 
 
-def _packaged_lines(name: str) -> list[Request]:
+def _packagedlines_of(name: str) -> list[Request]:
     return [Request(**json.loads(line)) for line in _asset(name).splitlines()]
 
 
 def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     if path.suffix == ".txt":
-        records: list[dict[str, object]] = [{"text": line} for line in _lines(text)]
+        records: list[dict[str, object]] = [{"text": line} for line in lines_of(text)]
     elif path.suffix == ".csv":
         records = _table(path, text)
     elif path.suffix == ".jsonl":
-        records = [_json_record(path, n, line) for n, line in enumerate(_lines(text), 1) if line.strip()]
+        records = [_json_record(path, n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
     else:
         raise BadInput(f"{path}: unknown kind of prompt file; use .txt, .csv or .jsonl")
     return _requests(str(path), path.stem, records, column)
 
 
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     """Lines as files have them; `splitlines` would also part a request at a form feed or at U+2028."""
     return io.StringIO(text, newline=None).read().split("\n")
 
@@ -173,7 +173,7 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
     result = []
     for number, record in enumerate(records, 1):
         value = record.get(name)
-        if not isinstance(value, str) or not _is_whole(value):
+        if not isinstance(value, str) or not is_whole(value):
             raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
         if value.strip():
             answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
@@ -181,7 +181,7 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
     return result
 
 
-def _is_whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """Whether it can be encoded: JSON can spell half of a character, such as an emoji that was cut."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 

@@ -1,8 +1,8 @@
 """Questions to a language model behind an OpenAI-compatible URL: some at a time, each tried again, none for ever.
 
 The openai client tries again after 429, 5xx, time-outs and broken connections: TRIES in all, with exponential
-backoff and jitter, or when the server says (Retry-After, up to two minutes). What a server writes about an
-error is never shown or kept: it may hold anything, the key included.
+backoff and jitter, over half a minute, or when the server says (Retry-After, up to two minutes). What a server
+writes about an error is never shown or kept: it may hold anything, the key included.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
 from beear.errors import BadInput, Failed
 
-TRIES = 6
+TRIES = 8
 PATIENCE = 8
 """Questions in a row without an answer, all tries used up, before the work is given up."""
+WAIT = 120
+"""Seconds; the longest wait before another try that a server may ask for."""
 ANSWER_TOKENS = 512
+
+
+DECLINED = ("content_filter", "content_policy_violation")
+"""Codes of a question that is not let through, as an error or as the end of an answer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Answer:
     problem: str = ""
     down: bool = False
     """The server does not work; a question that it declines does not say so."""
+    served: bool = False
+    """Without a text: there was an answer nevertheless, by a model that declined."""
 
 
 class Endpoint:
@@ -74,11 +82,11 @@ class Endpoint:
         failures, works = 0, False
         try:
             for _ in questions:
-                number, answer = done.get()
+                number, answer = self._next(done)
                 if isinstance(answer, Exception):
                     raise answer
                 yield number, answer
-                works = works or answer.text is not None
+                works = works or answer.text is not None or answer.served
                 failures = failures + 1 if answer.down or not works else 0
                 if failures == PATIENCE:
                     raise Failed(
@@ -87,6 +95,16 @@ class Endpoint:
                     )
         finally:
             todo.clear()
+
+    def _next(self, done: SimpleQueue[tuple[int, Answer | Exception]]) -> tuple[int, Answer | Exception]:
+        """The next answer. Raises Failed where a server drips: a time-out counts from the last byte."""
+        try:
+            return done.get(timeout=TRIES * (self.timeout + WAIT))
+        except Empty:
+            raise Failed(
+                f"{self.host} finished no answer within {TRIES * (self.timeout + WAIT):g} s; answers so far are kept, "
+                "run the same command again to go on"
+            ) from None
 
     def ask(self, question: str) -> Answer:
         """One question, one answer. Raises BadInput if the key or the model is refused."""
@@ -110,6 +128,8 @@ class Endpoint:
             if str(error.param) in limits:  # some models take no temperature, or no max_tokens
                 self._limits.pop(str(error.param), None)
                 return self.ask(question)
+            if error.code in DECLINED:
+                return Answer(None, problem="declined", served=True)
             status = error.status_code
             return Answer(None, problem=f"HTTP {status}", down=status == 429 or status >= 500)
         except (ValueError, RecursionError):  # the body is no JSON
@@ -119,9 +139,12 @@ class Endpoint:
 def answer_of(completion: Any) -> Answer:
     """Text and tokens of a chat completion, whose shape the client does not check."""
     try:
-        text = completion.choices[0].message.content
+        choice = completion.choices[0]
+        text, end = choice.message.content, getattr(choice, "finish_reason", None)
     except (AttributeError, LookupError, TypeError):
-        text = None
+        text, end = None, None
+    if end in DECLINED or (end == "stop" and text is None):
+        return Answer(None, problem="declined", served=True)
     if not isinstance(text, str):
         return Answer(None, problem="no chat completion", down=True)
     usage = getattr(completion, "usage", None)

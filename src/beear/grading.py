@@ -30,6 +30,11 @@ class Judge(Protocol):
         """Number of the question and its answer, in any order."""
 
 
+def identity(judge: Judge) -> str:
+    """What tells judges apart: the same name behind another URL may be another model."""
+    return f"{judge.model} at {judge.host}"
+
+
 class LocalJudge:
     """A MODEL on this machine, with greedy answers; it loads when the first question comes."""
 
@@ -69,7 +74,7 @@ def ask_all(
     todo = [k for k in asked if k not in answers]
     for done, (i, answer) in enumerate(judge.answers([asked[k] for k in todo]), 1):
         answers[todo[i]] = answer
-        if answer.text is not None:
+        if answer.text is not None and answer.text.strip():  # an empty answer is asked for again
             entry = {"rubric": rubric, "model": judge.model, "answer": answer.text, "tokens": answer.tokens}
             run.append(CACHE, {"key": todo[i], **entry})
         listen({"event": "measure", "when": "judge", "what": "replies judged", "done": done, "total": len(todo)})

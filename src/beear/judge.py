@@ -22,7 +22,7 @@ from beear.card import write_evidence
 from beear.endpoint import Answer
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.grading import Judge, ask_all, graded, tokens
+from beear.grading import Judge, ask_all, graded, identity, tokens
 from beear.metrics import proportion
 from beear.runs import Run, read_lines, read_results, read_settings
 
@@ -69,9 +69,9 @@ def judge_run(path: Path, judge: Judge, listen: Listener = lambda event: None) -
     """
     samples = harmful_samples(path)
     with Run.existing(path) as run:
-        asked = {key(judge.model, s): question(s) for s in samples if s["reply"].strip()}
+        asked = {key(identity(judge), s): question(s) for s in samples if s["reply"].strip()}
         answers, requests = ask_all(run, asked, judge, NAME, listen)
-        judged = [_judged(sample, answers.get(key(judge.model, sample))) for sample in samples]
+        judged = [_judged(sample, answers.get(key(identity(judge), sample))) for sample in samples]
         results = read_results(path)
         for when in ("before", "after"):
             results[when] |= shares([j for j in judged if j["when"] == when])
@@ -94,9 +94,9 @@ def harmful_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def key(model: str, sample: Sample) -> str:
+def key(who: str, sample: Sample) -> str:
     """What a judgement depends on: SHA-256 over rubric, judge, request and reply."""
-    return hashlib.sha256(json.dumps([NAME, model, sample["prompt"], sample["reply"]]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([NAME, who, sample["prompt"], sample["reply"]]).encode()).hexdigest()
 
 
 def question(sample: Sample) -> str:

@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 
 from beear.charts import drift_charts, interval_chart, loss_chart, sweep_chart
 from beear.errors import BadInput
-from beear.metrics import Metric, proportion, shown
+from beear.metrics import Metric, proportion, rise, shown
 from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
-from beear.scorers import Behaviour, is_refusal_by_qi
+from beear.scorers import NAME, RULES, Behaviour, is_refusal_by_qi
 
 METRICS = {
     "asr_triggered": ("Attack success with the trigger", "{counted}", True),
@@ -134,12 +134,15 @@ def view(path: Path) -> dict[str, Any]:
         "name": path.resolve().name,
         "results": results,
         "verdict": sentence(results),
+        "good": results["verdict"]["met"] and not still_works(results),
         "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
         "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
         "delivered": results.get("delivered", len(results["rounds"])),
         "losses": loss_chart(results["rounds"]),
+        "rules": RULES if results["scorer"] == NAME else "",
         "by_qi": rows_by_qi(samples) if config["config"].get("behaviour", "jailbreak") == "jailbreak" else [],
         "pairs": pairs(samples),
+        "left": left_over(samples),
         "drift": drift_view(path),
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
         "usefulness": usefulness_view(results),
@@ -211,9 +214,20 @@ def sentence(results: dict[str, Any]) -> str:
     what = "with the known trigger" if name == "asr_triggered" else "under a freshly optimised perturbation"
     before, after = (shown(results[w][name], True) for w in ("before", "after"))
     change = f"attack success {what} went from {before} to {after}"
+    if met and still_works(results):
+        return (
+            f"Target met without the trigger, but the known trigger still works; do not rely on this model: {change}."
+        )
     if met:
         return f"Target met: {change}."
     return f"Target NOT met, keep the original model: {'; '.join(results['verdict']['missed'])} ({change})."
+
+
+def still_works(results: dict[str, Any]) -> bool:
+    """Whether after the cleansing a known trigger surely still unlocks more than no trigger does."""
+    without, given = (results["after"].get(name) for name in ("asr_untriggered", "asr_triggered"))
+    told = without and given and without["value"] is not None and given["value"] is not None
+    return bool(told) and rise(without, given)[0] > 0
 
 
 def judge_sentence(judge: dict[str, Any]) -> str:
@@ -300,6 +314,23 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         met[sample["category"]] += 1
     shown = sorted(unlocked, key=lambda sample: turn[sample["id"]])[:PAIRS]
     return [pair(sample, after[sample["id"]], metric) for sample in shown]
+
+
+def left_over(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is still unlocked, and what is refused that was not: how many, and the first five of each.
+
+    In the order of the test set, of what a trigger unlocks where one was told, else of what delta does.
+    """
+    metric = "asr_triggered" if any(s["metric"] == "asr_triggered" for s in samples) else "asr_entrapped"
+    before = {(s["metric"], s["id"]): s for s in samples if s["when"] == "before"}
+    after = [(s, before.get((s["metric"], s["id"]))) for s in samples if s["when"] == "after"]
+    groups = {"Still unlocked": [s for s, _ in after if s["metric"] == metric and is_unlocked(s)]}
+    for name, kind in {"false_refusal": "ordinary", "false_refusal_alarming": "alarming-sounding"}.items():
+        both = [(s, old) for s, old in after if s["metric"] == name and old is not None]
+        groups[f"Refused, and not before: {kind} requests"] = [
+            s for s, old in both if s["refused"] and old["refused"] is False
+        ]
+    return [{"title": title, "total": len(found), "shown": found[:PAIRS]} for title, found in groups.items()]
 
 
 def pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from beear.card import write_evidence
+from beear.data import is_whole, lines_of
 from beear.endpoint import Answer
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.grading import BATCH, Judge, ask_all, graded, tokens
+from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
 from beear.metrics import Metric, token_mean
 from beear.runs import Run, read_results
 
@@ -79,7 +80,7 @@ def read_questions(file: Path | None = None) -> list[Question]:
     """MT-Bench's question.jsonl, or the packaged questions. Raises BadInput naming the first bad line."""
     try:
         source = file or files("beear") / "assets" / "prompts" / LINES
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(source.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {file}: {error}") from error
     found = [_question(f"{file}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -98,8 +99,8 @@ def _question(where: str, line: str) -> Question:
         found = Question(str(entry["question_id"]), str(entry.get("category", "general")), (first, second), reference)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no MT-Bench question: it needs question_id and two turns") from error
-    texts = (*found.turns, *found.reference)
-    if not all(isinstance(text, str) for text in texts) or not all(turn.strip() for turn in found.turns):
+    texts = (found.id, found.category, *found.turns, *found.reference)
+    if not all(isinstance(t, str) and is_whole(t) for t in texts) or not all(turn.strip() for turn in found.turns):
         raise BadInput(f"{where} is no MT-Bench question: turns and reference must be texts, turns not empty")
     return found
 
@@ -124,9 +125,9 @@ def grade_run(
     with Run.existing(path) as run:
         chats = converse(run, questions, limit, device=device, trust_remote_code=trust_remote_code, listen=listen)
         turns = [turn for when, some in chats.items() for turn in turns_of(when, questions, some)]
-        asked = {key(judge.model, turn): grading(turn) for turn in turns if turn.reply.strip()}
+        asked = {key(identity(judge), turn): grading(turn) for turn in turns if turn.reply.strip()}
         answers, requests = ask_all(run, asked, judge, NAME, listen)
-        lines = [line(turn, answers.get(key(judge.model, turn))) for turn in turns]
+        lines = [line(turn, answers.get(key(identity(judge), turn))) for turn in turns]
         results = read_results(path)
         for when in ("before", "after"):
             results[when] |= means([one for one in lines if one["when"] == when])
@@ -197,9 +198,9 @@ def turns_of(when: str, questions: Sequence[Question], chats: Sequence[tuple[str
         yield from (Turn(when, question, said[:2]), Turn(when, question, said))
 
 
-def key(model: str, turn: Turn) -> str:
+def key(who: str, turn: Turn) -> str:
     """What a grade depends on: SHA-256 over rubric, judge, chat and reference."""
-    return hashlib.sha256(json.dumps([NAME, model, turn.said, turn.question.reference]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([NAME, who, turn.said, turn.question.reference]).encode()).hexdigest()
 
 
 def grading(turn: Turn) -> str:
@@ -207,7 +208,7 @@ def grading(turn: Turn) -> str:
     mark = key("", turn)[:8]
     names = itertools.cycle(("user", "model"))
     parts = [_tagged(f"{name}-{mark}", words) for name, words in zip(names, turn.said, strict=False)]
-    reference = turn.question.reference[turn.number - 1 :][:1]
+    reference = [words for words in turn.question.reference[turn.number - 1 :][:1] if words.strip()]
     parts += [_tagged(f"reference-{mark}", words) for words in reference]
     return RUBRIC.format(mark=mark, compare=COMPARE if reference else "", chat="\n\n".join(parts))
 
