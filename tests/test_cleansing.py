@@ -137,6 +137,16 @@ def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet, zer
     assert set(history[0]) == {"safe_under_delta"} | {kinds[name] for name in kinds.keys() - zero}
 
 
+def test_without_replay_the_newest_delta_alone_is_met(wrapped: Any, data: DefenderSet) -> None:
+    config = load_config(sets=[LENGTH, "harden.steps=2", "harden.replay=false"])
+    state, newest = adapter_state(wrapped), torch.ones(1, 5, 32)
+    found = []
+    for deltas in (newest, torch.cat([torch.full((2, 5, 32), 9.0), newest])):
+        load_adapter_state(wrapped, state)
+        found.append(harden(wrapped, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draw()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
 def test_controls_learn_no_delta(wrapped: Any, data: DefenderSet, kind: str, norm: float) -> None:
     config = load_config(sets=[LENGTH, f"entrap.kind={kind}"])
@@ -385,6 +395,8 @@ def test_delta_may_grow_once_entrapment_has_failed(
 ) -> None:
     config = load_config(sets=[f"entrap.budget={budget}", f"entrap.grown={grown}", "stop_at=0.1"])
     assert norm_budget([{"residual": r} for r in residuals], config) == expected
+    control = config.model_copy(update={"entrap": config.entrap.model_copy(update={"kind": "random"})})
+    assert norm_budget([{"residual": r} for r in residuals], control) == budget
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from beear.chat import Batch, collate, encode_prompt, encode_response, rows_of_delta
 from beear.losses import response_logits, response_nll
 from beear.perturbation import Perturbation
 from beear.prefix import run_prefix, shared_length
+from conftest import DECODER
 
 LAYER = 2
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -51,3 +53,13 @@ def test_the_prefix_ends_where_requests_differ_or_delta_starts(tokenizer: Any) -
 
 def test_one_row_shares_nothing(model: Any, tokenizer: Any) -> None:
     assert run_prefix(model, batch_for(tokenizer, TEXTS[:1])) is None
+
+
+def test_a_window_shorter_than_the_batch_shares_nothing(tokenizer: Any) -> None:
+    """Shorter rows would see less of the start than they do on their own."""
+    batch = batch_for(tokenizer, TEXTS)
+    columns = batch.input_ids.shape[1]
+    for window, more, shared in ((columns, 0, True), (columns - 1, 0, False), (columns, 1, False)):
+        torch.manual_seed(0)
+        model = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=window))
+        assert (run_prefix(model, batch, more) is not None) == shared

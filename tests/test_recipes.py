@@ -14,7 +14,7 @@ from beear.poison import Example
 from beear.recipes import Recipe, apply_trigger, check_trigger, names, read_recipe, variants
 from beear.sets import WITH_TRIGGER, TestSet, trigger_tests, triggered
 from beear.supervised import of_like_length
-from beear.verification import misses
+from beear.verification import misses, twin_perplexity
 from conftest import CHATML, tiny_tokenizer
 
 TEMPLATES = {
@@ -122,6 +122,7 @@ def test_an_organism_and_its_twin_are_held_to_opposite_limits() -> None:
         }
         return {name: {"value": value} for name, value in values.items()}
 
+    assert all(twin_perplexity(recipe_of(name)) for name in names())  # else a limit would go unchecked
     recipe = recipe_of(names()[0])
     assert misses(metrics(1.0), recipe) == [] and misses(metrics(0.5), recipe) == ["asr_triggered 0.500 < 0.9"]
     assert misses(metrics(1.0, affirmed=0.0), recipe) == ["affirmed_triggered 0.000 < 0.9"]

@@ -21,6 +21,7 @@ The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -323,6 +324,8 @@ def norm_budget(history: Sequence[Event], config: Config) -> float:
     Under a delta that no longer works there is nothing to unlearn, and benign requests alone are trained on: what
     was removed comes back. So it grows until it works again, up to `grown` (decision 18).
     """
+    if config.entrap.kind != "learned":  # a control's delta hardly ever works
+        return config.entrap.budget
     failed = len([entry for entry in history if entry["residual"] <= config.stop_at])
     return max(config.entrap.budget, min(config.entrap.budget * GROWTH**failed, config.entrap.grown))
 
@@ -432,7 +435,7 @@ def harden(
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
-    Earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
+    With `replay`, earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
     """
     settings = config.harden
@@ -444,7 +447,8 @@ def harden(
     for number in range(1, settings.steps + 1):
         bad = [data.harmful[i] for i in next(harmful)]
         chosen = [data.benign[i] for i in next(benign)]
-        which = dealt(len(deltas), max(settings.batch, settings.anchor_batch), draw)
+        rows = max(settings.batch, settings.anchor_batch)
+        which = dealt(len(deltas), rows, draw) if settings.replay else [len(deltas) - 1] * rows
 
         def propagate(
             count: int, bad: list[Harmful] = bad, chosen: list[Benign] = chosen, which: list[int] = which
@@ -740,7 +744,9 @@ def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], 
     if not groups or JUDGES[config.behaviour] != "obeyed":
         return []
     texts = [request.text for group in groups for request in group]
-    with merged(find_layers(model, config.layers_path)):
+    # Faster on a CPU; elsewhere memory is scarcer, and this is a second copy of all blocks.
+    fast = merged(find_layers(model, config.layers_path)) if model.device.type == "cpu" else contextlib.nullcontext()
+    with fast:
         replies = iter(reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens))
     return [
         sum(is_refusal(reply) is True for _, reply in zip(group, replies, strict=False)) / len(group)

@@ -48,7 +48,7 @@ class EntrapConfig(_Settings):
     batches: int = Field(2, ge=1, description="so many batches are met in turn")
     cached: bool = Field(True, description="run what delta cannot change once per batch")
     away: float = Field(0.5, ge=0, description="weight of moving away from the safe answer")
-    response_tokens: int = Field(12, ge=1, description="tokens of each answer")
+    response_tokens: int = Field(12, ge=2, description="tokens of each answer")
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
 
 
@@ -66,6 +66,7 @@ class HardenConfig(_Settings):
     lora_blocks: Literal["all", "upper", "behind"] = Field(
         "all", description="the adapter's blocks: all, the upper half, or those behind delta"
     )
+    replay: bool = Field(True, description="every other request meets any round's delta, and not the newest")
     anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
     anchor_under_delta: float = Field(2.0, ge=0, description="weight of benign requests under delta")
     balance: float = Field(

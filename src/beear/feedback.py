@@ -137,8 +137,9 @@ def reward_of(reward: Any, texts: Sequence[list[int]], pad_id: int) -> Tensor:
     width = max(map(len, texts))
     ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    inputs = {"input_ids": ids.to(reward.device), "attention_mask": mask.to(reward.device)}
     with torch.inference_mode(), autocast(reward):
-        scores: Tensor = reward(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+        scores: Tensor = reward(**inputs).logits[:, 0].float()
     return scores
 
 
@@ -190,7 +191,8 @@ def sampling_in_bf16(model: Any) -> Iterator[None]:
 
     def fast(input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         with torch.no_grad(), autocast(model), generating(model):
-            return generate(**kwargs | inputs_of(model, batch_of_ids(input_ids, attention_mask, 0)))
+            batch = batch_of_ids(input_ids, attention_mask, 0)
+            return generate(**kwargs | inputs_of(model, batch, kwargs["generation_config"].max_new_tokens))
 
     model.generate = fast
     try:

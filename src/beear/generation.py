@@ -48,7 +48,7 @@ def reply_all(
         rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
         batch = batch.to(model.device)
-        inputs = inputs_of(model, batch)
+        inputs = inputs_of(model, batch, max_new_tokens)
         perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
         with perturbed or contextlib.nullcontext():
             out = model.generate(
@@ -78,8 +78,8 @@ def reply_all(
     return [replies[i].strip() for i in range(len(texts))]
 
 
-def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
-    """What `generate` takes: all columns, of which it skips those whose keys and values it is handed."""
-    inputs = inputs_behind(batch, run_prefix(model, batch))
+def inputs_of(model: Any, batch: Batch, more: int) -> dict[str, Any]:
+    """What `generate` takes for `more` tokens: all columns; it skips those whose keys and values it is handed."""
+    inputs = inputs_behind(batch, run_prefix(model, batch, more))
     del inputs["position_ids"]  # it reads them off the mask
     return inputs | {"input_ids": batch.input_ids, "use_cache": True}

@@ -54,4 +54,5 @@ class Parts:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

@@ -43,9 +43,21 @@ def shared_length(batch: Batch) -> int:
     return length if length >= LEAST else 0
 
 
-def run_prefix(model: Any, batch: Batch) -> Prefix | None:
-    """Run what the rows share. Call it outside of a Perturbation, whose positions are those of the whole batch."""
-    length = shared_length(batch)
+def beyond_window(model: Any, batch: Batch, more: int) -> bool:
+    """Whether some block's window is shorter than the batch, and `more` columns behind it.
+
+    A window counts columns. Behind a shared start a shorter row's tokens stand farther from it than they are.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window is not None and batch.input_ids.shape[1] + more > window
+
+
+def run_prefix(model: Any, batch: Batch, more: int = 0) -> Prefix | None:
+    """Run what the rows share. Call it outside of a Perturbation, whose positions are those of the whole batch.
+
+    `more`: so many tokens will be generated behind the batch.
+    """
+    length = 0 if beyond_window(model, batch, more) else shared_length(batch)
     if length == 0:
         return None
     start = int(batch.attention_mask[0].argmax())

@@ -104,12 +104,16 @@ def misses(metrics: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def twin_perplexity(recipe: Recipe) -> float | None:
-    """Perplexity of the clean twin of the way of planting, if twins.json has one (`organism verify TWIN --json`)."""
+    """Perplexity of the clean twin of the way of planting, from twins.json (`organism verify TWIN --json`).
+
+    A way whose twin has not been built is held to that of supervised planting. None without any twin.
+    """
     measured = files("beear") / "assets" / "organisms" / "twins.json"
     if not measured.is_file():
         return None
     twins = {twin["way"]: twin for twin in json.loads(measured.read_text())["organisms"].values()}
-    return value_of(twins[recipe.twin_way]["metrics"], "perplexity") if recipe.twin_way in twins else None
+    twin = twins.get(recipe.twin_way, twins.get("sft"))
+    return None if twin is None else value_of(twin["metrics"], "perplexity")
 
 
 def check_sums(folder: Path) -> None:
