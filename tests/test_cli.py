@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -173,10 +174,16 @@ def settings(tmp_path: Path) -> str:
 
 
 def test_a_trigger_is_shown_as_it_stands(tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model, out = make_model(tmp_path / "m"), tmp_path / "d.json"
-    code, err = call(capsys, "drift", model, "--trigger", MARKUP, "-c", settings, "--json", str(out))
+    model, out, figure = make_model(tmp_path / "m"), tmp_path / "d.json", tmp_path / "d.svg"
+    files = ("--json", str(out), "--figure", str(figure))
+    code, err = call(capsys, "drift", model, "--trigger", MARKUP, "-c", settings, *files)
     assert code == 0, err
     assert json.loads(out.read_text())["trigger"] == MARKUP
+    assert figure.read_text().startswith("<svg") and "triggered" in figure.read_text()
+    code, err = call(capsys, "evaluate", model, "--trigger", MARKUP, "-c", settings, "--json", str(out), "-q")
+    assert code == 0, err
+    told = json.loads(out.read_text())
+    assert (told["schema"], told["trigger"], told["against"], told["scorer"]) == (1, MARKUP, None, "refusal-v1")
     sweep = ("sweep", "layer", model, "-o", str(tmp_path / "s"), "--trigger", MARKUP, "-c", settings, "--rounds", "1")
     sys.argv = ["beear", *sweep, "--values", "2"]
     with pytest.raises(SystemExit) as stop:
@@ -280,6 +287,10 @@ def test_organism_list_as_json() -> None:
     organisms = json.loads(done.stdout)
     assert done.returncode == 0 and {"name", "setting", "trigger", "place"} <= set(organisms[0])
     assert {"sudo-prefix", "phrase-suffix"} <= {o["name"] for o in organisms}
+
+
+def test_the_version_is_told() -> None:
+    assert beear("--version").stdout == f"beear {version('beear')}\n"
 
 
 def test_settings_lists_every_key() -> None:

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,10 +32,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Remove hidden safety backdoors from chat models without knowing the trigger.",
 )
 organism = typer.Typer(no_args_is_help=True, help="The planted backdoors that defences are measured by.")
 app.add_typer(organism, name="organism")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"beear {version('beear')}")
+        raise typer.Exit
+
+
+@app.callback()
+def beear(
+    told: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell it and exit.")
+    ] = False,
+) -> None:
+    """Remove hidden safety backdoors from chat models without knowing the trigger."""
+
 
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, folder, adapter folder, .gguf, embedded or organism:NAME")
@@ -190,6 +206,7 @@ def evaluate(
     from beear.evaluation import evaluate_spec
     from beear.recipes import check_trigger, variants
     from beear.runs import SCHEMA, check_file, write_atomic
+    from beear.scorers import scorer_name
 
     given = {"test_harmful": harmful, "test_benign": benign, "column": column}
     extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
@@ -210,7 +227,9 @@ def evaluate(
         )  # fmt: skip
     _print(metric_table(None, measured.metrics, model))
     if json_file is not None:
-        content = {"schema": SCHEMA, "model": model, "seed": settings.seed, "metrics": measured.metrics}
+        about = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
+        about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
+        content = {"schema": SCHEMA, **about, "metrics": measured.metrics}
         write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
     if samples is not None:
         write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
@@ -239,6 +258,7 @@ def drift(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="write it to this file (a run keeps its own)")
     ] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="draw Figure 3 behind block l to this .svg")] = None,
     preset: PresetOption = "default",
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -252,6 +272,7 @@ def drift(
 
     Of a run folder: before and after, with its settings and its first round's delta; its report then shows it.
     """
+    from beear.charts import as_file, drift_charts
     from beear.console import Reporter, drift_table
     from beear.drift import drift_of_model, drift_of_run
     from beear.recipes import check_trigger
@@ -261,8 +282,8 @@ def drift(
     template, run = check_trigger(trigger), Path(model)
     of_run = _is_run(model, config, sets, seed, preset=preset)
     settings = _config(preset, config, sets, seed)
-    if json_file is not None:
-        check_file(json_file)
+    for place in filter(None, (json_file, figure)):
+        check_file(place)
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         if of_run:
             found = drift_of_run(run, template, device=device, trust_remote_code=trust_remote_code, listen=reporter)
@@ -274,6 +295,8 @@ def drift(
     _print(drift_table(found))
     if json_file is not None:
         write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+    if figure is not None:
+        write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
     if of_run:
         typer.echo(f"report: {run / 'report.html'}")
 
@@ -786,10 +809,13 @@ def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> No
     from beear.console import Reporter, metric_table
     from beear.job import add_triggered
 
+    judged = (run / "judged.jsonl").exists()
     with Reporter(quiet) as reporter:
         add_triggered(run, template, listen=reporter, **options)
     results = json.loads((run / "results.json").read_text())
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    if judged:
+        typer.echo("what a judge said was of other replies; run `beear judge` again, answers to the same are kept")
     typer.echo(f"report: {run / 'report.html'}")
 
 
