@@ -1,6 +1,6 @@
 """Cleanse organisms, beside the control with delta = 0, and gather the results.
 
-    python benchmarks/removal.py             (about seven minutes a run on 2 CPU cores)
+    python benchmarks/removal.py             (about eleven minutes a run on 2 CPU cores)
     python benchmarks/removal.py --organism sudo-prefix --arm default --seed 1
 
 Runs stay in runs/removal/, finished ones are kept; benchmarks/results/removal.json is made from all of

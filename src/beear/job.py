@@ -266,11 +266,11 @@ class Job:
         """All stages that are not done yet."""
         inputs = self.stage(INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets)})["hashes"]
         own = self.own_replies()
-        before = self.stage("before", lambda: self.measure("before", None))
+        before = self.stage("before", lambda: self.measure("before"))
         data = defender(self.tokenizer, self.sets, self.config, own)
         rounds = self.conclude(data, self.rounds(data))
-        original = self.deliver()
-        after = self.stage("after", lambda: self.measure("after", original))
+        self.deliver()
+        after = self.stage("after", lambda: self.measure("after"))
         tried = entrapments(rounds.history, rounds.confirmed, rounds.delivered)
         verdict = judge(before["metrics"], after["metrics"], tried, self.config)
         if ranks.is_first():
@@ -298,15 +298,16 @@ class Job:
             "own_replies", lambda: own_replies(self.model, self.tokenizer, self.sets, self.config, self._listen)
         )
 
-    def measure(self, when: str, original: Any) -> dict[str, Any]:
-        """All metrics that need no trigger."""
+    def measure(self, when: str) -> dict[str, Any]:
+        """All metrics that need no trigger; KL to the original, which is loaded for that alone, after cleansing."""
         progress = listener_progress(self._listen, when)
         train = self.sets.train(self.config)
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
             measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),
-            measure_language(self.model, self.tokenizer, original, progress),
         ]
+        original = self.load(self.source) if when == "after" else None
+        parts.append(measure_language(self.model, self.tokenizer, original, progress))
         return {
             "metrics": {k: v for part in parts for k, v in part.metrics.items()},
             "samples": [{"when": when, **s} for part in parts for s in part.samples],
@@ -338,8 +339,8 @@ class Job:
         cleansing.deliver(self.model, self.config, state)
         return state
 
-    def deliver(self) -> Any:
-        """Save the adapter and load it again as its user will, merged; returns the original, for KL.
+    def deliver(self) -> None:
+        """Save the adapter and load it again as its user will, merged.
 
         Merging changes outputs slightly, so what is measured is what is loaded. It cannot be merged into quantised
         weights, and stays on top of them.
@@ -352,7 +353,6 @@ class Job:
             self.model = self.load(models.Source(self.settings["model"], folder, base=self.source))
         else:
             self.model = models.under_adapter(self.load(self.source), folder)
-        return self.load(self.source)
 
     def listen(self, event: Event) -> None:
         """Log an event of the rounds and pass it on."""
