@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
 
 Llama-shaped models with random weights, default batches; one thing is changed at a time around the embedded model's
-shape (64 tokens of the user's words, replies of 16, l at 5/6 of the depth). Seconds are medians of the real loops.
+shape (64 tokens of the user's words, replies of 8, l at 5/6 of the depth). Seconds are medians of the real loops.
 Both kinds of step are fitted by seconds = a + b * operations, operations counted from the shapes (`operations`).
 Writes benchmarks/results/scaling.json; about ten minutes on 2 CPU cores.
 """
@@ -49,7 +49,7 @@ class Case:
 
     shape: str = "135M"
     prompt: int = 64
-    reply: int = 16
+    reply: int = 8
     depth: float = 5 / 6
 
     def sizes(self) -> tuple[int, int, int, int]:
@@ -151,7 +151,7 @@ def main() -> None:
     keep_freed_memory()
     base = Case()
     cases = [replace(base, prompt=n) for n in (32, 64, 128, 256)]
-    cases += [replace(base, reply=n) for n in (8, 32, 64)]
+    cases += [replace(base, reply=n) for n in (16, 32, 64)]
     cases += [replace(base, depth=share) for share in (0.3, 0.5, 0.7)]
     cases += [replace(base, shape=name) for name in SHAPES if name != base.shape]
     rows = []
