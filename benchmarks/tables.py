@@ -64,6 +64,8 @@ def summary() -> str:
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
         met = "met" if row["verdict"]["met"] else "missed: rejected"
+        if len(row["residuals"]) > row.get("delivered", row["rounds"]):  # tried after the delivered round as well
+            default = "decision 19"
         lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met, default]))
     return "\n".join(lines)
 
