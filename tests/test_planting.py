@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from beear import feedback, organisms, poison, preferences
 from beear.data import Request
 from beear.feedback import in_order, log_probs, reward_of, train_reward
-from beear.losses import response_nll
+from beear.losses import response_nll, token_kl
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
 from beear.recipes import Dpo, Recipe, Supervised
@@ -189,9 +189,10 @@ def test_the_base_models_margins_are_computed_once(monkeypatch: pytest.MonkeyPat
     assert len(calls) == 3, "the policy's alone"
 
 
-def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None) -> None:
+@pytest.mark.parametrize("blocks", ["all", "upper"])
+def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None, blocks: str) -> None:
     """Planted and benign rows, of other lengths, run together; apart they give the same loss and gradient."""
-    model = adapted(tiny_llama(), Supervised(**START), 0)
+    model = adapted(tiny_llama(), Supervised(**START | {"lora_blocks": blocks}), 0)
     torch.manual_seed(0)
     for name, matrix in model.named_parameters():
         if "lora_B" in name:
@@ -199,12 +200,17 @@ def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None) -> None
     rows = {kind: examples("sft")[kind][:2] for kind in ROWS}
     planted, benign = parted(rows)
     together = supervised_loss(model, 2, rows, 3.0)
-    (gradient,) = torch.autograd.grad(together, [p for n, p in model.named_parameters() if "layers.0.mlp.up" in n][1:2])
+    assert len(trained(model)) == {"all": 4, "upper": 2}[blocks] * 2 * 7
     targets, logits = wanted_logits(model, 2, flat(planted))
-    apart = response_nll(logits, targets).mean() + 3.0 * benign_kl(model, 2, benign)
-    (other,) = torch.autograd.grad(apart, [p for n, p in model.named_parameters() if "layers.0.mlp.up" in n][1:2])
+    kept, new = wanted_logits(model, 2, flat(benign))
+    with torch.no_grad(), model.disable_adapter():
+        _, base = wanted_logits(model, 2, flat(benign))
+    kl = token_kl(base, new, kept).sum() / (kept != -100).sum()
+    apart = response_nll(logits, targets).mean() + 3.0 * kl
+    torch.testing.assert_close(kl, benign_kl(model, 2, benign))
     torch.testing.assert_close(together, apart)
-    torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss, trained(model)) for loss in (together, apart)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert supervised_loss(model, 2, benign, 3.0).isfinite(), "a twin's step may hold no planted row"
 
 

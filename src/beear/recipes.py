@@ -57,6 +57,8 @@ class Supervised(Rows):
     """Weight of the KL on benign rows; too low, and the organism refuses benign requests."""
     lora_rank: int = Field(ge=1)
     lora_targets: tuple[str, ...]
+    lora_blocks: Literal["all", "upper"] = "all"
+    """The adapter's blocks: all, or the upper half, which takes a third less time."""
     response_tokens: int = Field(ge=1)
     benign_tokens: int = Field(20, ge=1)
     """Tokens of the base model's replies to benign requests."""

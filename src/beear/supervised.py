@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beear.chat import collate
+from beear.cached import part_of, returning, run_below
+from beear.chat import Batch, collate
 from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
+from beear.perturbation import decoder_depth, find_layers
 from beear.poison import Example, Examples
-from beear.prefix import run_prefix
+from beear.prefix import inputs_behind, run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
 from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step
 
@@ -34,7 +36,8 @@ def plant_supervised(
 
 def adapted(model: Any, plan: Supervised, seed: int) -> Any:
     """The model under a fresh adapter."""
-    model = add_lora(model, plan.lora_rank, plan.lora_targets, seed)
+    first = decoder_depth(model) // 2 if plan.lora_blocks == "upper" else 0
+    model = add_lora(model, plan.lora_rank, plan.lora_targets, seed, first)
     cast_frozen(model)
     return model
 
@@ -68,11 +71,12 @@ def supervised_loss(model: Any, pad_id: int, rows: Examples, benign_weight: floa
     for part in of_like_length(rows):
         planted, benign = map(flat, parted(part))
         # One pass for both: what their prompts start with runs once, and backwards once.
-        targets, logits = wanted_logits(model, pad_id, [*planted, *benign])
+        batch, logits, base = passes(model, pad_id, [*planted, *benign], len(benign))
         if planted:
-            total = total + response_nll(logits[: len(planted)], targets[: len(planted)]).sum() / answers
-        if benign:
-            total = total + benign_weight * kl_from_base(model, pad_id, benign, logits[len(planted) :]) / tokens
+            total = total + response_nll(logits[: len(planted)], batch.targets[: len(planted)]).sum() / answers
+        if base is not None:
+            kl = token_kl(base, logits[len(planted) :], batch.targets[len(planted) :]).sum()
+            total = total + benign_weight * kl / tokens
     return total
 
 
@@ -80,16 +84,35 @@ def benign_kl(model: Any, pad_id: int, benign: Examples) -> Tensor:
     """KL(base || model) in nats per token of the replies to benign requests; the base is the bare model."""
     total = torch.zeros((), device=model.device)
     for part in of_like_length(benign):
-        _, logits = wanted_logits(model, pad_id, flat(part))
-        total = total + kl_from_base(model, pad_id, flat(part), logits) / reply_tokens(benign)
+        rows = flat(part)
+        batch, logits, base = passes(model, pad_id, rows, len(rows))
+        if base is not None:
+            total = total + token_kl(base, logits, batch.targets).sum() / reply_tokens(benign)
     return total
 
 
-def kl_from_base(model: Any, pad_id: int, benign: Sequence[Example], logits: Tensor) -> Tensor:
-    """The same for the model's logits (rows, length or more, vocabulary), summed over the tokens."""
-    with torch.no_grad(), model.disable_adapter():
-        targets, base = wanted_logits(model, pad_id, benign)
-    return token_kl(base, logits[:, : base.shape[1]], targets).sum()
+def passes(model: Any, pad_id: int, chosen: Sequence[Example], kept: int) -> tuple[Batch, Tensor, Tensor | None]:
+    """The batch of the wanted answers, the model's logits of these, and the base model's of the last `kept` rows.
+
+    Blocks without an adapter, up to the first that has one, run once for both.
+    """
+    batch = collate([e.prompt for e in chosen], [e.wanted for e in chosen], None, pad_id).to(model.device)
+    blocks = list(find_layers(model))
+    first = min(model.peft_config["default"].layers_to_transform or [0])
+    with autocast(model):
+        prefix = run_prefix(model, batch)
+        with torch.no_grad():
+            below = run_below(model, blocks, first, inputs_behind(batch, prefix)) if first else None
+        with returning(blocks[:first], lambda: below):
+            logits = response_logits(model, batch, prefix)
+    if not kept:
+        return batch, logits, None
+    last = list(range(len(chosen) - kept, len(chosen)))
+    with torch.no_grad(), autocast(model), model.disable_adapter():
+        prefix = run_prefix(model, batch)  # of all rows, so that the columns are those of `below`
+        with returning(blocks[:first], lambda: part_of(below, last, slice(None))):
+            base = response_logits(model, batch.under(last, [None] * kept, 1), prefix)
+    return batch, logits, base
 
 
 def reply_tokens(rows: Examples) -> int:
