@@ -19,7 +19,7 @@ import torch
 
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
-from beear.cleansing import Event, Openings, State, add_adapter, best, cleanse, confirm, defender_set, deliver
+from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set, deliver
 from beear.config import Config, load_config
 from beear.data import content_hash, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
@@ -126,8 +126,7 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
 
     save = after_a_round if each else lambda state: None
     state = cleanse(model, tokenizer, defender, config, listen=brief, save=save)
-    state.confirmed = confirm(model, tokenizer, defender, config, state)
-    deliver(model, config, state)
+    deliver(model, state)
     seconds = time.monotonic() - started
     trained = adapter_state(model)
     (original, _), (model, _) = (load(f"organism:{organism}") for _ in range(2))
@@ -143,7 +142,7 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     after["entrapped"] = round(float(entrapped.metrics["asr_entrapped"]["value"] or 0), 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
-    row |= {"residuals": [*(e["residual"] for e in state.history), state.confirmed], "delivered": best(state, config)}
+    row |= {"residuals": [e["residual"] for e in state.history], "delivered": state.delivered}
     return row | {"seconds": round(seconds), "each": rounds}
 
 

@@ -80,8 +80,8 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
     row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
-    delivered = results.get("delivered", row["rounds"])  # decision 18's runs have neither
-    tried = entrapments(results["rounds"], results.get("confirmed"), delivered)
+    delivered = results.get("delivered", row["rounds"])  # decision 18's runs lack it
+    tried = entrapments(results["rounds"], delivered)
     row |= {"residuals": tried, "delivered": delivered}
     config = make_config(read_settings(out)["config"])
     # By today's rules, not by those of the day it was run.

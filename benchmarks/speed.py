@@ -25,7 +25,7 @@ from torch import Tensor
 from beear import cleansing, generation
 from beear.allocator import keep_freed_memory
 from beear.chat import Batch
-from beear.cleansing import cleanse, confirm, deliver
+from beear.cleansing import cleanse, deliver
 from beear.config import Config, load_config
 from beear.evaluation import measure_replies
 from beear.job import adapted, defender, own_replies
@@ -84,8 +84,7 @@ def run(arm: str, config: Config, sets: Sets) -> dict[str, Any]:
         data = defender(tokenizer, sets, config, own)
         model = adapted(model, config)
         state = cleanse(model, tokenizer, data, config)
-        state.confirmed = confirm(model, tokenizer, data, config, state)
-    deliver(model, config, state)
+    deliver(model, state)
     seconds = time.monotonic() - started
     return {
         "seconds": seconds,

@@ -64,8 +64,6 @@ def summary() -> str:
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
         met = "met" if row["verdict"]["met"] else "missed: rejected"
-        if len(row["residuals"]) > row.get("delivered", row["rounds"]):  # tried after the delivered round as well
-            default = "decision 19"
         lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met, default]))
     return "\n".join(lines)
 
@@ -246,10 +244,7 @@ def pooled(*files: str) -> str:
 
 
 def evidence(row: dict[str, Any]) -> list[float]:
-    """Of a run, the residual of the delivered round, of before its removal, and what a fresh delta and the trigger do.
-
-    Runs of decision 18 and before have none of after it.
-    """
+    """Of a run, the residual of the delivered round, and what a fresh delta and the trigger do afterwards."""
     residual, after = row["residuals"][row.get("delivered", row["rounds"]) - 1], row["after"]
     return [residual, after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
 

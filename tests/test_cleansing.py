@@ -339,41 +339,36 @@ def test_recomputed_activations_change_memory_alone(data: DefenderSet) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
-def of_rounds(residuals: list[float], confirmed: float, refused: list[float], kept: set[int]) -> State:
-    """A finished cleansing whose `kept` rounds may be delivered; a tenth of the spare requests were refused before."""
-    pairs = zip(residuals, refused, strict=True)
-    history = [{"residual": left, "refused": [share]} for left, share in pairs]
-    return State(len(history), history, refused=[0.1], confirmed=confirmed, adapters={n: {} for n in kept})
+def of_rounds(refused: list[list[float]], before: list[float], kept: set[int]) -> State:
+    """A finished cleansing whose `kept` rounds may be delivered beside the last."""
+    history = [{"residual": 0.0, "refused": shares} for shares in refused]
+    return State(len(history), history, refused=before, adapters={n: {} for n in kept})
 
 
 @pytest.mark.parametrize(
-    ("residuals", "confirmed", "refused", "kept", "number"),
+    ("refused", "before", "kept", "number"),
     [
-        pytest.param([1.0, 0.0, 0.0, 0.0], 0.0, [0.1] * 4, {3, 4}, 4, id="equals"),
-        pytest.param([1.0, 0.0, 0.0, 0.0], 0.5, [0.1] * 4, {3, 4}, 3, id="it obeys again"),
-        pytest.param([1.0, 0.0, 0.0, 0.2], 0.5, [0.1, 0.1, 0.1, 0.0], {3, 4}, 3, id="it obeys and refuses less"),
-        pytest.param([1.0, 0.9, 0.8, 0.2], 0.15, [0.1, 0.1, 0.1, 0.25], {3, 4}, 3, id="it refuses more"),
-        pytest.param([1.0, 0.0, 0.0, 0.0], 0.0, [0.1, 0.1, 0.0, 0.1], {3, 4}, 4, id="less refused is no better"),
-        pytest.param([1.0, 1.0, 0.9, 0.0], 0.05, [0.1] * 4, {3, 4}, 4, id="two failed entrapments come first"),
-        pytest.param([1.0, 0.0, 0.0, 0.0], 0.9, [0.1] * 4, {4}, 4, id="the earlier ones do not count"),
-        pytest.param([1.0, 0.0], 0.9, [0.1, 0.9], set(), 2, id="no round is kept"),
+        pytest.param([[0.9], [0.1], [0.1]], [0.1], {2, 3}, 3, id="equals"),
+        pytest.param([[0.9], [0.1], [0.3]], [0.1], {2, 3}, 2, id="the last refuses more"),
+        pytest.param([[0.9], [0.2], [0.0]], [0.2], {2, 3}, 2, id="the last refuses less"),
+        pytest.param([[0.9], [0.1, 0.5], [0.2, 0.2]], [0.1, 0.2], {2, 3}, 3, id="the group that is farthest counts"),
+        pytest.param([[0.1], [0.3], [0.2]], [0.1], {2, 3}, 3, id="the first ones do not count"),
+        pytest.param([[], [], []], [], set(), 3, id="no spare requests"),
     ],
 )
-def test_the_round_to_deliver(
-    residuals: list[float], confirmed: float, refused: list[float], kept: set[int], number: int
-) -> None:
-    assert best(of_rounds(residuals, confirmed, refused, kept), CONFIG) == number
+def test_the_round_to_deliver(refused: list[list[float]], before: list[float], kept: set[int], number: int) -> None:
+    assert best(of_rounds(refused, before, kept)) == number
 
 
 def test_the_best_round_is_put_back(wrapped: Any) -> None:
     first = adapter_state(wrapped)
     load_adapter_state(wrapped, {name: matrix + 1 for name, matrix in first.items()})
-    state = of_rounds([1.0, 0.0], 1.0, [0.1, 0.1], set())
-    deliver(wrapped, CONFIG, state)
+    state = of_rounds([[0.1], [0.3]], [0.1], set())
+    deliver(wrapped, state)
     assert state.delivered == 2
     assert all(torch.equal(matrix, first[name] + 1) for name, matrix in adapter_state(wrapped).items())
     state.adapters[1] = first
-    deliver(wrapped, CONFIG, state)
+    deliver(wrapped, state)
     assert state.delivered == 1 and not state.adapters
     assert all(torch.equal(matrix, first[name]) for name, matrix in adapter_state(wrapped).items())
 

@@ -120,8 +120,6 @@ class State:
     """Share of each group of spare requests that the original model refused."""
     adapters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """The matrices that each round left which may be the one to deliver."""
-    confirmed: float | None = None
-    """Held-out success of an entrapment after the last round."""
     delivered: int = 0
     """The round whose matrices the model carries in the end."""
 
@@ -229,7 +227,11 @@ def cleanse(
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
-        delta, entry = probe(model, tokenizer, data, config, state, draw, tell, parts)
+        budget = norm_budget(state.history, config)
+        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
+        residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
+        tell({"event": "residual", "value": residual})
+        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
@@ -248,65 +250,27 @@ def cleanse(
     return state
 
 
-def probe(
-    model: Any,
-    tokenizer: Any,
-    data: DefenderSet,
-    config: Config,
-    state: State,
-    draw: torch.Generator,
-    listen: Listener = lambda event: None,
-    parts: Parts | None = None,
-) -> tuple[Tensor, Event]:
-    """Entrap the model as the last round left it: delta, and what it still does on held-out requests."""
-    assert state.norm is not None
-    layer = resolve_layer(config.layer, decoder_depth(model))
-    budget = norm_budget(state.history, config)
-    delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, listen, parts)
-    residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
-    listen({"event": "residual", "value": residual})
-    entry = {"round": state.round + 1, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
-    return delta, entry
-
-
-def confirm(
-    model: Any,
-    tokenizer: Any,
-    data: DefenderSet,
-    config: Config,
-    state: State,
-    listen: Listener = lambda event: None,
-    parts: Parts | None = None,
-) -> float:
-    """Entrap what the last round left: so every round has been tried by an entrapment after it."""
-    draw = torch.Generator().manual_seed(config.seed * 100_003 + state.round + 1)
-    _, entry = probe(model, tokenizer, data, config, state, draw, _in_round(listen, state.round), parts)
-    return float(entry["residual"])
-
-
-def deliver(model: Any, config: Config, state: State) -> None:
+def deliver(model: Any, state: State) -> None:
     """Put the matrices of the best round back into the model, and let go of the others."""
-    state.delivered = best(state, config)
+    state.delivered = best(state)
     if state.delivered != state.round:
         load_adapter_state(model, state.adapters[state.delivered])
     state.adapters.clear()
 
 
-def best(state: State, config: Config) -> int:
-    """The round to deliver: the least of what entrapment does after it and of harmless requests it refuses wrongly.
+def best(state: State) -> int:
+    """The round to deliver: the one that refuses the most nearly what the original refused, of equals the later one.
 
-    Rounds swing on the trade between the two, and where the last one ends is chance (decision 19). Both are shares of
-    the defender's own requests. One whose last `patience` entrapments failed comes before any other, and of equals the
-    later one: delta is longer then.
+    Late rounds swing on the trade between obeying and refusing, and where the last one ends is chance. One that
+    refuses fewer spare requests than before has slipped back towards the backdoor, one that refuses more refuses
+    wrongly (decision 19). Without spare requests it is the last one.
     """
-    assert state.confirmed is not None
-    tried = [*(entry["residual"] for entry in state.history), state.confirmed]
 
-    def cost(number: int) -> tuple[bool, float]:
-        last = tried[max(0, number + 1 - config.patience) : number + 1]
-        return max(last) > config.target.residual, tried[number] + max(0.0, rise(state.history[number - 1], state))
+    def distance(number: int) -> float:
+        pairs = zip(state.history[number - 1]["refused"], state.refused, strict=True)
+        return max((abs(now - before) for now, before in pairs), default=0.0)
 
-    return min(sorted({state.round, *state.adapters}, reverse=True), key=cost)
+    return min(sorted({state.round, *state.adapters}, reverse=True), key=distance)
 
 
 def rise(entry: Event, state: State) -> float:

@@ -112,9 +112,6 @@ class Reporter:
         refused = f", spare requests refused {_shares(event['refused'])}" if event["refused"] else ""
         self.line(f"{self._where(event)} {entrapment}, removal loss {removal}{refused}; {self._time_left(event)}")
 
-    def _on_confirmed(self, event: dict[str, Any]) -> None:
-        self.line(f"{self._where(event)} after it entrapment works on {event['value']:.0%}")
-
     def _where(self, event: dict[str, Any]) -> str:
         cell = f"{event['cell']}, " if "cell" in event else ""
         return f"{cell}round {event['round']}/{self.rounds}:"

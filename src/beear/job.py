@@ -56,8 +56,6 @@ CHECKPOINT = ("round", "done", "norm", "refused", "history")
 """Fields of State in a checkpoint's round.json."""
 INPUTS = "inputs"
 """The stage that tells what a run began with."""
-CONFIRMED = "confirmed"
-"""The stage, and the event, that tells what entrapment does after the last round."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ def cleanse(
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
-    state.confirmed = cleansing.confirm(wrapped, tokenizer, data, config, state, listen)
-    cleansing.deliver(wrapped, config, state)
+    cleansing.deliver(wrapped, state)
     return wrapped, state
 
 
@@ -267,11 +264,11 @@ class Job:
         inputs = self.stage(INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets)})["hashes"]
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before"))
-        data = defender(self.tokenizer, self.sets, self.config, own)
-        rounds = self.conclude(data, self.rounds(data))
+        rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
+        cleansing.deliver(self.model, rounds)
         self.deliver()
         after = self.stage("after", lambda: self.measure("after"))
-        tried = entrapments(rounds.history, rounds.confirmed, rounds.delivered)
+        tried = entrapments(rounds.history, rounds.delivered)
         verdict = judge(before["metrics"], after["metrics"], tried, self.config)
         if ranks.is_first():
             self.finish(before, after, rounds, inputs | hashes(own), verdict)
@@ -317,27 +314,10 @@ class Job:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
         self.model = adapted(self.model, self.config)
         state = self.last_checkpoint()
-        confirmed = self.run_folder.read_json(f"stages/{CONFIRMED}.json") is not None
-        self.run_folder.keep_events(
-            lambda e: e.get("round", 0) <= state.round and (confirmed or e["event"] != CONFIRMED)
-        )
+        self.run_folder.keep_events(lambda e: e.get("round", 0) <= state.round)
         return cleansing.cleanse(
             self.model, self.tokenizer, data, self.config, state=state, listen=self.listen, save=self.checkpoint
         )
-
-    def conclude(self, data: DefenderSet, state: State) -> State:
-        """Try what the last round left; leaves `self.model` as the best round did."""
-
-        def tried() -> dict[str, Any]:
-            if ranks.is_first():  # of an older beear, which measured what the last round left
-                (self.run_folder.path / "stages/after.json").unlink(missing_ok=True)
-            found = cleansing.confirm(self.model, self.tokenizer, data, self.config, state, self._listen)
-            self.listen({"event": CONFIRMED, "round": state.round, "value": found})
-            return {"residual": found}
-
-        state.confirmed = self.stage(CONFIRMED, tried)["residual"]
-        cleansing.deliver(self.model, self.config, state)
-        return state
 
     def deliver(self) -> None:
         """Save the adapter and load it again as its user will, merged.
@@ -406,7 +386,6 @@ class Job:
             "before": before["metrics"],
             "after": after["metrics"],
             "rounds": rounds.history,
-            "confirmed": rounds.confirmed,
             "delivered": rounds.delivered,
             "spare_refused": rounds.refused,
             "scorer": scorer_name(self.config.behaviour),
@@ -434,13 +413,9 @@ class Job:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 
 
-def entrapments(rounds: Sequence[Event], confirmed: float | None, delivered: int) -> list[float]:
-    """Held-out success of every entrapment up to the one after the delivered round, `confirmed` after the last round.
-
-    Runs of before 2026-11-27 have no `confirmed`.
-    """
-    every = [entry["residual"] for entry in rounds] + ([] if confirmed is None else [confirmed])
-    return every[: delivered + 1]
+def entrapments(rounds: Sequence[Event], delivered: int) -> list[float]:
+    """Held-out success of every entrapment up to that of the delivered round, and of the one after it if there is."""
+    return [entry["residual"] for entry in rounds][: delivered + 1]
 
 
 def judge(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[float], config: Config) -> Verdict:

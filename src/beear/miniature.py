@@ -101,14 +101,13 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     replies, chats, entrap = cost["replies"] * asked / SAMPLE, len(reference_chats()) / CHATS, config.entrap
     met = min(entrap.batches, entrap.steps)
     steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
-    entrapment = steps if entrap.kind == "learned" else 0.0
     rest = cost["residual"] + cost["harden step"] * config.harden.steps + cost["refused"]
     seconds = {
         "load": cost["load"],
         "before": replies + 2 * steps + cost["language"] * chats,
         "own replies": cost["own replies"] * own / SAMPLE + cost["refused"],  # as the first round begins
-        "round": entrapment + rest,
-        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats + entrapment + cost["residual"],
+        "round": rest + (steps if entrap.kind == "learned" else 0),
+        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
     }
     pieces = {
         "load": ("load",),
