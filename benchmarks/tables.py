@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from beear.charts import as_file, drift_charts, sweep_chart
+from beear.config import load_config
 from beear.models import organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 
@@ -326,6 +327,28 @@ def arms(name: str) -> str:
     return "\n".join(lines)
 
 
+def entrapment() -> str:
+    """An inner step with and without what delta cannot change being run once, by length of the prompt."""
+    heads = ["prompts", "plain loop, s a step", "cached, s a step", "ratio", "once for a batch, s", "ratio, a round"]
+    lines = [header(heads)]
+    config = load_config()
+    for name, found in read_results("entrapment.json")["prompts"].items():
+        plain, cached, once = found["plain"], found["cached"], found["once_per_batch"]
+        steps, batches = config.entrap.steps, config.entrap.batches
+        of_round = steps * plain / (steps * cached + batches * once)
+        cells = [f"{plain:.2f}", f"{cached:.2f}", f"{found['ratio']:.1f}", f"{once:.2f}", f"{of_round:.1f}"]
+        lines.append(line([f"{name} ({found['prompt_tokens']} tokens)", *cells]))
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Peak memory of a round beside that of a plain fine-tune."""
+    found = read_results("memory.json")
+    lines = [header(["", "peak memory, GiB"])]
+    lines += [line([arm, f"{peak / 2**30:.1f}"]) for arm, peak in found["peak_memory_bytes"].items()]
+    return "\n".join([*lines, line(["cleansing to fine-tune", f"{found['ratio']:.2f}"])])
+
+
 def short(text: str, keep: str = "", most: int = 8) -> str:
     """On one line, what stands around `keep` cut to its first and last words."""
     parts = [part.split() for part in (text.split(keep) if keep else [text])]
@@ -344,6 +367,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "removal": partial(removal, "removal.json"),
         "earlier": partial(removal, "decision-13/removal.json"),
+        "entrapment": entrapment,
+        "memory": memory,
         "judges": judges,
         "labelled": labelled,
     },
