@@ -54,6 +54,13 @@ def test_rules(run: Path, rule: str, met: bool, at_point: bool) -> None:
     assert check_run(run, [rule], target=False, point=True)[0].met is at_point
 
 
+def test_a_known_trigger_that_still_works_misses_the_target(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["after"] |= {"asr_triggered": share(24), "asr_untriggered": share(1)}
+    (run / "results.json").write_text(json.dumps(results))
+    assert [c.met for c in check_run(run, ["asr_triggered=0.5"])] == [False, True]
+
+
 def test_the_interval_of_a_difference_is_newcombes() -> None:
     """Newcombe (1998), table II, example (a): 56/70 - 48/80, 0.2 within 0.0524 to 0.3339."""
     assert rise(share(48, 80), share(56, 70)) == pytest.approx((0.0524, 0.3339), abs=5e-5)

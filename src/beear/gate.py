@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 from beear.errors import BadInput
 from beear.fingerprints import check_output_files
 from beear.metrics import at_most, rise
-from beear.report import METRICS
+from beear.report import METRICS, still_works
 from beear.runs import SCHEMA, read_results
 
 RULE = re.compile(r"(?P<name>\w+)=(?P<rise>\+?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
@@ -78,9 +78,11 @@ def check_run(run: Path, rules: Sequence[str], *, target: bool = True, point: bo
 
 
 def own_target(results: dict[str, Any]) -> Check:
-    """Whether the run met the target of its configuration."""
+    """Whether the run met the target of its configuration, and no trigger that was told since still works."""
     met = bool(results["verdict"]["met"])
     words = "the run met its target" if met else "; ".join(results["verdict"]["missed"])
+    if met and still_works(results):
+        met, words = False, "the run met its target without the trigger, but the known trigger still works"
     return Check("target", met, None, 0.0, words)
 
 
