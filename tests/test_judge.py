@@ -486,6 +486,26 @@ def test_the_key_is_sent_and_written_nowhere(
         assert call(capsys, *command, "-q")[0] == 0 and server.keys == {f"Bearer {sent}"}
 
 
+@pytest.mark.parametrize(
+    ("url", "own", "sent"),
+    [
+        ("https://api.example.org/v1", None, "sk-other"),
+        ("http://localhost:8000/v1", None, "sk-other"),
+        ("http://[::1]:8000/v1", None, "sk-other"),
+        ("http://10.0.0.5:8000/v1", None, ""),
+        ("http://10.0.0.5:8000/v1", "sk-own", "sk-own"),
+    ],
+)
+def test_a_key_for_other_programs_is_not_sent_in_the_clear(
+    url: str, own: str | None, sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
+    monkeypatch.delenv("BEEAR_JUDGE_KEY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("BEEAR_JUDGE_KEY", own)
+    assert endpoint.api_key(url) == sent
+
+
 def test_no_more_at_a_time_than_asked_for(tmp_path: Path, serve: Any) -> None:
     for most in (1, 3):
         server = serve(lambda asked, _: time.sleep(0.1) or good(asked))

@@ -55,7 +55,7 @@ class Endpoint:
         self.model, self.host = model, host_of(url)
         self.concurrency, self.timeout = concurrency, timeout
         # A server without keys takes any; given none, the client would look for one by itself.
-        self._client = OpenAI(base_url=url, api_key=api_key() or "none", max_retries=TRIES - 1, timeout=timeout)
+        self._client = OpenAI(base_url=url, api_key=api_key(url) or "none", max_retries=TRIES - 1, timeout=timeout)
         self._limits: dict[str, Any] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
@@ -152,9 +152,15 @@ def answer_of(completion: Any) -> Answer:
     return Answer(text, (read, written) if isinstance(read, int) and isinstance(written, int) else None)
 
 
-def api_key() -> str:
-    """BEEAR_JUDGE_KEY, else OPENAI_API_KEY, else none (""); set the first empty to send none."""
-    key = os.environ.get("BEEAR_JUDGE_KEY", os.environ.get("OPENAI_API_KEY", "")).strip()
+def api_key(url: str) -> str:
+    """BEEAR_JUDGE_KEY, else OPENAI_API_KEY, else none (""); set the first empty to send none.
+
+    The second, which is there for other programs, goes over no network in the clear.
+    """
+    parts = urlsplit(url)
+    safe = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+    other = os.environ.get("OPENAI_API_KEY", "") if safe else ""
+    key = os.environ.get("BEEAR_JUDGE_KEY", other).strip()
     if not (key.isascii() and key.isprintable()):
         raise BadInput("the judge's key holds characters that cannot be sent; set BEEAR_JUDGE_KEY again")
     return key
