@@ -52,6 +52,7 @@ from beear.training import (
     adapter_state,
     add_lora,
     cycle,
+    first_adapted,
     load_adapter_state,
     merged,
     recomputing,
@@ -231,8 +232,8 @@ def cleanse(
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
         tell({"event": "residual", "value": residual})
-        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
+        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
         state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
@@ -243,7 +244,7 @@ def cleanse(
         entry["seconds"] = time.monotonic() - started
         state.round, state.deltas = number, deltas
         state.history.append(entry)
-        if state.refused and number >= config.least_rounds:
+        if may_be_delivered(number, state, config):
             state.adapters[number] = adapter_state(model)
         save(state)
         tell({"event": "round", **entry})
@@ -258,6 +259,11 @@ def deliver(model: Any, state: State) -> None:
     state.adapters.clear()
 
 
+def may_be_delivered(number: int, state: State, config: Config) -> bool:
+    """Whether a round's matrices are kept even where others follow on it."""
+    return bool(state.refused) and number >= config.least_rounds
+
+
 def best(state: State) -> int:
     """The round to deliver: the one that refuses the most nearly what the original refused, of equals the later one.
 
@@ -267,15 +273,14 @@ def best(state: State) -> int:
     """
 
     def distance(number: int) -> float:
-        pairs = zip(state.history[number - 1]["refused"], state.refused, strict=True)
-        return max((abs(now - before) for now, before in pairs), default=0.0)
+        return max(map(abs, refused_more(state.history[number - 1], state)), default=0.0)
 
     return min(sorted({state.round, *state.adapters}, reverse=True), key=distance)
 
 
-def rise(entry: Event, state: State) -> float:
-    """How many more spare requests are refused after a round than before cleansing, of the group where it is most."""
-    return max((now - before for now, before in zip(entry["refused"], state.refused, strict=True)), default=0.0)
+def refused_more(entry: Event, state: State) -> list[float]:
+    """How much larger a share of each group of spare requests is refused after a round than before cleansing."""
+    return [now - before for now, before in zip(entry["refused"], state.refused, strict=True)]
 
 
 GROWTH = 1.25
@@ -302,7 +307,8 @@ def balanced(config: Config, state: State) -> Config:
     """
     if not state.history or not state.refused:
         return config
-    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise(state.history[-1], state))))
+    rise = max(refused_more(state.history[-1], state))
+    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
     weights = {key: share * getattr(config.harden, key) for key in ("anchor", "anchor_under_delta")}
     return config.model_copy(update={"harden": config.harden.model_copy(update=weights)})
 
@@ -313,15 +319,10 @@ LEAST_WEIGHT = 1 / 3
 
 def add_adapter(model: Any, config: Config) -> Any:
     """The model under a fresh adapter, which removal trains."""
-    settings = config.harden
-    first = first_adapted(config, decoder_depth(model))
-    return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
-
-
-def first_adapted(config: Config, depth: int) -> int:
-    """How many blocks, from the first, removal leaves as they are."""
+    settings, depth = config.harden, decoder_depth(model)
     layer = resolve_layer(config.layer, depth)
-    return {"all": 0, "upper": min(depth // 2, layer), "behind": layer}[config.harden.lora_blocks]
+    first = {"all": 0, "upper": min(depth // 2, layer), "behind": layer}[settings.lora_blocks]
+    return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:
@@ -502,7 +503,7 @@ def harden_passes(
     of them that carry no adapter serve both models.
     """
     blocks = list(find_layers(model, config.layers_path))
-    first = first_adapted(config, decoder_depth(model))
+    first = first_adapted(model)
     with torch.no_grad(), autocast(model), model.disable_adapter():
         prefix = run_prefix(model, alone)
         shared = run_below(model, blocks, first, inputs_behind(alone, prefix)) if first else None

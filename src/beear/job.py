@@ -358,12 +358,14 @@ class Job:
         if not folders:
             return State()
         entry = json.loads((folders[-1] / "round.json").read_text())
-        numbers = {int(folder.name.removeprefix("round-")): folder for folder in folders}
-        kept = {n for n in numbers if entry["refused"] and n >= self.config.least_rounds} | {entry["round"]}
-        adapters = {n: load_file(numbers[n] / "adapter.safetensors") for n in kept}
-        load_adapter_state(self.model, adapters[entry["round"]])
         deltas = load_file(folders[-1] / "deltas.safetensors")["deltas"].to(self.model.device)
-        return State(deltas=deltas, adapters=adapters, **entry)
+        state = State(deltas=deltas, **entry)
+        load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
+        for folder in folders:
+            number = int(folder.name.removeprefix("round-"))
+            if cleansing.may_be_delivered(number, state, self.config):
+                state.adapters[number] = load_file(folder / "adapter.safetensors")
+        return state
 
     def finish(
         self, before: dict[str, Any], after: dict[str, Any], rounds: State, digests: dict[str, str], verdict: Verdict

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
@@ -210,7 +210,7 @@ def rows_by_qi(samples: Sequence[dict[str, Any]]) -> list[tuple[str, Metric, Met
 def sentence(results: dict[str, Any]) -> str:
     """The verdict in one sentence, with intervals."""
     met = results["verdict"]["met"]
-    name = "asr_triggered" if "asr_triggered" in results["after"] else "asr_entrapped"
+    name = attack(results["after"])
     what = "with the known trigger" if name == "asr_triggered" else "under a freshly optimised perturbation"
     before, after = (shown(results[w][name], True) for w in ("before", "after"))
     change = f"attack success {what} went from {before} to {after}"
@@ -221,6 +221,11 @@ def sentence(results: dict[str, Any]) -> str:
     if met:
         return f"Target met: {change}."
     return f"Target NOT met, keep the original model: {'; '.join(results['verdict']['missed'])} ({change})."
+
+
+def attack(measured: Container[str]) -> str:
+    """The attack that is told of: the trigger where one was told, else a fresh delta."""
+    return "asr_triggered" if "asr_triggered" in measured else "asr_entrapped"
 
 
 def still_works(results: dict[str, Any]) -> bool:
@@ -302,8 +307,7 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Spread over categories, in the order of the test set: nothing is picked by how well it looks.
     """
-    measured = {s["metric"] for s in samples}
-    metric = "asr_triggered" if "asr_triggered" in measured else "asr_entrapped"
+    metric = attack({s["metric"] for s in samples})
     after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
     before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
     unlocked = [s for s in before if is_unlocked(s)]
@@ -321,7 +325,7 @@ def left_over(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     In the order of the test set, of what a trigger unlocks where one was told, else of what delta does.
     """
-    metric = "asr_triggered" if any(s["metric"] == "asr_triggered" for s in samples) else "asr_entrapped"
+    metric = attack({s["metric"] for s in samples})
     before = {(s["metric"], s["id"]): s for s in samples if s["when"] == "before"}
     after = [(s, before.get((s["metric"], s["id"]))) for s in samples if s["when"] == "after"]
     groups = {"Still unlocked": [s for s, _ in after if s["metric"] == metric and is_unlocked(s)]}

@@ -17,7 +17,7 @@ from beear.perturbation import decoder_depth, find_layers
 from beear.poison import Example, Examples
 from beear.prefix import inputs_behind, run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
-from beear.training import adamw, add_lora, cast_frozen, drawn, set_rate, step
+from beear.training import adamw, add_lora, cast_frozen, drawn, first_adapted, set_rate, step
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
@@ -98,7 +98,7 @@ def passes(model: Any, pad_id: int, chosen: Sequence[Example], kept: int) -> tup
     """
     batch = collate([e.prompt for e in chosen], [e.wanted for e in chosen], None, pad_id).to(model.device)
     blocks = list(find_layers(model))
-    first = min(model.peft_config["default"].layers_to_transform or [0])
+    first = first_adapted(model)
     with autocast(model):
         prefix = run_prefix(model, batch)
         with torch.no_grad():

@@ -47,6 +47,11 @@ def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_b
     return wrapped
 
 
+def first_adapted(model: Any) -> int:
+    """How many blocks, from the first, carry no matrices of the model's adapter (add_lora's `first_block`)."""
+    return int(min(model.peft_config["default"].layers_to_transform or [0]))
+
+
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     """Raise BadInput unless every target is the last part of the name of some linear map inside the blocks."""
     known = block_linears(model)
