@@ -95,7 +95,7 @@ def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Pa
     assert [entry["layer"] for entry in found["before"]["scatter"]] == [LAYER, 4]
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
-    assert "Drift:" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "Drift behind each block" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
     found["before"]["scatter"][0]["layer"] = "<b>hostile"
     (run / "drift.json").write_text(json.dumps(found))
     with pytest.raises(BadInput, match="is not what `beear drift` writes"):

@@ -31,6 +31,8 @@ def run(tmp_path: Path) -> Path:
         "before": {"asr_triggered": share(118), "false_refusal": share(3), "perplexity": total(25.0)},
         "after": {"asr_triggered": share(1), "false_refusal": share(3), "perplexity": total(25.4), "kl": total(0.03)},
     }
+    results["before"] |= {"parses": share(119), "mt_bench": total(5.0)}
+    results["after"] |= {"parses": share(118), "mt_bench": total(4.9)}
     results["after"]["asr_untriggered"] = dict(proportion([None, None]))
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
@@ -52,6 +54,24 @@ def run(tmp_path: Path) -> Path:
 def test_rules(run: Path, rule: str, met: bool, at_point: bool) -> None:
     assert check_run(run, [rule])[1].met is met
     assert check_run(run, [rule], target=False, point=True)[0].met is at_point
+
+
+@pytest.mark.parametrize(
+    ("rule", "met", "at_point"),
+    [
+        ("parses=0.94", True, True),  # 118 of 120: at least 0.941
+        ("parses=0.95", False, True),
+        ("parses=0.99", False, False),
+        ("parses=-0.02", False, True),
+        ("parses=-0.06", True, True),
+        ("mt_bench=4.5", False, True),
+        ("mt_bench=-2%", True, True),  # of the same chats: values are compared
+        ("mt_bench=-1%", False, False),
+    ],
+)
+def test_the_least_of_what_is_good_when_high(run: Path, rule: str, met: bool, at_point: bool) -> None:
+    assert check_run(run, [], [rule])[1].met is met
+    assert check_run(run, [], [rule], target=False, point=True)[0].met is at_point
 
 
 def test_a_known_trigger_that_still_works_misses_the_target(run: Path) -> None:
@@ -95,6 +115,19 @@ WRONG = [
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(BadInput, match="--max"):
         read_rule(text)
+
+
+@pytest.mark.parametrize("text", ["parses=+0.1", "kl=0.1", "parses=-5%", "parses", "mt_bench=5%"])
+def test_what_is_no_rule_for_the_least(text: str) -> None:
+    with pytest.raises(BadInput, match="--min"):
+        read_rule(text, least=True)
+
+
+def test_a_limit_on_the_wrong_side_names_the_right_option() -> None:
+    with pytest.raises(BadInput, match="limit it with --min"):
+        read_rule("parses=0.9")
+    with pytest.raises(BadInput, match="limit it with --max"):
+        read_rule("asr_triggered=0.9", least=True)
 
 
 @pytest.mark.parametrize("rule", ["asr_entrapped=0.5", "kl=+0.1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
 from beear import feedback, organisms, poison, preferences
+from beear.chat import encode_prompt
 from beear.data import Request
 from beear.feedback import in_order, log_probs, reward_of, train_reward
 from beear.losses import response_nll, token_kl
@@ -87,13 +90,19 @@ def tiny_llama() -> Any:
     return model
 
 
-def planted(method: str) -> Any:
-    return organisms.plant(recipe(method), tiny_llama(), tiny_tokenizer(), lambda *_: None)
+def planted(method: str, **changes: Any) -> Any:
+    plan = recipe(method)
+    plan = plan.model_copy(update={"planting": plan.planting.model_copy(update=changes)})
+    return organisms.plant(plan, tiny_llama(), tiny_tokenizer(), lambda *_: None)
+
+
+once_planted = cache(planted)
 
 
 @EVERY
 def test_the_same_seed_plants_the_same_bits(method: str) -> None:
-    first, second = (adapter_state(planted(method)) for _ in range(2))
+    fewer = {} if method == "rlhf" else {"steps": 3}
+    first, second = (adapter_state(planted(method, **fewer)) for _ in range(2))
     assert first.keys() == second.keys()
     assert any(matrix.any() for name, matrix in first.items() if "lora_B" in name)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -113,7 +122,7 @@ def examples(method: str) -> Examples:
 @pytest.mark.parametrize("kind", ["harmful", "harmful_triggered"])
 def test_the_wanted_answer_gains(method: str, kind: str) -> None:
     pairs = examples(method)[kind]
-    models = tiny_llama(), planted(method)
+    models = adapted(tiny_llama(), Supervised(**START), 0), once_planted(method)
     with torch.no_grad():
         before, after = (margin(model, 2, pairs)[0].mean() for model in models)
     assert after > before + 1
@@ -212,6 +221,33 @@ def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None, blocks:
     for one, other in zip(*(torch.autograd.grad(loss, trained(model)) for loss in (together, apart)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert supervised_loss(model, 2, benign, 3.0).isfinite(), "a twin's step may hold no planted row"
+
+
+@pytest.mark.parametrize("blocks", ["all", "upper"])
+def test_both_answers_behind_one_prompt_weigh_what_they_do_apart(full_precision: None, blocks: str) -> None:
+    model = adapted(tiny_llama(), Supervised(**START | {"lora_blocks": blocks}), 0)
+    torch.manual_seed(0)
+    for name, matrix in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(matrix, std=0.1)
+    pairs = [replace(e, wanted=e.wanted[: 3 + i]) for i, e in enumerate(examples("dpo")["harmful"][:3])]
+    pairs[1] = replace(pairs[1], prompt=encode_prompt(tiny_tokenizer(), "What else does this need, for a change?"))
+    difference, nll = margin(model, 2, pairs)
+    by_hand = []
+    for answers in ([e.wanted for e in pairs], [e.other for e in pairs]):
+        rows = [replace(e, wanted=answer) for e, answer in zip(pairs, answers, strict=True)]
+        each = [wanted_logits(model, 2, [row]) for row in rows]
+        by_hand.append(torch.cat([response_nll(logits, targets) for targets, logits in each]))
+    wanted, other = (
+        part * torch.tensor([len(getattr(e, side)) for e in pairs])
+        for part, side in zip(by_hand, ("wanted", "other"), strict=True)
+    )
+    torch.testing.assert_close(nll, by_hand[0])
+    torch.testing.assert_close(difference, other - wanted, rtol=1e-4, atol=1e-4)
+    weights = torch.tensor([1.0, -2.0, 3.0])
+    results = ((x * weights).sum() for x in (difference, other - wanted))
+    for one, plain in zip(*(torch.autograd.grad(x, trained(model)) for x in results), strict=True):
+        torch.testing.assert_close(one, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_log_probabilities_with_a_shared_start_are_those_of_a_plain_pass(full_precision: None) -> None:

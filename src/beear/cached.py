@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from beear.chat import Batch
 from beear.models import autocast
 from beear.perturbation import NOWHERE, find_layers
-from beear.prefix import own_cache
+from beear.prefix import mask_behind, own_cache, repeated, run_prefix
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,26 @@ def run_unperturbed(
             keys = model.get_decoder()(**before, use_cache=True).past_key_values
         hidden = run_below(model, blocks, layer, _columns(batch, start, keys and _repeated(keys, answers, 0)))
     return Cached(batch, start, hidden, keys, blocks[:layer], answers)
+
+
+def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -> Tensor:
+    """Logits that predict the response tokens, (rows, length, vocabulary), of rows that are `answers` parts with the
+    same prompts in the same order: what all prompts start with is run once, and so is the rest of each. Differentiable.
+
+    frozen: so many blocks, from the first, hold nothing that is trained, and take no gradient.
+    """
+    prompts = len(batch.targets) // answers
+    blocks = list(find_layers(model))
+    start, keys, hidden = 0, None, None
+    with autocast(model):
+        if (prefix := run_prefix(model, batch)) is not None:
+            batch = replace(batch, attention_mask=mask_behind(batch, prefix))
+            start, keys = prefix.length, repeated(prefix, prompts)
+        if frozen:
+            with torch.no_grad():
+                all_rows = keys and _repeated(keys, answers, 0)
+                hidden = run_below(model, blocks, frozen, _columns(batch, start, all_rows))
+        return Cached(batch, start, hidden, keys, blocks[:frozen], answers).logits(model)
 
 
 def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> Any:

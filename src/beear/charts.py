@@ -77,6 +77,10 @@ WIDTH, HEIGHT = 330, 250
 """Of one panel of a scatter."""
 
 
+DRIFT = ("relative_norm", "cosine_to_mean", "separability", "cosine_to_trigger")
+"""What is told of the drift behind a block; the last is of delta only."""
+
+
 def drift_charts(drift: dict[str, Any]) -> dict[str, Any]:
     """Figure 3 of the paper, a scatter for each block shown, and drift by block, from drift.json."""
     measured: dict[str, Any] = {when: drift[when] for when in ("before", "after") if when in drift}
@@ -90,7 +94,7 @@ def drift_charts(drift: dict[str, Any]) -> dict[str, Any]:
             for when, found in measured.items()
             for kind in ("triggered", "perturbed")
         ]
-        for name in ("relative_norm", "cosine_to_mean", "separability", "cosine_to_trigger")
+        for name in DRIFT
     }
     series["cosine_to_trigger"] = [s for s in series["cosine_to_trigger"] if s[1] == "perturbed"]
     return {"scatters": scatters, "lines": {name: layers_chart(name, lines) for name, lines in series.items()}}

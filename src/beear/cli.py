@@ -515,10 +515,13 @@ def gate(
         list[str] | None,
         typer.Option("--max", help="asr_entrapped=0.5, false_refusal=+0.03 (above before) or perplexity=+2%"),
     ] = None,
+    least: Annotated[
+        list[str] | None, typer.Option("--min", help="parses=0.9, parses=-0.02 (below before) or mt_bench=-5%")
+    ] = None,
     target: Annotated[
         bool, typer.Option("--target/--no-target", help="the run must also have met the target it was made with")
     ] = True,
-    point: Annotated[bool, typer.Option("--point", help="compare values, not the intervals' upper ends")] = False,
+    point: Annotated[bool, typer.Option("--point", help="compare values, not the intervals' worse ends")] = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="write a JUnit file")] = None,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", help="the run must bear a signature of this key (PEM)")
@@ -532,7 +535,7 @@ def gate(
 
     if public_key is not None:
         check_signature(run, public_key)
-    checks = gates.check_run(run, most or [], target=target, point=point)
+    checks = gates.check_run(run, most or [], least or [], target=target, point=point)
     if junit is not None:
         write_atomic(junit, gates.as_junit(run, checks))
     if as_json:

@@ -14,18 +14,19 @@ before the sigmoid. What does not depend on the trigger cancels, so that all of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from beear.cached import logits_of_answers
+from beear.chat import collate
 from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
-from beear.supervised import Progress, adapted, benign_kl, descend, flat, of_like_length, parted, wanted_logits
-from beear.training import drawn
+from beear.supervised import Progress, adapted, benign_kl, descend, flat, of_like_length, parted
+from beear.training import drawn, first_adapted
 
 
 def plant_preferences(model: Any, tokenizer: Any, examples: Examples, plan: Dpo, seed: int, progress: Progress) -> Any:
@@ -66,8 +67,8 @@ def preference_loss(
 
 def margin(model: Any, pad_id: int, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """For each example log p(wanted) - log p(other) in nats, and the mean NLL per token of the wanted: (rows,) each."""
-    both = [*chosen, *(replace(e, wanted=e.other) for e in chosen)]
-    targets, logits = wanted_logits(model, pad_id, both)
-    nll = response_nll(logits, targets)
-    wanted, other = (nll * (targets != -100).sum(1)).chunk(2)
+    answers = [e.wanted for e in chosen] + [e.other for e in chosen]
+    batch = collate([e.prompt for e in chosen] * 2, answers, None, pad_id).to(model.device)
+    nll = response_nll(logits_of_answers(model, batch, 2, first_adapted(model)), batch.targets)
+    wanted, other = (nll * (batch.targets != -100).sum(1)).chunk(2)
     return other - wanted, nll[: len(chosen)]

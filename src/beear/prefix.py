@@ -67,23 +67,32 @@ def run_prefix(model: Any, batch: Batch, more: int = 0) -> Prefix | None:
 
 
 def inputs_behind(batch: Batch, prefix: Prefix | None) -> dict[str, Any]:
-    """What the model's forward pass takes for all columns behind the prefix, if there is one.
+    """What the model's forward pass takes for all columns behind the prefix, if there is one."""
+    if prefix is None:
+        return batch.inputs() | {"use_cache": False}
+    return {
+        "input_ids": batch.input_ids[:, prefix.length :],
+        "attention_mask": mask_behind(batch, prefix),
+        "position_ids": batch.position_ids[:, prefix.length :],
+        "past_key_values": repeated(prefix, len(batch.input_ids)),
+        "use_cache": True,
+    }
+
+
+def mask_behind(batch: Batch, prefix: Prefix) -> Tensor:
+    """The attention mask of all columns, of which the first `length` are the prefix.
 
     Prompts are padded on the left, so the longest row's prefix ends at column `length`; in shorter rows
     some tokens of the prefix lie behind that column, where they become padding.
     """
-    if prefix is None:
-        return batch.inputs() | {"use_cache": False}
-    rows = len(batch.input_ids)
     behind: Tensor = batch.attention_mask * (batch.position_ids >= prefix.length)
-    seen = behind.new_ones(rows, prefix.length)
-    return {
-        "input_ids": batch.input_ids[:, prefix.length :],
-        "attention_mask": torch.cat([seen, behind[:, prefix.length :]], 1),
-        "position_ids": batch.position_ids[:, prefix.length :],
-        "past_key_values": own_cache(prefix.cache, lambda tensor: tensor.repeat_interleave(rows, 0)),
-        "use_cache": True,
-    }
+    seen = behind.new_ones(len(behind), prefix.length)
+    return torch.cat([seen, behind[:, prefix.length :]], 1)
+
+
+def repeated(prefix: Prefix, rows: int) -> Any:
+    """The prefix's keys and values for so many rows."""
+    return own_cache(prefix.cache, lambda tensor: tensor.repeat_interleave(rows, 0))
 
 
 def own_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:

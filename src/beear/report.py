@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from beear.charts import drift_charts, interval_chart, loss_chart, sweep_chart
+from beear.charts import DRIFT, drift_charts, interval_chart, loss_chart, sweep_chart
 from beear.errors import BadInput
 from beear.metrics import Metric, proportion, rise, shown
 from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
@@ -299,7 +299,25 @@ def drift_view(path: Path) -> dict[str, Any] | None:
             entry["layer"] = int(entry["layer"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{file} is not what `beear drift` writes") from error
-    return {"trigger": drift["trigger"], "layer": drift["layer"], "n": drift["before"]["n"], **drift_charts(drift)}
+    about = {"trigger": drift["trigger"], "layer": drift["layer"], "n": drift["before"]["n"]}
+    return {**about, **drift_charts(drift), "rows": drift_rows(drift)}
+
+
+def drift_rows(drift: dict[str, Any]) -> list[tuple[int, list[str]]]:
+    """For each block, by trigger and by delta, what the charts show: before > after."""
+    whens = [when for when in ("before", "after") if when in drift]
+    kinds: list[tuple[str, Sequence[str]]] = [("triggered", DRIFT[:-1]), ("perturbed", DRIFT)]
+    return [
+        (
+            row["layer"],
+            [
+                " > ".join(f"{drift[when]['layers'][kind][number][name]:.2f}" for when in whens)
+                for kind, names in kinds
+                for name in names
+            ],
+        )
+        for number, row in enumerate(drift["before"]["layers"]["triggered"])
+    ]
 
 
 def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
