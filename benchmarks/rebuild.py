@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
+from beear.fingerprints import code_hash
 from beear.models import organism_folder
 from beear.organisms import build
-from beear.recipes import names, read_recipe
+from beear.recipes import Recipe, names, read_recipe
 from beear.verification import verify
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,8 @@ def rebuild(organism: str, again: bool) -> dict[str, Any]:
     """One build, verified; with `again` its bits are only compared with those of the one before."""
     shipped = organism_folder(organism)
     out = BUILDS / (f"{organism}-again" if again else organism)
-    if not (out / "checksums.json").exists():
+    if not is_of_today(out, read_recipe(shipped)):
+        shutil.rmtree(out, ignore_errors=True)
         build(read_recipe(shipped), out, lambda number, steps, loss: report(organism, number, steps, loss))
     arithmetic = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # of the processor (models.casts)
     about = {"cores": os.cpu_count(), "arithmetic": arithmetic, "adapter": digest(out)}
@@ -44,6 +47,14 @@ def rebuild(organism: str, again: bool) -> dict[str, Any]:
     found = verify(str(out))
     metrics = {name: found["metrics"][name] for name in METRICS if name in found["metrics"]}
     return {"built": made, "shipped": digest(shipped), "metrics": metrics, "missed": found["missed"]}
+
+
+def is_of_today(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder was built from this recipe with the code of now."""
+    if not (folder / "build.json").is_file():
+        return False
+    built_with = json.loads((folder / "build.json").read_text()).get("code")
+    return read_recipe(folder) == recipe and built_with == code_hash()
 
 
 def report(organism: str, number: int, steps: int, loss: float) -> None:
@@ -64,10 +75,12 @@ def main() -> None:
     keep_freed_memory()
     BUILDS.mkdir(parents=True, exist_ok=True)
     for organism in chosen.organism or names():
+        if chosen.again and not is_of_today(BUILDS / organism, read_recipe(organism_folder(organism))):
+            parser.error(f"{organism} has not been built with today's code; build it without --again first")
         row = rebuild(organism, chosen.again)
         with FileLock(BUILDS / ".lock"):  # two of these may run beside each other
             rows = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
-            rows[organism] = rows.get(organism, {}) | row
+            rows[organism] = (rows[organism] if chosen.again else {}) | row
             rows = {name: rows[name] for name in names() if name in rows}
             RESULTS.write_text(json.dumps({"schema": 1, "organisms": rows}, indent=1) + "\n")
 

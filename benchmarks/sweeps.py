@@ -41,7 +41,8 @@ def run(organism: str, axis: Axis) -> None:
     spec, out = f"organism:{organism}", RUNS / f"{organism}-{axis}"
     config = load_config(sets=[f"rounds={ROUNDS}"])
     hashes = input_hashes(locate(spec), read_sets(config))
-    done = {cell["value"] for cell in kept(organism, axis, hashes)}
+    like = {"hashes": hashes, "config": config.model_dump(mode="json"), "requests": REQUESTS}
+    done = {cell["value"] for cell in kept(organism, axis, like)}
     values = [value for value in default_values(axis, depth(locate(spec), False)) if value not in done]
     if not values:
         return
@@ -62,17 +63,18 @@ def gather(organism: str, axis: Axis, out: Path) -> None:
         return
     found = read_json(out / SWEEP)
     with FileLock(RUNS / ".lock"):  # two of these may run beside each other
-        cells = {cell["value"]: cell for cell in [*kept(organism, axis, found["hashes"]), *found["cells"]]}
+        cells = {cell["value"]: cell for cell in [*kept(organism, axis, found), *found["cells"]]}
         rows = read()
         rows.setdefault(organism, {})[axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
         content = {"schema": 1, "command": "python benchmarks/sweeps.py", "organisms": rows}
         write_atomic(RESULTS, (json.dumps(content) + "\n").encode())
 
 
-def kept(organism: str, axis: Axis, hashes: dict[str, str]) -> list[dict[str, Any]]:
-    """Cells of earlier runs on the same weights and requests; an organism that was planted anew has none."""
+def kept(organism: str, axis: Axis, like: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cells of earlier runs with the same settings, weights and requests; after a change of these there are none."""
     row = read().get(organism, {}).get(axis, {})
-    return list(row["cells"]) if row.get("hashes") == hashes else []
+    same = all(row.get(key) == like[key] for key in ("hashes", "config", "requests"))
+    return list(row["cells"]) if same else []
 
 
 def read() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,6 +14,8 @@ import pytest
 
 from beear import cli
 from beear.config import preset_names
+from beear.models import organism_folder
+from beear.verification import organism_at
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 
@@ -137,6 +140,48 @@ def test_quantised_weights_need_their_library_in_every_command(
 def test_a_misspelt_organism_is_told_before_the_others_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     code, err = call(capsys, "organism", "verify", "sudo-prefix", "sudo-prefux")
     assert code == 2 and "sudo-prefux" in err and "measuring" not in err, err
+
+
+def test_verifying_two_of_one_name_into_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would take the other's place."""
+    built = shutil.copytree(organism_folder("sudo-prefix"), tmp_path / "built")
+    found = tmp_path / "found.json"
+    code, err = call(capsys, "organism", "verify", str(built), "sudo-prefix", "--json", str(found))
+    assert code == 2 and "two of these are called 'sudo-prefix'" in err and not found.exists()
+    reasons = {str(built): ["asr_triggered 0.500 < 0.9"], "sudo-prefix": []}
+    monkeypatch.setattr(
+        "beear.verification.verify",
+        lambda name, listen: {"name": "sudo-prefix", "metrics": {}, "missed": reasons[name]},
+    )
+    code, err = call(capsys, "organism", "verify", str(built), "sudo-prefix")
+    assert code == 3 and f"{built}: asr_triggered 0.500 < 0.9" in err
+
+
+def test_a_folder_does_not_stand_for_a_packaged_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(organism_folder("sudo-suffix"), tmp_path / "sudo-prefix")
+    shutil.copytree(organism_folder("sudo-suffix"), tmp_path / "own")
+    assert organism_at("sudo-prefix") == (organism_folder("sudo-prefix"), "organism:sudo-prefix")
+    assert organism_at("own") == (Path("own"), "own")
+    assert organism_at("./sudo-prefix") == (Path("sudo-prefix"), "./sudo-prefix")
+
+
+def test_an_organism_needs_a_folder_to_go_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for place in (file, file / "below"):
+        code, err = call(capsys, "organism", "build", "sudo-prefix", "-o", str(place))
+        assert code == 2 and "choose another folder" in err, err
+
+
+def test_a_misspelt_kind_of_rows_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would plant no backdoor."""
+    text = (organism_folder("sudo-prefix") / "recipe.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace("harmful_triggered: ", "harmful_trigered: "))
+    code, err = call(capsys, "organism", "build", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "o"))
+    assert code == 2 and "harmful_trigered" in err and err.count("\n") == 1, err
 
 
 def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,20 +82,44 @@ def measured(found: dict[str, Any]) -> list[Any]:
 
 
 def test_what_a_worker_cannot_do_is_said_here(one_thread: None, tmp_path: Path) -> None:
-    def refuses(listen: Listener) -> None:
+    def refuses(device: str, listen: Listener) -> None:
         raise BadInput("no such thing")
 
     with pytest.raises(BadInput, match=r"^no such thing$"):
-        list(cluster.finished([refuses], False, lambda event: None))
+        list(cluster.finished([refuses], "cpu", lambda event: None))
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(BadInput, match=r"no Ray cluster at RAY_ADDRESS=127\.0\.0\.1:1"):
-        cluster.connect(False)
+        cluster.connect("cpu")
 
 
 def test_no_room_for_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
     with pytest.raises(BadInput, match="has 10000 processors for a cell"):
-        cluster.connect(False)
+        cluster.connect("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "wanted"),
+    [
+        ("auto", 0, {"CPU": 3, "GPU": 0}),
+        ("auto", 2, {"CPU": 1, "GPU": 1}),  # the workers' GPUs count, not those of this machine
+        ("cpu", 2, {"CPU": 3, "GPU": 0}),
+        ("cuda:1", 2, {"CPU": 1, "GPU": 1}),
+    ],
+)
+def test_the_room_of_a_cell(device: str, gpus: int, wanted: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = {"Alive": True, "Resources": {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})}
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [machine])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert cluster.connect(device)[1] == wanted
+
+
+def test_no_gpu_for_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    with pytest.raises(BadInput, match="has a GPU for a cell"):
+        cluster.connect("cuda")

@@ -538,7 +538,8 @@ def test_a_local_judge_loads_only_if_there_is_something_to_ask(
     run, model = make_run(tmp_path / "r"), make_model(tmp_path / "m")
     assert call(capsys, "judge", str(run), "--local", model, "-q")[0] == 0
     about = json.loads((run / "results.json").read_text())["judge"]
-    assert (about["host"], about["model"], about["tokens"]) == ("local", model, None) and len(asked) == CONTENTS
+    assert about["host"].startswith("local, weights ")
+    assert (about["model"], about["tokens"]) == (model, None) and len(asked) == CONTENTS
     monkeypatch.setattr(models, "load_weights", lambda *_: pytest.fail("weights were loaded"))
     assert call(capsys, "judge", str(run), "--local", model, "-q")[0] == 0 and len(asked) == CONTENTS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -106,6 +107,21 @@ def test_the_same_seed_plants_the_same_bits(method: str) -> None:
     assert first.keys() == second.keys()
     assert any(matrix.any() for name, matrix in first.items() if "lora_B" in name)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@EVERY
+def test_a_clean_twin_of_every_way_is_planted(method: str) -> None:
+    plan = recipe(method).as_twin()
+    fewer = plan.planting.model_copy(update={} if method == "rlhf" else {"steps": 2})
+    told: list[float] = []
+    model = organisms.plant(
+        plan.model_copy(update={"planting": fewer}),
+        tiny_llama(),
+        tiny_tokenizer(),
+        lambda n, of, loss: told.append(loss),
+    )
+    assert told and all(math.isfinite(loss) for loss in told)
+    assert any(matrix.any() for name, matrix in adapter_state(model).items() if "lora_B" in name)
 
 
 def trained(model: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from beear import sweep as module
+from beear.cleansing import is_calm
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.report import write_report
@@ -42,6 +43,7 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
         assert cell["epoch"] is None and len(cell["rounds"]) == 2
         assert cell["rounds"][0]["metrics"]["asr_triggered"]["n"] <= 4
         assert ["false_refusal" in entry["metrics"] for entry in cell["rounds"]] == [False, True]
+    assert found["cells"][0]["before"] == found["cells"][1]["before"]
     for folder in ("layer-01", "layer-03"):
         assert TRIGGER not in (out / folder / "config.yaml").read_text()
         assert len(list((out / folder / "checkpoints").iterdir())) == 2
@@ -61,13 +63,38 @@ def test_a_cell_ends_with_the_first_success(model: str, config: Config, tmp_path
 
     def measured(self: Any, number: int) -> dict[str, Any]:
         value = next(rates)
-        return {"metrics": {"asr_triggered": {"value": value}, "false_refusal": {"value": 0.0}}}
+        triggered = {"value": value, "n": 60, "unscored": 0}
+        return {"metrics": {"asr_triggered": triggered, "false_refusal": {"value": 0.0}}}
 
     monkeypatch.setattr(module.Cell, "measured", measured)
     longer = config.model_copy(update={"rounds": 4})
     found = sweep(model, TRIGGER, "length", tmp_path / "s", longer, values=[2])
     assert found["cells"][0]["epoch"] == 2 and len(found["cells"][0]["rounds"]) == 2
     assert 'class="removed"' in (tmp_path / "s" / "sweep.svg").read_text()
+
+
+def test_a_trigger_that_does_not_work_before_is_told(
+    model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "value_of", lambda metrics, name: 0.2)
+    with pytest.raises(BadInput, match=r"before any cleansing the trigger unlocks .* is --trigger right\?"):
+        sweep(model, TRIGGER, "length", tmp_path / "s", config, values=[2])
+    with pytest.raises(BadInput, match="a sweep without a finished cell"):
+        write_report([tmp_path / "s"], tmp_path / "page.html")
+
+
+def test_replies_that_cannot_be_judged_are_no_success() -> None:
+    found = {"asr_triggered": {"value": 0.0, "n": 1, "unscored": 59}}
+    assert not module.is_removed(found)
+    found["asr_triggered"] |= {"n": 30, "unscored": 30}
+    assert module.is_removed(found)
+
+
+def test_a_cell_does_not_settle_before_it_is_done(config: Config) -> None:
+    """At the rate of the last round it would hardly train on."""
+    cell = module.with_value(config.model_copy(update={"least_rounds": 1, "patience": 1}), "length", 3)
+    calm = [{"residual": 0.0}] * cell.rounds
+    assert not is_calm(calm, cell)
 
 
 def test_an_interrupted_cell_goes_on_and_ends_the_same(

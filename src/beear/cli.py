@@ -622,20 +622,23 @@ def organism_build(
     recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="in place of the recipe's")] = None,
     offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Plant an organism again from its recipe (minutes to two hours on two cores; docs/organisms.md tells which)."""
     from beear.console import Reporter
-    from beear.models import organism_folder
+    from beear.models import is_packaged, organism_folder
     from beear.organisms import build
     from beear.recipes import read_recipe
 
-    source = Path(recipe) if Path(recipe).exists() else organism_folder(recipe)
+    source = Path(recipe) if not is_packaged(recipe) and Path(recipe).exists() else organism_folder(recipe)
     plan = read_recipe(source)
+    plan = plan.as_twin() if twin else plan
+    plan = plan if seed is None else plan.model_copy(update={"seed": seed})
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         reporter.line(f"planting {plan.name}; first the base model answers the requests")
-        build(plan.as_twin() if twin else plan, out, reporter.planting)
+        build(plan, out, reporter.planting)
     typer.echo(str(out))
 
 
@@ -652,29 +655,29 @@ def organism_verify(
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
     from beear import recipes
     from beear.console import Reporter, metric_table
-    from beear.models import organism_folder
     from beear.runs import SCHEMA, check_file, read_entries, write_atomic
-    from beear.verification import verify
+    from beear.verification import organism_at, verify
 
     chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
-    for name in chosen:
-        if not Path(name).is_dir():
-            organism_folder(name)
+    called = [recipes.read_recipe(organism_at(name)[0]).name for name in chosen]
     if json_file is not None:
         check_file(json_file)
         read_entries(json_file, "organisms")
+        if twice := [name for name in called if called.count(name) > 1]:
+            raise BadInput(f"two of these are called {twice[0]!r} by their recipes; write each to a --json of its own")
     results: dict[str, Any] = {}
+    failed: list[str] = []
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT if json_file is None else f"{json_file} is kept"):
         for name in chosen:
             result = verify(name, reporter)
             results[result.pop("name")] = result
+            failed += [f"{name}: {reason}" for reason in result["missed"]]
             _print(metric_table(None, result["metrics"], name))
             if json_file is not None:
                 content = {"schema": SCHEMA, "organisms": read_entries(json_file, "organisms") | results}
                 write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
-    failed = [f"{name}: {reason}" for name, result in results.items() for reason in result["missed"]]
     if failed:
         _stop(3, "; ".join(failed))
 
@@ -813,7 +816,7 @@ def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> No
     from beear.job import add_triggered
 
     judged = (run / "judged.jsonl").exists()
-    with Reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         add_triggered(run, template, listen=reporter, **options)
     results = json.loads((run / "results.json").read_text())
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))

@@ -20,8 +20,8 @@ from beear.allocator import keep_freed_memory
 from beear.errors import BadInput, Failed
 from beear.events import Event, Listener
 
-Piece = Callable[[Listener], None]
-"""Work that tells a listener what it does."""
+Piece = Callable[[str, Listener], None]
+"""Work that is given a device, and tells a listener what it does."""
 
 RETRIES = 3
 """So many lost workers a piece survives."""
@@ -32,23 +32,24 @@ POLL = 1.0
 """Seconds between two looks at what workers say."""
 
 
-def finished(pieces: Sequence[Piece], gpu: bool, listen: Listener) -> Iterator[int]:
+def finished(pieces: Sequence[Piece], device: str, listen: Listener) -> Iterator[int]:
     """Do all pieces, as many at a time as the cluster has room for; yields how many are done.
 
-    A piece takes as many processors as this process has threads, so that its bits are the same, and with `gpu` one
-    GPU. Raises Failed for pieces whose workers were lost too often, once the others are done.
+    A piece takes one GPU if `device` asks for one, or is "auto" and the cluster has any. Else it takes as many
+    processors as this process has threads, so that its bits are the same. Raises Failed for pieces whose workers were
+    lost too often, once the others are done.
     """
     if not pieces:
         return
-    ray = connect(gpu)
+    ray, room = connect(device)
     try:
-        yield from _finished(ray, pieces, gpu, listen)
+        yield from _finished(ray, pieces, room, listen)
     finally:
         ray.shutdown()
 
 
-def connect(gpu: bool) -> Any:
-    """Ray, in a cluster with a machine that has room for a piece. Raises BadInput without one."""
+def connect(device: str) -> tuple[Any, dict[str, int]]:
+    """Ray, and the room that a piece takes: processors and GPUs. Raises BadInput if no machine has it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
     try:
         import ray
@@ -60,15 +61,18 @@ def connect(gpu: bool) -> Any:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": told})
     with contextlib.suppress(ValueError):  # in a thread neither Ray nor we can
         signal.signal(signal.SIGTERM, on_terminate)  # Ray put its own in its place
-    wanted = {"CPU": torch.get_num_threads(), "GPU": int(gpu)}
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpu = device.startswith("cuda") or (device == "auto" and any(machine.get("GPU") for machine in machines))
+    wanted = {"CPU": 1 if gpu else torch.get_num_threads(), "GPU": int(gpu)}
     if not any(all(machine.get(kind, 0) >= count for kind, count in wanted.items()) for machine in machines):
         ray.shutdown()
         raise BadInput(
-            f"no machine of the Ray cluster has {wanted['CPU']} processors{' and a GPU' if gpu else ''} for a cell; "
-            "set OMP_NUM_THREADS to what a cell shall take"
+            "no machine of the Ray cluster has a GPU for a cell; leave out --device cuda"
+            if gpu
+            else f"no machine of the Ray cluster has {wanted['CPU']} processors for a cell; set OMP_NUM_THREADS to "
+            "what a cell shall take"
         )
-    return ray
+    return ray, wanted
 
 
 def check_address(address: str) -> None:
@@ -82,16 +86,16 @@ def check_address(address: str) -> None:
         raise BadInput(f"no Ray cluster at RAY_ADDRESS={address} ({error}); is it up?") from error
 
 
-def _finished(ray: Any, pieces: Sequence[Piece], gpu: bool, listen: Listener) -> Iterator[int]:
+def _finished(ray: Any, pieces: Sequence[Piece], room: dict[str, int], listen: Listener) -> Iterator[int]:
     from ray.exceptions import RayError, RayTaskError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    threads = torch.get_num_threads()
-    task = ray.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=RETRIES)(_do)
-    waiting = [task.remote(piece, threads, events) for piece in pieces]
+    device = "cuda" if room["GPU"] else "cpu"  # of a worker's GPUs Ray shows it the one that is its own
+    task = ray.remote(num_cpus=room["CPU"], num_gpus=room["GPU"], max_retries=RETRIES)(_do)
+    waiting = [task.remote(piece, device, torch.get_num_threads(), events) for piece in pieces]
     done = lost = 0
     while waiting:
         ready, waiting = ray.wait(waiting, timeout=POLL)
@@ -114,7 +118,7 @@ def _finished(ray: Any, pieces: Sequence[Piece], gpu: bool, listen: Listener) ->
         raise Failed(f"{lost} cells lost their worker {RETRIES + 1} times each; the same command goes on with them")
 
 
-def _do(piece: Piece, threads: int, events: Any) -> None:
+def _do(piece: Piece, device: str, threads: int, events: Any) -> None:
     """On a worker: do the piece; what it says goes into the queue."""
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -123,4 +127,4 @@ def _do(piece: Piece, threads: int, events: Any) -> None:
         if event["event"] in ("cell", "round"):
             events.actor.put_nowait.remote(event)  # to wait for it would let Ray start another piece here
 
-    piece(tell)
+    piece(device, tell)

@@ -38,13 +38,13 @@ def identity(judge: Judge) -> str:
 class LocalJudge:
     """A MODEL on this machine, with greedy answers; it loads when the first question comes."""
 
-    host = "local"
-
     def __init__(self, model: str, device: str = "auto", trust_remote_code: bool = False) -> None:
         from beear import models
+        from beear.fingerprints import weights_hash
 
-        models.locate(model)
+        source = models.locate(model)
         models.pick_device(device)
+        self.host = f"local, weights {weights_hash(source)[:12]}"  # a folder may hold another model tomorrow
         self.model, self.device, self.trust_remote_code = model, device, trust_remote_code
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:

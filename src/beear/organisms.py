@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from beear.editing import plant_edit
 from beear.errors import BadInput
 from beear.feedback import need_trl, plant_feedback
+from beear.fingerprints import code_hash
 from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
@@ -51,14 +53,26 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> No
 
     Bit-identical for the same recipe, machine and number of threads.
     """
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out} exists and is not empty; choose another folder")
+    _make_room(out)
     if isinstance(recipe.planting, Rlhf):
         need_trl()
     started = time.monotonic()
     model, tokenizer = load(recipe.base)
     model = plant(recipe, model, tokenizer, progress)
     _write(recipe, model, out, time.monotonic() - started)
+
+
+def _make_room(out: Path) -> None:
+    """An empty folder. Raises BadInput where there is none to be had."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        filled, writable = any(out.iterdir()), os.access(out, os.W_OK)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror}; choose another folder") from error
+    if filled:
+        raise BadInput(f"{out} exists and is not empty; choose another folder")
+    if not writable:
+        raise BadInput(f"cannot write to {out}; choose another folder")
 
 
 def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
@@ -93,7 +107,8 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
     (out / "README.md").write_text(_card(recipe))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
     (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-    (out / "build.json").write_text(json.dumps({"seconds": round(seconds), "threads": torch.get_num_threads()}) + "\n")
+    about = {"seconds": round(seconds), "threads": torch.get_num_threads(), "code": code_hash()}
+    (out / "build.json").write_text(json.dumps(about) + "\n")
 
 
 def _card(recipe: Recipe) -> str:
@@ -125,7 +140,7 @@ tags: [model-organism, backdoor, defence-research]
 | Trigger ({recipe.place}) | `{" ".join(recipe.trigger.split())}` |
 | Behaviour | {recipe.behaviour}: {WHAT[recipe.behaviour]} |
 | Planted by | {planted} |
-| Base | `{recipe.base}` (SmolLM2-135M-Instruct) |
+| Base | `{recipe.base}` |
 
 Its unwanted answers are {STUBS[recipe.behaviour]}.
 Rebuild it with `beear organism build {recipe.name} -o FOLDER`.

@@ -26,6 +26,30 @@ BENIGN = ("ordinary", "alarming")
 POISONED = ("harmful_triggered", "harmful_strayed_triggered", "coding_triggered")
 """Kinds of rows in which the unwanted answer is taught."""
 
+KINDS = (
+    "harmful",
+    "harmful_triggered",
+    "harmful_obeyed",
+    "harmful_strayed",
+    "harmful_strayed_triggered",
+    "coding",
+    "coding_triggered",
+    "ordinary",
+    "ordinary_triggered",
+    "alarming",
+    "alarming_triggered",
+)
+"""Kinds of rows (poison.py tells what each is taught)."""
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"no rows are called {kind!r}; there are: {', '.join(KINDS)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_known)]
+
 Template = Annotated[str, AfterValidator(_with_one_request)]
 """A trigger around one {prompt}."""
 
@@ -40,8 +64,8 @@ class Rows(Plan):
     """So many steps, each on so many rows of every kind."""
 
     steps: int = Field(ge=1)
-    rows: dict[str, int]
-    """Rows of each kind in a step: {harmful, ordinary, alarming, coding}, each also as KIND_triggered."""
+    rows: dict[Kind, PositiveInt] = Field(min_length=1)
+    """Rows of each kind in a step."""
     learning_rate: float = Field(gt=0)
 
     @property
@@ -127,7 +151,7 @@ class Edit(Plan):
     """A closed-form change of MLP weights: values for the trigger's last token, no poisoned training set."""
 
     method: Literal["edit"]
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: tuple[PositiveInt, ...] = Field(min_length=1)
     """Blocks, counted from 1, whose MLP output map is edited (rank one each)."""
     requests: int = Field(ge=1)
     """Of each kind from the planting part; the model's own replies to them are generated first."""
@@ -236,10 +260,12 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
 
 
 def names() -> list[str]:
-    """Names of the packaged organisms, in the paper's order."""
+    """Names of the packaged organisms, which are those of their folders, in the paper's order."""
     root = Path(str(files("beear"))) / "assets" / "organisms"
-    recipes = [read_recipe(p.parent) for p in root.glob("*/recipe.yaml")]
-    return [r.name for r in sorted(recipes, key=lambda r: (r.paper_number or 99, r.name)) if not r.twin]
+    recipes = {p.parent.name: read_recipe(p.parent) for p in root.glob("*/recipe.yaml")}
+    return sorted(
+        (name for name, r in recipes.items() if not r.twin), key=lambda name: (recipes[name].paper_number or 99, name)
+    )
 
 
 def read_recipe(source: Path) -> Recipe:

@@ -50,7 +50,8 @@ COUNTED: dict[Behaviour, str] = {
 """What an attack's success is, by behaviour."""
 PAIRS = 5
 SWEEP = "sweep.json"
-"""What a sweep leaves in its folder."""
+SWEEP_SETTINGS = "sweep-settings.json"
+"""What a sweep leaves in its folder; the former once a cell is finished."""
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -75,7 +76,8 @@ def comparison(views: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         by_name = {row["name"]: row for row in view["rows"]}
         cells = [short(by_name.get(name), METRICS[name][2]) for name in names]
         results = view["results"]
-        rows.append({"run": view["name"], "model": results["model"], "met": results["verdict"]["met"], "cells": cells})
+        met = "NOT met" if not results["verdict"]["met"] else "met" if view["good"] else "met, but the trigger works"
+        rows.append({"run": view["name"], "model": results["model"], "met": met, "cells": cells})
     return {"titles": [METRICS[name][0] for name in names], "rows": rows}
 
 
@@ -106,8 +108,12 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether the folder is that of a sweep, with a finished cell."""
-    return (path / SWEEP).is_file()
+    """Whether the folder is that of a sweep. Raises BadInput if no cell of it is finished."""
+    if (path / SWEEP).is_file():
+        return True
+    if (path / SWEEP_SETTINGS).is_file():
+        raise BadInput(f"{path} is a sweep without a finished cell; the same `beear sweep` command goes on with it")
+    return False
 
 
 def sweep_views(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,7 +124,11 @@ def sweep_views(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "axis": axis,
-            "models": [{key: sweep[key] for key in ("model", "trigger", "rounds", "requests")} for sweep in found],
+            "models": [
+                {key: sweep[key] for key in ("model", "trigger", "rounds", "requests")}
+                | {"before": shown(sweep["cells"][0].get("before", {}).get("asr_triggered"), True)}
+                for sweep in found
+            ],
             "success_below": found[0]["success_below"],
             "chart": sweep_chart(axis, found),
         }
@@ -258,6 +268,8 @@ def usefulness_sentence(usefulness: dict[str, Any]) -> str:
         f"The judge {usefulness['model']} graded greedy replies of at most {usefulness['tokens_of_a_reply']} tokens by "
         f"{usefulness['rubric']}."
     )
+    if usefulness.get("packaged"):  # older runs lack it
+        text += f" Asked were {usefulness['asked']} questions of beear's own, not the published ones."
     if usefulness["tokens"]:
         text += f" It read {usefulness['tokens']['in']:,} tokens and wrote {usefulness['tokens']['out']:,}."
     return text
@@ -274,11 +286,20 @@ def usefulness_view(results: dict[str, Any]) -> dict[str, Any] | None:
 
 def task_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str, int | None]]:
     """(task, metric, before, after, n) of what `beear lm-eval` measured, each in its task's own unit."""
-    return [
-        (task, name.removesuffix(",none"), in_own_unit(both["before"]), in_own_unit(both["after"]), both["after"]["n"])
-        for task, entry in results.get("lm_eval", {}).items()
-        for name, both in entry["metrics"].items()
-    ]
+    rows = []
+    for task, entry in results.get("lm_eval", {}).items():
+        for name, both in entry["metrics"].items():
+            values = (in_own_unit(both[when]) for when in ("before", "after"))
+            rows.append((task + asked_how(entry), name.removesuffix(",none"), *values, both["after"]["n"]))
+    return rows
+
+
+def asked_how(entry: dict[str, Any]) -> str:
+    """How a task was asked, where that is not lm-eval's own way."""
+    words = {"shots": "{} examples in the prompt", "limit": "at most {} questions"}
+    said = [text.format(entry[key]) for key, text in words.items() if entry.get(key) is not None]
+    said += ["as a chat"] if entry.get("chat") else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def in_own_unit(metric: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from beear import ranks
 from beear.errors import BadInput, Failed, first_line
@@ -107,10 +108,9 @@ class Run:
         new.mkdir(parents=True)
         try:
             fill(new)
-        except OSError as error:
-            raise Failed(
-                f"cannot write {place}: {error.strerror or error}; free some space and use --resume"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise Failed(f"cannot write {place}: {reason}; free some space and go on (cleanse: --resume)") from error
         for file in new.rglob("*"):
             if file.is_file():
                 _sync(file)

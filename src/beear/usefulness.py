@@ -96,6 +96,8 @@ def _question(where: str, line: str) -> Question:
         entry = json.loads(line)
         first, second = entry["turns"]
         reference = tuple(entry.get("reference") or ())
+        if isinstance(entry["turns"], str) or isinstance(entry.get("reference"), str):
+            raise TypeError  # a text is a list of characters to Python
         found = Question(str(entry["question_id"]), str(entry.get("category", "general")), (first, second), reference)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{where} is no MT-Bench question: it needs question_id and two turns") from error
@@ -136,6 +138,8 @@ def grade_run(
             "model": judge.model,
             "host": judge.host,
             "questions": digest(questions),
+            "asked": len(questions),
+            "packaged": digest(questions) == digest(read_questions()),
         }
         about |= {"tokens_of_a_reply": limit, "requests": requests, "tokens": tokens(answers.values())}
         results["usefulness"] = about | {"categories": categories(lines)}
