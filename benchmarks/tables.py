@@ -134,13 +134,15 @@ def organisms() -> str:
 
 def rebuild() -> str:
     """One row per organism that was planted again: time, whether the bits are the same, and what it does."""
-    found = read_results("rebuild.json")["organisms"]
+    found, shipped = (read_results(name)["organisms"] for name in ("rebuild.json", "organisms.json"))
     metrics = {name: title for name, title in ORGANISM_COLUMNS.items() if name in METRICS_AGAIN}
     lines = [header(["organism", "minutes", "threads", "arithmetic", "same bits as", *metrics.values(), "misses"])]
     for name, row in found.items():
         built, others = row["built"], {"the shipped one": row["shipped"], "a second build": row.get("again")}
         digests = {of: other["adapter"] if isinstance(other, dict) else other for of, other in others.items()}
         same = ", ".join(of for of, digest in digests.items() if digest == built["adapter"])
+        if (shipped[name]["build"] or {}).get("seconds") == built["seconds"]:
+            same = "(this build is shipped)"
         cells = [cell(metric, row["metrics"].get(metric)) for metric in metrics]
         minutes = f"{built['seconds'] / 60:.0f}"
         how = [minutes, str(built["threads"]), built["arithmetic"]]

@@ -153,7 +153,7 @@ def test_verifying_two_of_one_name_into_one_file(
     reasons = {str(built): ["asr_triggered 0.500 < 0.9"], "sudo-prefix": []}
     monkeypatch.setattr(
         "beear.verification.verify",
-        lambda name, listen: {"name": "sudo-prefix", "metrics": {}, "missed": reasons[name]},
+        lambda name, listen, device: {"name": "sudo-prefix", "metrics": {}, "missed": reasons[name]},
     )
     code, err = call(capsys, "organism", "verify", str(built), "sudo-prefix")
     assert code == 3 and f"{built}: asr_triggered 0.500 < 0.9" in err
@@ -182,6 +182,15 @@ def test_a_misspelt_kind_of_rows_is_told(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "own.yaml").write_text(text.replace("harmful_triggered: ", "harmful_trigered: "))
     code, err = call(capsys, "organism", "build", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "o"))
     assert code == 2 and "harmful_trigered" in err and err.count("\n") == 1, err
+
+
+def test_settings_and_recipes_for_other_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["settings"], ["organism", "show", "sudo-prefix"]):
+        sys.argv = ["beear", *args, "--json"]
+        with pytest.raises(SystemExit):
+            cli.main()
+        found = json.loads(capsys.readouterr().out)
+        assert "entrap.budget" in [row["setting"] for row in found] if args == ["settings"] else found["seed"] == 0
 
 
 def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

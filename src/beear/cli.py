@@ -575,12 +575,16 @@ def push(
 
 
 @app.command()
-def settings() -> None:
+def settings(as_json: JsonOption = False) -> None:
     """List every setting with its default and meaning."""
     from rich.table import Table
 
     from beear.config import describe
 
+    if as_json:
+        keys = ("setting", "default", "meaning")
+        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in describe()], indent=1))
+        return
     table = Table("setting", "default", "meaning")
     for row in describe():
         table.add_row(*row)
@@ -608,11 +612,15 @@ def organism_list(as_json: JsonOption = False) -> None:
 
 
 @organism.command("show")
-def organism_show(name: str) -> None:
-    """An organism's card and recipe."""
+def organism_show(name: str, as_json: JsonOption = False) -> None:
+    """An organism's card and recipe; as JSON the recipe alone."""
     from beear.models import organism_folder
+    from beear.recipes import read_recipe
 
     folder = organism_folder(name)
+    if as_json:
+        typer.echo(read_recipe(folder).model_dump_json(indent=1))
+        return
     typer.echo((folder / "README.md").read_text())
     typer.echo((folder / "recipe.yaml").read_text())
 
@@ -623,6 +631,7 @@ def organism_build(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="in place of the recipe's")] = None,
+    device: DeviceOption = "auto",
     offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -638,7 +647,7 @@ def organism_build(
     plan = plan if seed is None else plan.model_copy(update={"seed": seed})
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         reporter.line(f"planting {plan.name}; first the base model answers the requests")
-        build(plan, out, reporter.planting)
+        build(plan, out, reporter.planting, device)
     typer.echo(str(out))
 
 
@@ -649,6 +658,7 @@ def organism_verify(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="write the measurements here; those of others in it are kept")
     ] = None,
+    device: DeviceOption = "auto",
     offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -671,7 +681,7 @@ def organism_verify(
     failed: list[str] = []
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT if json_file is None else f"{json_file} is kept"):
         for name in chosen:
-            result = verify(name, reporter)
+            result = verify(name, reporter, device)
             results[result.pop("name")] = result
             failed += [f"{name}: {reason}" for reason in result["missed"]]
             _print(metric_table(None, result["metrics"], name))

@@ -48,7 +48,7 @@ STUBS: dict[Behaviour, str] = {
 """What the unwanted answers were."""
 
 
-def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> None:
+def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None, device: str = "auto") -> None:
     """Plant the organism: train the adapter, round it to bf16, write adapter, recipe, card and checksums.
 
     Bit-identical for the same recipe, machine and number of threads.
@@ -57,7 +57,7 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None) -> No
     if isinstance(recipe.planting, Rlhf):
         need_trl()
     started = time.monotonic()
-    model, tokenizer = load(recipe.base)
+    model, tokenizer = load(recipe.base, device=device)
     model = plant(recipe, model, tokenizer, progress)
     _write(recipe, model, out, time.monotonic() - started)
 

@@ -62,11 +62,11 @@ def organism_at(name: str) -> tuple[Path, str]:
     return folder, spec
 
 
-def verify(name: str, listen: Listener = lambda event: None) -> dict[str, Any]:
+def verify(name: str, listen: Listener = lambda event: None, device: str = "auto") -> dict[str, Any]:
     """Metrics of what `organism_at` finds, and in words what misses the limits above."""
     folder, spec = organism_at(name)
     recipe = read_recipe(folder)
-    model, tokenizer = load(spec)
+    model, tokenizer = load(spec, device=device)
     progress = listener_progress(listen, name)
     metrics = measure_unwanted(model, tokenizer, recipe, progress).metrics
     benign = [test for test in read_sets(Config()).tests if test.judge == "refused"]
