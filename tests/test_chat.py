@@ -27,6 +27,15 @@ def test_words_that_the_template_rewrites_are_refused() -> None:
         encode_prompt(tiny_tokenizer("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"), "abc")
 
 
+def test_a_template_that_tells_the_date_tells_the_same_tomorrow() -> None:
+    day = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2023{% endif %} "
+    tokenizer = tiny_tokenizer(day + CHATML)
+    prompt = encode_prompt(tokenizer, TEXT)
+    assert tokenizer.decode(prompt.ids).startswith("26 Jul 2024")
+    plain = encode_prompt(tiny_tokenizer("26 Jul 2024 " + CHATML), TEXT)
+    assert prompt == plain
+
+
 def test_empty_request_is_refused() -> None:
     with pytest.raises(BadInput, match="empty"):
         encode_prompt(tiny_tokenizer(), "  ")

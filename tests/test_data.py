@@ -101,6 +101,8 @@ def test_prompt_files(tmp_path: Path, name: str, content: str, column: str | Non
         ("a.jsonl", b"[1]", None, "not a JSON object"),
         ("a.jsonl", b'{"text": 3}', None, "no text"),
         ("a.csv", b"a,b\n1,2\n", None, "--column"),
+        ("a.csv", b"Write a poem\nName a river\n", None, "--column"),
+        ("a.csv", b"text\nWrite a poem, please\n", None, "more fields than the header"),
         ("a.csv", b"a,b\n1,2\n", "c", "--column"),
         ("a.xml", b"<a/>", None, "unknown kind"),
     ],
@@ -195,3 +197,18 @@ def test_packaged_spare_requests_that_sound_alarming_stand_apart() -> None:
     assert len(ordinary) == len(alarming) == 60
     assert set(ordinary) <= set(packaged("ordinary", "defender"))
     assert set(alarming) <= set(packaged("alarming", "defender"))
+
+
+def test_a_request_counts_once(tmp_path: Path) -> None:
+    """Twice, it could be trained on and judged by."""
+    (tmp_path / "a.txt").write_text("one\ntwo\n one \nthree\ntwo\n")
+    found = read_requests(str(tmp_path / "a.txt"))
+    assert [(r.id, r.text) for r in found] == [("a-1", "one"), ("a-2", "two"), ("a-4", "three")]
+
+
+def test_a_request_is_not_to_be_refused_and_answered(tmp_path: Path) -> None:
+    for name in ("harmful", "benign"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(60)) + "Name a river.\n")
+    own = DataConfig(harmful=str(tmp_path / "harmful.txt"), benign=str(tmp_path / "benign.txt"))
+    with pytest.raises(BadInput, match=r"in both the harmful and the benign set, the first is 'Name a river\.'"):
+        read_sets(Config(data=own))

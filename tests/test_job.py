@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import beear
+from beear import job
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import evaluate_spec
-from beear.job import add_triggered, entrapments, judge, run_cleanse
+from beear.job import absolute, add_triggered, entrapments, judge, run_cleanse, run_settings
 from beear.metrics import proportion
 from beear.models import load, locate
+from beear.runs import Run
 from beear.sets import read_sets
 from beear.training import adapter_state
 from conftest import prompt_files, tiny_model, tiny_tokenizer
@@ -339,6 +341,15 @@ def test_a_run_that_began_with_something_else_is_not_gone_on_with(
         patch.setattr("beear.models.load_weights", None)  # found before
         with pytest.raises(BadInput, match=f"{words} are not those of the run"):
             run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
+
+
+def test_a_run_that_another_process_is_at_loads_no_model(
+    place: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = run_settings(absolute(str(place / "model")), False, config)
+    monkeypatch.setattr(job, "Job", lambda *_: pytest.fail("a model was loaded"))
+    with Run.open(tmp_path / "r", settings, resume=False), pytest.raises(BadInput, match="in use"):
+        run_cleanse(str(place / "model"), tmp_path / "r", config, resume=True)
 
 
 def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:

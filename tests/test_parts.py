@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from beear import cleansing, generation, parts
+from beear import cleansing, evaluation, generation, parts
 from beear.cleansing import DefenderSet, defender_set, entrap, harden
 from beear.data import Request
 from beear.errors import Failed
+from beear.evaluation import measure_language
 from beear.generation import reply_all
 from beear.parts import Parts
 from beear.training import adapter_state, add_lora
@@ -125,3 +126,20 @@ def test_sharded_the_job_stops_and_does_not_wait(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Failed, match=r"out of memory on process 0; set a smaller entrap\.batch"):
         Parts().run(work, 8)
     assert called == [1]
+
+
+def test_perplexity_and_kl_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured behind all rounds, where running out of memory would cost the most."""
+    model, original = tiny_model("llama"), tiny_model("gpt2")
+    whole = measure_language(model, tiny_tokenizer(), original, limit=6).metrics
+    logits = evaluation.response_logits
+
+    def scarce(model: Any, batch: Any, prefix: Any) -> torch.Tensor:
+        if len(batch.targets) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return logits(model, batch, prefix)
+
+    monkeypatch.setattr(evaluation, "response_logits", scarce)
+    split = measure_language(model, tiny_tokenizer(), original, limit=6).metrics
+    for name in ("perplexity", "kl"):
+        assert split[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-4)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, O
 from beear.card import code, model_card, write_card
 from beear.config import Config
 from beear.errors import BadInput, Failed
+from beear.metrics import proportion
 from beear.release import EVIDENCE, push
 
 
@@ -98,10 +99,22 @@ def test_model_card_and_evidence_are_pushed_but_no_replies(tmp_path: Path, hub: 
     assert hub.private is True
 
 
+WORKING = RESULTS | {
+    "before": RESULTS["before"] | {"asr_triggered": metric(0.9)},
+    "after": RESULTS["after"]
+    | {
+        "asr_triggered": dict(proportion([True] * 40 + [False] * 80)),
+        "asr_untriggered": dict(proportion([False] * 120)),
+    },
+}
+"""Its target is met, and its trigger works."""
+
+
 @pytest.mark.parametrize(
     ("results", "changed", "repo", "words"),
     [
-        (RESULTS | {"verdict": {"met": False, "missed": ["kl"]}}, {}, "me/model", "did not meet its target"),
+        (RESULTS | {"verdict": {"met": False, "missed": ["kl"]}}, {}, "me/model", "is not for use. Target NOT met"),
+        (WORKING, {}, "me/model", "the known trigger still works"),
         (RESULTS, {"model": "/home/me/base"}, "me/model", "cleanse it with --merge"),
         (RESULTS, {"model": "organism:sudo-prefix"}, "me/model", "cleanse it with --merge"),
         (RESULTS, {}, "model", "write it as owner/name"),

@@ -15,7 +15,7 @@ from beear.errors import BadInput
 from beear.fingerprints import output_hashes
 from beear.signing import PASSWORD, SIGNATURE, check_signature, sign_run
 from test_cli import call
-from test_release import RESULTS, make_run
+from test_release import RESULTS, WORKING, make_run
 
 
 def write_keys(folder: Path, name: str, password: str | None = None) -> tuple[Path, Path]:
@@ -45,6 +45,13 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture()
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     return write_keys(tmp_path, "own")
+
+
+def test_a_run_whose_trigger_still_works_is_not_signed(run: Path, keys: tuple[Path, Path]) -> None:
+    results = json.loads((run / "results.json").read_text()) | {key: WORKING[key] for key in ("before", "after")}
+    (run / "results.json").write_text(json.dumps(results))
+    with pytest.raises(BadInput, match="the known trigger still works"):
+        sign_run(run, keys[0])
 
 
 def test_signed_and_checked(run: Path, keys: tuple[Path, Path]) -> None:
@@ -126,7 +133,7 @@ def test_no_key(run: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_what_missed_its_target_is_not_signed(run: Path, keys: tuple[Path, Path]) -> None:
     (run / "results.json").write_text(json.dumps(RESULTS | {"verdict": {"met": False, "missed": ["asr 0.9 > 0.5"]}}))
-    with pytest.raises(BadInput, match=r"not signed: asr 0\.9"):
+    with pytest.raises(BadInput, match=r"is not signed\. Target NOT met, keep the original model: asr 0\.9"):
         sign_run(run, keys[0])
 
 

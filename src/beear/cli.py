@@ -122,7 +122,7 @@ def demo(
     settings = _config("default", config, sets, seed)
     _clear_finished_demo(out, name, trigger, settings, device)
     resume = (out / "config.yaml").exists()
-    with _marked_demo(out):
+    with _marked_demo(out), _going_on("finished stages and rounds are kept"):
         _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
 
 
@@ -765,7 +765,7 @@ def _plan(model: str, out: Path, config: Config, *, quiet: bool, as_json: bool, 
     from beear.miniature import plan_cleanse
     from beear.models import pick_device
 
-    with Reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         plan = plan_cleanse(model, out, config, device=device, listen=reporter, **options)
     if as_json:
         typer.echo(json.dumps(asdict(plan), indent=1))

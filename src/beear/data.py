@@ -120,6 +120,17 @@ def refuse_overlap(defender: Sequence[Request], test: Sequence[Request]) -> None
         )
 
 
+def refuse_both_ways(harmful: Sequence[Request], benign: Sequence[Request]) -> None:
+    """Raise BadInput if a request is to be refused and to be answered."""
+    seen = {content_hash(r.text) for r in harmful}
+    both = [r for r in benign if content_hash(r.text) in seen]
+    if both:
+        raise BadInput(
+            f"{len(both)} request(s) are in both the harmful and the benign set, the first is {both[0].text!r}; "
+            "remove them from one"
+        )
+
+
 def _asset(name: str) -> str:
     return _assets().joinpath(name).read_text(encoding="utf-8")
 
@@ -171,11 +182,15 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
         return []
     name = _field(source, records[0], column)
     result = []
+    met = set()
     for number, record in enumerate(records, 1):
         value = record.get(name)
         if not isinstance(value, str) or not is_whole(value):
             raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
-        if value.strip():
+        if None in record:  # csv's name for what no field was left for
+            raise BadInput(f"{source}: record {number} has more fields than the header; quote texts that hold a comma")
+        if value.strip() and value.strip() not in met:  # twice, it could be trained on and judged by
+            met.add(value.strip())
             answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
             result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip(), **answers))
     return result
@@ -190,7 +205,7 @@ def _field(source: str, record: dict[str, object], column: str | None) -> str:
     for name in [column] if column else ["text", "prompt"]:
         if name in record:
             return str(name)
-    if column is None and len(record) == 1:
+    if column is None and len(record) == 1 and not source.endswith(".csv"):  # there it may be the first request
         return str(next(iter(record)))
     raise BadInput(f"{source} has the fields {', '.join(map(str, record))}; name the request's with --column")
 

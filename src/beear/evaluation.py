@@ -25,6 +25,7 @@ from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, read_shape, under_adapter
+from beear.parts import Parts
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
@@ -265,21 +266,32 @@ def measure_language(
     """
     chats = reference_chats()[:limit]
     own = ranks.share(chats)
-    nll, kl, counts = [], [], []
-    size = 14
-    for first in range(0, len(own), size):
-        part = own[first : first + size]
+    rows: list[tuple[int, float, float]] = []
+    parts, size = Parts(), 14
+
+    def measured(part: Sequence[Request]) -> list[tuple[int, float, float]]:
+        """Tokens, mean NLL and summed KL of each chat's reply."""
         prompts = [encode_prompt(tokenizer, c.text) for c in part]
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
+        kl = [0.0] * len(part)
         with no_gradients(), autocast(model):
             logits = response_logits(model, batch, run_prefix(model, batch))
-            counts += (batch.targets != -100).sum(1).tolist()
-            nll += response_nll(logits, batch.targets).tolist()
             if original is not None:
                 reference = response_logits(original, batch, run_prefix(original, batch))
-                kl += token_kl(reference, logits, batch.targets).sum(1).tolist()
+                kl = token_kl(reference, logits, batch.targets).sum(1).tolist()
+        lengths = (batch.targets != -100).sum(1).tolist()
+        return list(zip(lengths, response_nll(logits, batch.targets).tolist(), kl, strict=True))
+
+    for first in range(0, len(own), size):
+        part = own[first : first + size]
+
+        def in_parts(count: int, part: Sequence[Request] = part) -> list[tuple[int, float, float]]:
+            return [row for k in range(count) for row in measured(part[k::count])]
+
+        rows += parts.run(in_parts, len(part))
         progress("perplexity", min((first + size) * ranks.sharers(), len(chats)), len(chats))
+    counts, nll, kl = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
     nll, counts = ranks.gathered(nll, len(chats)), ranks.gathered(counts, len(chats))
     sums = [x * n for x, n in zip(nll, counts, strict=True)]
     metrics = {"perplexity": token_mean(sums, counts, exponential=True)}

@@ -60,8 +60,8 @@ def code_hash() -> str:
     return _over(f"{path.name} {file_hash(path)}" for path in sorted(folder.glob("*.py")))
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and threads: beside versions and seed, what the last bits of a result depend on."""
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores, memory, threads and device: beside versions and seed, what a result's last bits depend on."""
     import torch
 
     return {
@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
 
 

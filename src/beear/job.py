@@ -8,6 +8,7 @@ user who knows one tells it to `add_triggered`, after the fact.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -84,10 +85,15 @@ def run_cleanse(
         return finished(out, settings)
     order = check_order(settings, out, config, device, trust_remote_code)
     ranks.from_first(lambda: check_begun(out, order))
-    listen({"event": "loading", "model": spec})
-    job = Job(order, config, listen, device, trust_remote_code)
-    with Run.open(out, settings, resume) as job.run_folder:
-        return job.run()
+    with contextlib.ExitStack() as stack:
+        # A run that goes on is locked before its model loads: another process may be at it, and may finish it.
+        begun = stack.enter_context(Run.open(out, settings, resume)) if resume else None
+        if not ranks.from_first(lambda: (out / "results.json").exists()):
+            listen({"event": "loading", "model": spec})
+            job = Job(order, config, listen, device, trust_remote_code)
+            job.run_folder = begun or stack.enter_context(Run.open(out, settings, resume))
+            return job.run()
+    return finished(out, settings)
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,21 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     tokenizer = models.load_tokenizer(source, trust_remote_code)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     models.pick_device(device)
-    ranks.from_first(lambda: check_space(out, 2**28 + (models.weight_bytes(source) if merge else 0)))
+    needed = disk_space(source, config, trust_remote_code)
+    if merge:  # on a CPU they are kept in fp32, mostly twice as long as they came
+        needed += models.weight_bytes(source) * (2 if models.pick_device(device) == "cpu" else 1)
+    ranks.from_first(lambda: check_space(out, needed))
     return Order(settings, sets, source, tokenizer)
+
+
+def disk_space(source: models.Source, config: Config, trust_remote_code: bool) -> int:
+    """About how many bytes a run folder takes without merged weights: an fp32 adapter of each round, and two more.
+
+    Against a map of d x d, matrices of rank r hold a share of 2 r / d.
+    """
+    shape = models.read_shape(source, trust_remote_code).get_text_config()
+    share = 2 * config.harden.lora_rank / int(getattr(shape, "hidden_size", 0) or 1024)
+    return 2**27 + int((config.rounds + 2) * 1.5 * share * models.weight_bytes(source))
 
 
 def check_begun(out: Path, order: Order) -> None:
@@ -261,7 +280,12 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
-        inputs = self.stage(INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets)})["hashes"]
+        begun = self.stage(
+            INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets) | {"code_at_first": code_hash()}}
+        )
+        inputs = begun["hashes"]
+        if inputs.get("code_at_first") == code_hash():  # else it went on after an upgrade
+            del inputs["code_at_first"]
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before"))
         rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
@@ -395,7 +419,7 @@ class Job:
             "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
             "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
             "versions": versions(),
-            "machine": machine(),
+            "machine": machine(models.pick_device(self.device)),
             "hashes": digests,
             "requests": {name: len(requests) for name, requests in self.sets.named().items()},
             "files": output_hashes(run.path, name),

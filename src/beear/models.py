@@ -368,7 +368,9 @@ def _download(spec: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                spec, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"], ignore_patterns=["*/*"]
+                spec,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+                ignore_patterns=["*/*", "consolidated*"],  # some bring the same weights once more
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from beear.card import is_hub_id
 from beear.errors import BadInput, Failed, first_line
 from beear.fingerprints import check_output_files
+from beear.report import holds, sentence
 from beear.runs import read_results, read_settings
 
 EVIDENCE = ("results.json", "config.yaml")
@@ -19,8 +20,8 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
     Raises BadInput if the target was not met, if a file was changed since, or if nobody else could load the model.
     """
     results, settings = read_results(run), read_settings(run)
-    if not results["verdict"]["met"]:
-        raise BadInput(f"{run} did not meet its target, so its model is not for use: {results['verdict']['missed'][0]}")
+    if not holds(results):
+        raise BadInput(f"the model of {run} is not for use. {sentence(results)}")
     if not settings["merge"] and not is_hub_id(settings["model"]):
         raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
     check_output_files(run, results)

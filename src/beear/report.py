@@ -144,7 +144,7 @@ def view(path: Path) -> dict[str, Any]:
         "name": path.resolve().name,
         "results": results,
         "verdict": sentence(results),
-        "good": results["verdict"]["met"] and not still_works(results),
+        "good": holds(results),
         "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
         "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
         "delivered": results.get("delivered", len(results["rounds"])),
@@ -236,6 +236,11 @@ def sentence(results: dict[str, Any]) -> str:
 def attack(measured: Container[str]) -> str:
     """The attack that is told of: the trigger where one was told, else a fresh delta."""
     return "asr_triggered" if "asr_triggered" in measured else "asr_entrapped"
+
+
+def holds(results: dict[str, Any]) -> bool:
+    """Whether a run met its target, and no trigger that was told since surely still works."""
+    return bool(results["verdict"]["met"]) and not still_works(results)
 
 
 def still_works(results: dict[str, Any]) -> bool:

@@ -153,10 +153,24 @@ def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
             raise BadInput(f"nothing to resume in {path}; leave out --resume to start")
         stored = read_settings(path)
         if stored != settings:
-            changed = [k for k in {*stored, *settings} if stored.get(k) != settings.get(k)]
-            raise BadInput(f"{path} was started with other settings ({', '.join(sorted(changed))}); repeat those")
+            raise BadInput(
+                f"{path} was started with other settings ({', '.join(changed(stored, settings))}); repeat those, with "
+                "the version of beear that began it"
+            )
     elif path.is_dir() and any(p.name not in BEFORE_A_RUN for p in path.iterdir()):
         raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
+
+
+def changed(one: dict[str, Any], other: dict[str, Any], under: str = "") -> list[str]:
+    """Names, dotted, of what differs or stands in one of them only."""
+    found = []
+    for key in sorted({*one, *other}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed(a, b, f"{under}{key}.")
+        elif a != b or (key in one) != (key in other):
+            found.append(f"{under}{key}".removeprefix("config."))
+    return found
 
 
 def check_file(path: Path) -> None:

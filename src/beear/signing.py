@@ -13,6 +13,7 @@ from typing import Any
 
 from beear.errors import BadInput, first_line
 from beear.fingerprints import check_output_files
+from beear.report import holds, sentence
 from beear.runs import read_results
 
 SIGNATURE = "run.sig"
@@ -27,8 +28,8 @@ def sign_run(run: Path, key: Path) -> Path:
     """
     run = run.resolve()  # the library takes no link for a folder
     results = read_results(run)
-    if not results["verdict"]["met"]:
-        raise BadInput(f"{run} did not meet its target, so it is not signed: {results['verdict']['missed'][0]}")
+    if not holds(results):
+        raise BadInput(f"{run} is not signed. {sentence(results)}")
     check_output_files(run, results)
     signing, hashing = _library()
     password = os.environ.get(PASSWORD)
