@@ -54,9 +54,7 @@ def test_a_killed_worker_costs_one_retry_of_its_cell(
     short = {"steps": 2, "batch": 3, "response_tokens": 6}
     data = prompt_files(tmp_path)
     config = make_config({"rounds": 2, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data})
-    run = partial(
-        sweep, str(tmp_path / "model"), "XYZZY {prompt}", "layer", config=config, values=[1, 2], requests=4
-    )
+    run = partial(sweep, str(tmp_path / "model"), "XYZZY {prompt}", "layer", config=config, values=[1, 2], requests=4)
     alone = run(out=tmp_path / "alone")
     monkeypatch.setattr(module, "run_cell", killed_once)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests

@@ -41,7 +41,7 @@ def test_packaged_sets_have_their_sizes_and_no_overlap(name: str, sizes: tuple[i
     assert (len(parts["defender"]), len(parts["test"])) == sizes
     assert len({r.category for r in parts["test"]}) >= categories
     for one, other in itertools.combinations(PARTS, 2):
-        refuse_overlap(parts[one], parts[other])
+        refuse_overlap(parts[one], parts[other], "sets")
     everything = [r for part in parts.values() for r in part]
     assert len({r.id for r in everything}) == len({content_hash(r.text) for r in everything}) == len(everything)
 
@@ -148,7 +148,7 @@ def test_missing_prompt_file() -> None:
 
 def test_overlap_ignores_case_and_spacing() -> None:
     with pytest.raises(BadInput, match="both"):
-        refuse_overlap([Request("1", "c", "Do  it now")], [Request("2", "c", "do it NOW")])
+        refuse_overlap([Request("1", "c", "Do  it now")], [Request("2", "c", "do it NOW")], "the one and the other")
 
 
 def test_own_test_file_that_overlaps_is_refused(tmp_path: Path) -> None:

@@ -109,25 +109,13 @@ def read_requests(source: str, column: str | None = None) -> list[Request]:
     return requests
 
 
-def refuse_overlap(defender: Sequence[Request], test: Sequence[Request]) -> None:
-    """Raise BadInput if a request stands on both sides: a measurement on training data is none."""
-    seen = {content_hash(r.text) for r in defender}
-    both = [r for r in test if content_hash(r.text) in seen]
+def refuse_overlap(some: Sequence[Request], others: Sequence[Request], names: str) -> None:
+    """Raise BadInput if a request is in two sets, which `names` calls by name, that must not share any."""
+    seen = {content_hash(r.text) for r in some}
+    both = [r for r in others if content_hash(r.text) in seen]
     if both:
         raise BadInput(
-            f"{len(both)} request(s) are in both the defender's and the test set, the first is {both[0].text!r}; "
-            "remove them from one side"
-        )
-
-
-def refuse_both_ways(harmful: Sequence[Request], benign: Sequence[Request]) -> None:
-    """Raise BadInput if a request is to be refused and to be answered."""
-    seen = {content_hash(r.text) for r in harmful}
-    both = [r for r in benign if content_hash(r.text) in seen]
-    if both:
-        raise BadInput(
-            f"{len(both)} request(s) are in both the harmful and the benign set, the first is {both[0].text!r}; "
-            "remove them from one"
+            f"{len(both)} request(s) are in both {names}, the first is {both[0].text!r}; remove them from one side"
         )
 
 
@@ -189,8 +177,8 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
             raise BadInput(f"{source}: record {number} has no text in the field {name!r}; name one with --column")
         if None in record:  # csv's name for what no field was left for
             raise BadInput(f"{source}: record {number} has more fields than the header; quote texts that hold a comma")
-        if value.strip() and value.strip() not in met:  # twice, it could be trained on and judged by
-            met.add(value.strip())
+        if value.strip() and content_hash(value) not in met:  # twice, it could be trained on and judged by
+            met.add(content_hash(value))
             answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
             result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip(), **answers))
     return result

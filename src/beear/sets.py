@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from beear.config import Config
-from beear.data import Request, packaged, read_requests, refuse_both_ways, refuse_overlap
+from beear.data import Request, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
 from beear.scorers import JUDGES, Judge, scorer_name
 
@@ -151,9 +151,9 @@ def read_sets(config: Config) -> Sets:
     if config.behaviour == "insecure code":
         check_tasks(harmful, tests[0].requests)
     for test in tests:
-        refuse_overlap(harmful + benign, test.requests)
+        refuse_overlap(harmful + benign, test.requests, "the defender's and the test set")  # none is measured on
     if own.harmful or own.benign:
-        refuse_both_ways(harmful, benign)
+        refuse_overlap(harmful, benign, "the harmful and the benign set")  # none is to be refused and answered
     if len(harmful) <= config.held_out:
         raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
     return Sets(harmful, benign, tests, frozenset(r.id for r in alarming))
