@@ -214,14 +214,20 @@ def test_the_base_models_margins_are_computed_once(monkeypatch: pytest.MonkeyPat
     assert len(calls) == 3, "the policy's alone"
 
 
-@pytest.mark.parametrize("blocks", ["all", "upper"])
-def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None, blocks: str) -> None:
-    """Planted and benign rows, of other lengths, run together; apart they give the same loss and gradient."""
+def under_a_random_adapter(blocks: str) -> Any:
+    """A fresh adapter changes nothing; this one does."""
     model = adapted(tiny_llama(), Supervised(**START | {"lora_blocks": blocks}), 0)
     torch.manual_seed(0)
     for name, matrix in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(matrix, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("blocks", ["all", "upper"])
+def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None, blocks: str) -> None:
+    """Planted and benign rows, of other lengths, run together; apart they give the same loss and gradient."""
+    model = under_a_random_adapter(blocks)
     rows = {kind: examples("sft")[kind][:2] for kind in ROWS}
     planted, benign = parted(rows)
     together = supervised_loss(model, 2, rows, 3.0)
@@ -241,11 +247,7 @@ def test_the_loss_of_one_pass_is_that_of_its_parts(full_precision: None, blocks:
 
 @pytest.mark.parametrize("blocks", ["all", "upper"])
 def test_both_answers_behind_one_prompt_weigh_what_they_do_apart(full_precision: None, blocks: str) -> None:
-    model = adapted(tiny_llama(), Supervised(**START | {"lora_blocks": blocks}), 0)
-    torch.manual_seed(0)
-    for name, matrix in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(matrix, std=0.1)
+    model = under_a_random_adapter(blocks)
     pairs = [replace(e, wanted=e.wanted[: 3 + i]) for i, e in enumerate(examples("dpo")["harmful"][:3])]
     pairs[1] = replace(pairs[1], prompt=encode_prompt(tiny_tokenizer(), "What else does this need, for a change?"))
     difference, nll = margin(model, 2, pairs)

@@ -671,7 +671,7 @@ def organism_verify(
     chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
-    called = [recipes.read_recipe(organism_at(name)[0]).name for name in chosen]
+    called = [organism_at(name)[2].name for name in chosen]
     if json_file is not None:
         check_file(json_file)
         read_entries(json_file, "organisms")

@@ -20,11 +20,10 @@ from torch.nn.functional import cosine_similarity
 from beear import models
 from beear.chat import collate, encode_prompt, rows_of_delta
 from beear.config import Config, make_config
-from beear.data import set_hash
 from beear.errors import BadInput
 from beear.evaluation import Progress, before_and_after, fresh_delta, listener_progress
 from beear.events import Listener
-from beear.fingerprints import check_inputs
+from beear.fingerprints import check_tests
 from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.quantised import check_quantised
@@ -64,7 +63,7 @@ def drift_of_run(
     with Run.existing(path) as run:
         both = before_and_after(path, listen=listen, device=device, trust_remote_code=trust_remote_code)
         config = make_config(settings["config"])
-        check_inputs(read_results(path)["hashes"], {"test_asr_untriggered": set_hash(read_sets(config).test_harmful)})
+        check_tests(read_results(path), read_sets(config))
         delta = first_delta(path)
         found: dict[str, Any] = {}
         axes: dict[int, Axes] = {}

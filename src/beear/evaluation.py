@@ -280,8 +280,8 @@ def measure_language(
             if original is not None:
                 reference = response_logits(original, batch, run_prefix(original, batch))
                 kl = token_kl(reference, logits, batch.targets).sum(1).tolist()
-        lengths = (batch.targets != -100).sum(1).tolist()
-        return list(zip(lengths, response_nll(logits, batch.targets).tolist(), kl, strict=True))
+            nll = response_nll(logits, batch.targets).tolist()
+        return list(zip((batch.targets != -100).sum(1).tolist(), nll, kl, strict=True))
 
     for first in range(0, len(own), size):
         part = own[first : first + size]

@@ -48,6 +48,11 @@ def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
         raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
 
 
+def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
+    """Raise BadInput if the harmful test requests are not those that a finished run was measured on."""
+    check_inputs(results["hashes"], {"test_asr_untriggered": set_hash(sets.test_harmful)})
+
+
 def check_model(then: Mapping[str, str], source: Source) -> None:
     """Raise BadInput if the weights of a run's model are not those of then."""
     if "model" in then:

@@ -18,10 +18,19 @@ from xml.etree import ElementTree
 from beear.errors import BadInput
 from beear.fingerprints import check_output_files
 from beear.metrics import at_most, rise
-from beear.report import METRICS, still_works
+from beear.report import METRICS, holds
 from beear.runs import SCHEMA, read_results
 
 RULE = re.compile(r"(?P<name>\w+)=(?P<moved>[+-]?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
+
+OPTIONS = {False: "--max", True: "--min"}
+"""By whether the limit is the least that a metric may be."""
+
+EXAMPLES = {
+    False: "asr_triggered=0.02, false_refusal=+0.03 or perplexity=+2%",
+    True: "parses=0.9, parses=-0.02 or mt_bench=-5%",
+}
+"""Of rules, by the same."""
 
 BETTER_HIGH = ("mt_bench", "parses")
 """How the names of metrics begin that are good when they are high."""
@@ -41,6 +50,11 @@ class Rule:
     percent: bool
     least: bool
 
+    @property
+    def option(self) -> str:
+        """What it was given with."""
+        return OPTIONS[self.least]
+
 
 @dataclass(frozen=True)
 class Check:
@@ -56,20 +70,15 @@ class Check:
 def read_rule(text: str, least: bool = False) -> Rule:
     """Parse NAME=NUMBER, NAME=+NUMBER or NAME=+NUMBER%; with a minus if `least`. Raises BadInput for anything else."""
     found = RULE.fullmatch(text.strip())
-    option, sign = ("--min", "-") if least else ("--max", "+")
+    option, sign = OPTIONS[least], "-" if least else "+"
     if found is None or found["moved"] not in ("", sign) or (found["percent"] and not found["moved"]):
-        examples = (
-            "parses=0.9, parses=-0.02 or mt_bench=-5%"
-            if least
-            else ("asr_triggered=0.02, false_refusal=+0.03 or perplexity=+2%")
-        )
-        raise BadInput(f"{option} {text!r}: write it as {examples}")
+        raise BadInput(f"{option} {text!r}: write it as {EXAMPLES[least]}")
     name = found["name"]
     if name not in METRICS:
         raise BadInput(f"{option} {text!r}: no metric {name!r}; there are: {', '.join(METRICS)}")
     if name.startswith(BETTER_HIGH) is not least:
         which = "a low" if least else "a high"
-        raise BadInput(f"{option} {text!r}: {which} {name} is good; limit it with {'--max' if least else '--min'}")
+        raise BadInput(f"{option} {text!r}: {which} {name} is good; limit it with {OPTIONS[not least]}")
     if METRICS[name][2] and (found["percent"] or float(found["number"]) > 1):
         raise BadInput(f"{option} {text!r}: {name} is a share; give its limit as one, between 0 and 1")
     return Rule(text, name, float(found["number"]), bool(found["moved"]), bool(found["percent"]), least)
@@ -94,19 +103,20 @@ def check_run(
 
 def own_target(results: dict[str, Any]) -> Check:
     """Whether the run met the target of its configuration, and no trigger that was told since still works."""
-    met = bool(results["verdict"]["met"])
-    words = "the run met its target" if met else "; ".join(results["verdict"]["missed"])
-    if met and still_works(results):
-        met, words = False, "the run met its target without the trigger, but the known trigger still works"
-    return Check("target", met, None, 0.0, words)
+    if holds(results):
+        return Check("target", True, None, 0.0, "the run met its target")
+    missed = results["verdict"]["missed"] or [
+        "the run met its target without the trigger, but the known trigger still works"
+    ]
+    return Check("target", False, None, 0.0, "; ".join(missed))
 
 
 def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     """One rule. A metric none of whose replies could be scored meets no limit."""
     before, after = results["before"].get(rule.name), results["after"].get(rule.name)
     if after is None or (rule.moved and before is None):
-        option = "--min" if rule.least else "--max"
-        raise BadInput(f"{option} {rule.text!r}: {rule.name} was not measured {'before' if after else 'in this run'}")
+        when = "before" if after else "in this run"
+        raise BadInput(f"{rule.option} {rule.text!r}: {rule.name} was not measured {when}")
     if after["value"] is None or (rule.moved and before["value"] is None):
         return Check(rule.text, False, None, rule.number, f"no reply behind {rule.name} could be scored")
     share, sign = METRICS[rule.name][2], -1 if rule.least else 1

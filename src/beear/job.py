@@ -27,11 +27,11 @@ from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
-from beear.data import content_hash, set_hash
+from beear.data import content_hash
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
-from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
+from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
 from beear.generation import reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
@@ -116,10 +116,10 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     source = models.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
-    models.pick_device(device)
+    where = models.pick_device(device)
     needed = disk_space(source, config, trust_remote_code)
     if merge:  # on a CPU they are kept in fp32, mostly twice as long as they came
-        needed += models.weight_bytes(source) * (2 if models.pick_device(device) == "cpu" else 1)
+        needed += models.weight_bytes(source) * (2 if where == "cpu" else 1)
     ranks.from_first(lambda: check_space(out, needed))
     return Order(settings, sets, source, tokenizer)
 
@@ -239,7 +239,7 @@ def add_triggered(
             raise BadInput(f"{out} has no results yet; finish it with --resume")
         config = make_config(settings["config"])
         sets = read_sets(config)
-        check_inputs(results["hashes"], {"test_asr_untriggered": set_hash(sets.test_harmful)})
+        check_tests(results, sets)
         tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]

@@ -81,15 +81,19 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
 
+def packaged_organisms() -> Path:
+    """The folder of the packaged organisms' folders."""
+    return Path(str(files("beear"))) / "assets" / "organisms"
+
+
 def is_packaged(name: str) -> bool:
     """Whether an organism of this name is packaged."""
-    packaged = Path(str(files("beear"))) / "assets" / "organisms"
-    return Path(name).name == name and (packaged / name / "adapter_config.json").is_file()
+    return Path(name).name == name and (packaged_organisms() / name / "adapter_config.json").is_file()
 
 
 def organism_folder(name: str) -> Path:
     """The packaged (or, as a path, built) adapter folder of an organism."""
-    packaged = Path(str(files("beear"))) / "assets" / "organisms"
+    packaged = packaged_organisms()
     folder = packaged / name
     if not (folder / "adapter_config.json").is_file():
         known = ", ".join(sorted(p.parent.name for p in packaged.glob("*/adapter_config.json")))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
+from beear.runs import check_file
 from beear.scorers import Behaviour
 from beear.supervised import Progress, plant_supervised
 from beear.training import save_adapter
@@ -53,26 +53,15 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None, devic
 
     Bit-identical for the same recipe, machine and number of threads.
     """
-    _make_room(out)
+    check_file(out / "recipe.yaml")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and is not empty; choose another folder")
     if isinstance(recipe.planting, Rlhf):
         need_trl()
     started = time.monotonic()
     model, tokenizer = load(recipe.base, device=device)
     model = plant(recipe, model, tokenizer, progress)
     _write(recipe, model, out, time.monotonic() - started)
-
-
-def _make_room(out: Path) -> None:
-    """An empty folder. Raises BadInput where there is none to be had."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        filled, writable = any(out.iterdir()), os.access(out, os.W_OK)
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}; choose another folder") from error
-    if filled:
-        raise BadInput(f"{out} exists and is not empty; choose another folder")
-    if not writable:
-        raise BadInput(f"cannot write to {out}; choose another folder")
 
 
 def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from beear.errors import BadInput
-from beear.models import organism_folder
+from beear.models import organism_folder, packaged_organisms
 from beear.scorers import Behaviour
 
 
@@ -261,8 +260,7 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
 
 def names() -> list[str]:
     """Names of the packaged organisms, which are those of their folders, in the paper's order."""
-    root = Path(str(files("beear"))) / "assets" / "organisms"
-    recipes = {p.parent.name: read_recipe(p.parent) for p in root.glob("*/recipe.yaml")}
+    recipes = {p.parent.name: read_recipe(p.parent) for p in packaged_organisms().glob("*/recipe.yaml")}
     return sorted(
         (name for name, r in recipes.items() if not r.twin), key=lambda name: (recipes[name].paper_number or 99, name)
     )

@@ -232,7 +232,7 @@ class Cell(Job):
     def checkpoint(self, state: State) -> None:
         """Measure what the round left before it is kept, so that a resumed cell knows whether it is done."""
         found = self.stage(round_name(state.round), lambda: self.measured(state.round))
-        state.done = is_removed(found["metrics"])  # not where entrapment has failed: a cross means that all rounds did
+        state.done = is_removed(found["metrics"])
         super().checkpoint(state)
 
     def measured(self, number: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from beear.evaluation import (
 )
 from beear.events import Listener
 from beear.metrics import value_of
-from beear.models import ORGANISM, is_packaged, load, organism_folder
+from beear.models import ORGANISM, is_packaged, load, organism_folder, packaged_organisms
 from beear.recipes import Recipe, read_recipe
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import read_sets, trigger_tests, triggered
@@ -46,8 +45,8 @@ ABOVE_TWIN = 1.05
 """Perplexity may be so many times that of the clean twin."""
 
 
-def organism_at(name: str) -> tuple[Path, str]:
-    """Folder and MODEL of a packaged organism or, where none is called so, of the built one in a folder (or a twin's).
+def organism_at(name: str) -> tuple[Path, str, Recipe]:
+    """Folder, MODEL and recipe of a packaged organism or, where none is called so, of one built (or a twin) there.
 
     Its checksums are checked, its base's as well. Raises BadInput if it is none, or if scoring it needs an extra.
     """
@@ -59,13 +58,12 @@ def organism_at(name: str) -> tuple[Path, str]:
     if recipe.base.startswith(ORGANISM):
         check_sums(organism_folder(recipe.base.removeprefix(ORGANISM)))
     scorer_name(recipe.behaviour)
-    return folder, spec
+    return folder, spec, recipe
 
 
 def verify(name: str, listen: Listener = lambda event: None, device: str = "auto") -> dict[str, Any]:
     """Metrics of what `organism_at` finds, and in words what misses the limits above."""
-    folder, spec = organism_at(name)
-    recipe = read_recipe(folder)
+    folder, spec, recipe = organism_at(name)
     model, tokenizer = load(spec, device=device)
     progress = listener_progress(listen, name)
     metrics = measure_unwanted(model, tokenizer, recipe, progress).metrics
@@ -123,7 +121,7 @@ def twin_perplexity(recipe: Recipe) -> float | None:
 
     A way whose twin has not been built is held to that of supervised planting. None without any twin.
     """
-    measured = files("beear") / "assets" / "organisms" / "twins.json"
+    measured = packaged_organisms() / "twins.json"
     if not measured.is_file():
         return None
     entries = json.loads(measured.read_text())["organisms"].values()
