@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from beear.chat import check_template, collate, encode_prompt, encode_response, rows_of_delta
+from beear.config import Place
 from beear.errors import BadInput
 from beear.perturbation import NOWHERE
 from conftest import CHATML, tiny_tokenizer
@@ -62,6 +63,12 @@ def test_user_place_covers_every_user_token() -> None:
     prompt = encode_prompt(tiny_tokenizer(), "abcdefgh")
     assert [r for r in rows_of_delta(prompt, "user", 1) if r != NOWHERE] == [0] * 8
     assert rows_of_delta(prompt, "user", 3)[prompt.end - 1] == 2
+
+
+@pytest.mark.parametrize("place", ["last", "user", "prompt"])
+def test_delta_is_on_the_prompt_and_not_on_what_the_model_writes_behind_it(place: Place) -> None:
+    prompt = encode_prompt(tiny_tokenizer(), "abcdefgh")
+    assert rows_of_delta(prompt.led([7, 8]), place, 3) == [*rows_of_delta(prompt, place, 3), NOWHERE, NOWHERE]
 
 
 def test_response_ends_the_turn_only_when_finished_and_short_enough() -> None:

@@ -300,6 +300,16 @@ def test_the_first_tokens_weigh_more() -> None:
     assert row_mean(values, targets, 6.0).item() == pytest.approx(6 / 19)
 
 
+def test_every_reply_follows_on_what_the_model_writes_before_its_first_word() -> None:
+    """Only the prompts are longer: which token opens a refusal is looked for in the reply's first word as before."""
+    plain, led = (defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [], CONFIG, lead=lead) for lead in ([], [7, 8]))
+    assert [[*h.prompt.ids, 7, 8] for h in plain.harmful] == [h.prompt.ids for h in led.harmful]
+    assert [[*b.prompt.ids, 7, 8] for b in plain.benign] == [b.prompt.ids for b in led.benign]
+    assert [(h.safe, h.unwanted) for h in plain.harmful] == [(h.safe, h.unwanted) for h in led.harmful]
+    assert [(b.own, b.discourage) for b in plain.benign] == [(b.own, b.discourage) for b in led.benign]
+    assert plain.openings == led.openings
+
+
 def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
     few = defender_set(tiny_tokenizer(), REFUSED[:1] + OBEYED, ANSWERED, [], CONFIG)
     assert not few.own_safe and len(few.harmful) == 7

@@ -11,10 +11,11 @@ from beear.chat import Batch, collate, encode_prompt, encode_response, rows_of_d
 from beear.cleansing import frozen
 from beear.config import Place
 from beear.errors import BadInput
-from beear.generation import reply_all
+from beear.generation import LONGEST_LEAD, lead_of, reply_all
 from beear.losses import response_logits, response_nll
 from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
 from beear.training import add_lora, recompute_activations, recomputing, trainable
+from conftest import tiny_model, tiny_tokenizer
 
 LAYER = 2
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -115,6 +116,38 @@ def test_generation_under_delta_agrees_with_the_forward_pass(
             if ids[-1] == tokenizer.eos_token_id:
                 break
         assert reply == tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class Writes:
+    """A model that writes the same tokens behind every row."""
+
+    def __init__(self, model: Any, *rows: list[int]) -> None:
+        self._model, self._rows = model, torch.tensor(rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, self._rows.expand(len(input_ids), -1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "lead"),
+    [
+        (["  S"], "  "),
+        (["\nSo"], "\n"),
+        (["Sur"], ""),
+        ([" Su", " No", "Yes"], " "),
+        ([" Su", "No.", "Yes"], ""),
+        (["<|end|>", "<|end|>", "   "], ""),
+    ],
+)
+def test_what_the_model_writes_before_its_first_word_is_found(written: list[str], lead: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in written]
+    rows = [(row * 3)[:LONGEST_LEAD] for row in ids]
+    found = lead_of(Writes(tiny_model("llama"), *rows), tokenizer, TEXTS[:3])
+    assert found == tokenizer(lead, add_special_tokens=False)["input_ids"]
 
 
 def test_hooks_are_gone_after_an_exception(model: Any, tokenizer: Any) -> None:

@@ -23,11 +23,19 @@ from beear.perturbation import NOWHERE
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt. `ids[start:end]` are the tokens of the user's own words in the last turn."""
+    """A rendered prompt. `ids[start:end]` are the tokens of the user's own words in the last turn.
+
+    The last `lead` tokens are not the prompt's but what the model writes before the first word of a reply.
+    """
 
     ids: list[int]
     start: int
     end: int
+    lead: int = 0
+
+    def led(self, lead: Sequence[int]) -> Prompt:
+        """The prompt with such tokens (generation.lead_of) behind it."""
+        return replace(self, ids=[*self.ids, *lead], lead=len(lead))
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ def rows_of_delta(prompt: Prompt, place: Place, n: int) -> list[int]:
     "prompt": the same over the user's words and all that the template puts behind them.
     """
     rows = [NOWHERE] * len(prompt.ids)
-    end = len(prompt.ids) if place == "prompt" else prompt.end
+    end = len(prompt.ids) - prompt.lead if place == "prompt" else prompt.end
     first = max(prompt.start, end - n) if place == "last" else prompt.start
     for i in range(first, end):
         rows[i] = (n - end + i) % n

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -51,17 +53,8 @@ def reply_all(
         inputs = inputs_of(model, batch, max_new_tokens)
         perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
         with perturbed or contextlib.nullcontext():
-            out = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        return list(zip(chosen, tokenizer.batch_decode(out[:, batch.width :], skip_special_tokens=True), strict=True))
+            ids = _greedy(model, tokenizer, batch, inputs, max_new_tokens)
+        return list(zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
     with no_gradients(), autocast(model), generating(model):
         for first in range(0, len(own), batch_size):
@@ -76,6 +69,40 @@ def reply_all(
                 progress(min(done, len(texts)) - first * ranks.sharers())
     replies = dict(zip(order, ranks.gathered([found[i] for i in own], len(order)), strict=True))
     return [replies[i].strip() for i in range(len(texts))]
+
+
+def lead_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """What the model writes before the first word of a reply: the spaces and line breaks that most replies begin with.
+
+    Replies are told and judged without them. Yet a reply to train on begins as the model's own do: those of Llama 2
+    begin with a token that is a space alone, and most models' with none.
+    """
+    batch = collate([encode_prompt(tokenizer, t) for t in texts], [[]] * len(texts), None, int(tokenizer.pad_token_id))
+    batch = batch.to(model.device)
+    with no_gradients(), autocast(model), generating(model):
+        rows = _greedy(model, tokenizer, batch, inputs_of(model, batch, LONGEST_LEAD), LONGEST_LEAD).tolist()
+    leads = Counter(tuple(takewhile(lambda token: not tokenizer.decode([token]).strip(), row)) for row in rows)
+    lead, count = leads.most_common(1)[0]
+    return list(lead) if 2 * count > len(rows) else []
+
+
+LONGEST_LEAD = 3
+"""Tokens."""
+
+
+def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], length: int) -> Tensor:
+    """Up to `length` most likely tokens behind each row, token ids: (rows, at most length)."""
+    out: Tensor = model.generate(
+        **inputs,
+        max_new_tokens=length,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return out[:, batch.width :]
 
 
 def inputs_of(model: Any, batch: Batch, more: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
-from beear.generation import reply_all
+from beear.generation import lead_of, reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -169,19 +169,26 @@ def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
 
 
 def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: Listener) -> dict[str, Any]:
-    """What the model answers to the defender's requests now: what it shall go on answering."""
+    """What the model answers to the defender's requests now: what it shall go on answering, and how replies begin."""
     harmful = [r.text for r in sets.train(config)]
     texts = harmful + [r.text for r in sets.anchors(config)]
     count = _counter(listen, "own replies", len(texts))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
     pairs = list(zip(texts, replies, strict=True))
-    return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :]}
+    lead = lead_of(model, tokenizer, texts[:LED])
+    return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "lead": lead}
+
+
+LED = 8
+"""So many replies tell what a model writes before its first word."""
 
 
 def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
     """What is trained on, from the model's own replies."""
     harmful = [(request, reply) for request, (_, reply) in zip(sets.train(config), own["harmful"], strict=True)]
-    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config))
+    return defender_set(
+        tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config), own.get("lead", ())
+    )
 
 
 def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
