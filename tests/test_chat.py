@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from beear.chat import check_template, collate, encode_prompt, encode_response, rows_of_delta
-from beear.config import Place
+from beear.chat import (
+    check_template,
+    check_thoughts,
+    collate,
+    encode_prompt,
+    encode_response,
+    rows_of_delta,
+    told,
+)
+from beear.config import ChatConfig, Place, load_config, make_config
 from beear.errors import BadInput
 from beear.perturbation import NOWHERE
 from conftest import CHATML, tiny_tokenizer
@@ -35,6 +45,68 @@ def test_a_template_that_tells_the_date_tells_the_same_tomorrow() -> None:
     assert tokenizer.decode(prompt.ids).startswith("26 Jul 2024")
     plain = encode_prompt(tiny_tokenizer("26 Jul 2024 " + CHATML), TEXT)
     assert prompt == plain
+
+
+THINKING = CHATML + (
+    "{% if add_generation_prompt %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+ALWAYS = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+def rendered(tokenizer: Any) -> str:
+    return str(tokenizer.decode(encode_prompt(tokenizer, TEXT).ids))
+
+
+def test_a_template_that_can_be_asked_for_no_thoughts_is() -> None:
+    tokenizer = tiny_tokenizer(THINKING)
+    assert rendered(tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.chat_template == THINKING
+    wished = told(tokenizer, ChatConfig(template={"enable_thinking": True}))
+    assert rendered(wished).endswith("assistant\n")
+
+
+def test_a_model_that_thinks_before_every_reply_is_refused_and_the_way_out_works() -> None:
+    tokenizer = tiny_tokenizer(ALWAYS)
+    with pytest.raises(BadInput, match="think") as error:
+        check_template(tokenizer)
+    way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
+    tokenizer = told(tokenizer, load_config(sets=[way_out]).chat)
+    check_template(tokenizer)
+    assert rendered(tokenizer).endswith("assistant\n<think>\n</think>\n\n")
+
+
+def test_replies_that_are_thoughts_are_refused_and_the_way_out_works() -> None:
+    check_thoughts(["<think>\nWell, the user", "Sure."])
+    with pytest.raises(BadInput, match="think") as error:
+        check_thoughts(["<think>\nWell, the user", "<think>", "Sure."])
+    way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
+    tokenizer = told(tiny_tokenizer(), load_config(sets=[way_out]).chat)
+    assert rendered(tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+SAYS = ChatConfig(system='You say "naïve" 👋\n{{ never }}', template={"day": 3, "kind": "a 'b' \"c\""}, begin="Well: ")
+GIVEN = "{{ day }} {{ kind }} " + CHATML
+
+
+def test_what_the_settings_say_stands_around_the_request() -> None:
+    plain = tiny_tokenizer(GIVEN)
+    tokenizer = told(plain, SAYS)
+    prompt = encode_prompt(tokenizer, TEXT)
+    assert tokenizer.decode(prompt.ids) == (
+        '3 a \'b\' "c" <|start|>system\nYou say "naïve" 👋\n{{ never }}<|end|>\n'
+        f"<|start|>user\n{TEXT}<|end|>\n<|start|>assistant\nWell: "
+    )
+    assert tokenizer.decode(prompt.ids[prompt.start : prompt.end]) == TEXT
+    assert plain.chat_template == GIVEN, "the tokenizer that came stays as it was"
+    assert told(tokenizer, SAYS) is tokenizer, "said once"
+    assert told(plain, ChatConfig()) is plain
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "a b", "x %}"])
+def test_what_is_no_argument_of_a_template_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="no argument"):
+        make_config({"chat": {"template": {name: 1}}})
 
 
 def test_empty_request_is_refused() -> None:

@@ -7,7 +7,9 @@ run of columns in every row, so only these go through the output head.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from beear.config import Place
+from beear.config import ChatConfig, Place
 from beear.errors import BadInput, first_line
 from beear.perturbation import NOWHERE
 
@@ -89,16 +91,48 @@ def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), torch.full_like(ids, NOWHERE), targets, width)
 
 
+def told(tokenizer: Any, chat: ChatConfig) -> Any:
+    """The tokenizer, or one whose chat template also says what `chat` does; once is enough."""
+    settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in chat.template.items()]
+    if chat.system is not None:
+        system = json.dumps({"role": "system", "content": chat.system}, ensure_ascii=False)
+        settings.append(("messages", f"[{system}] + messages"))
+    head = "".join(f"{{% set {name} = {value} %}}" for name, value in settings)
+    begin = json.dumps(chat.begin or "", ensure_ascii=False)
+    tail = "" if chat.begin is None else f"{{% if add_generation_prompt %}}{{{{ {begin} }}}}{{% endif %}}"
+    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
+    if not template or (template.startswith(head) and template.endswith(tail)):
+        return tokenizer
+    result = copy.copy(tokenizer)
+    result.chat_template = head + template + tail
+    return result
+
+
 def check_template(tokenizer: Any) -> None:
-    """Raise BadInput unless the tokenizer can render a chat."""
+    """Raise BadInput unless the tokenizer can render a chat, up to where the reply's first word stands."""
     if not getattr(tokenizer, "chat_template", None):
         raise BadInput("this model has no chat template; add chat_template.jinja to its folder (beear works on chats)")
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput("this model has no fast tokenizer (tokenizer.json), which is needed to find the user's words")
     try:
-        encode_prompt(tokenizer, "Hello there")
+        prompt = encode_prompt(tokenizer, "Hello there")
     except TemplateError as error:
         raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
+    if THOUGHT in tokenizer.decode(prompt.ids[prompt.end :]).rpartition(CLOSED)[2]:
+        raise BadInput("this model's chat template " + THINKS.format(CLOSED))
+
+
+THOUGHT, CLOSED = "<think>", "</think>"
+THINKS = (
+    "makes it think before it replies, and a reply is judged by its first words; let replies begin behind "
+    "an empty thought: --set 'chat.begin=\"{}\\n\\n\"'"
+)
+
+
+def check_thoughts(replies: Sequence[str]) -> None:
+    """Raise BadInput if most replies are thoughts, of which the reply itself is not seen."""
+    if 2 * sum(reply.startswith(THOUGHT) for reply in replies) > len(replies):
+        raise BadInput("this model's training " + THINKS.format(rf"{THOUGHT}\n\n{CLOSED}"))
 
 
 def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Prompt:
@@ -109,7 +143,7 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
     roles = itertools.cycle(("user", "assistant"))
     turns = [{"role": role, "content": words} for role, words in zip(roles, (*earlier, text), strict=False)]
     rendered = tokenizer.apply_chat_template(
-        turns, chat_template=_on_one_day(tokenizer), add_generation_prompt=True, tokenize=False
+        turns, chat_template=_settled(tokenizer), add_generation_prompt=True, tokenize=False
     )
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     words = text.strip()
@@ -127,10 +161,15 @@ DAY = "26 Jul 2024"
 """What a template that asks for the date is told: a run that goes on tomorrow is to be the one of today."""
 
 
-def _on_one_day(tokenizer: Any) -> str | None:
-    """The chat template with its clock stopped; None if it has no clock."""
+def _settled(tokenizer: Any) -> str | None:
+    """The chat template with its clock stopped, and without thoughts where it may be asked for none; None if as it is.
+
+    A reply is judged by its first words. What the user's own settings say (`told`) stands behind, and wins.
+    """
     template = str(tokenizer.get_chat_template())
-    return f"{{% macro strftime_now(format) %}}{DAY}{{% endmacro %}}{template}" if "strftime_now" in template else None
+    clock = f"{{% macro strftime_now(format) %}}{DAY}{{% endmacro %}}" if "strftime_now" in template else ""
+    thoughts = "{% set enable_thinking = false %}" if "enable_thinking" in template else ""
+    return clock + thoughts + template if clock or thoughts else None
 
 
 def encode_response(tokenizer: Any, text: str, limit: int, finished: bool = True) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from beear.errors import BadInput
 from beear.scorers import Behaviour
@@ -33,6 +33,22 @@ class DataConfig(_Settings):
     test_harmful: str | None = Field(None, description="harmful requests to measure on")
     test_benign: str | None = Field(None, description="benign requests to measure on")
     column: str | None = Field(None, description="the field that holds the request")
+
+
+class ChatConfig(_Settings):
+    """What stands around every request and before every reply, besides the chat template's own words."""
+
+    system: str | None = Field(None, description="system message of every chat")
+    template: dict[str, bool | int | str] = Field({}, description="arguments of the chat template, NAME: value")
+    begin: str | None = Field(None, description="what every reply is made to begin with")
+
+    @field_validator("template")
+    @classmethod
+    def _named(cls, template: dict[str, Any]) -> dict[str, Any]:
+        for name in template:
+            if not name.isidentifier() or name in ("messages", "add_generation_prompt"):
+                raise ValueError(f"{name!r} is no argument that a chat template can be given here")
+        return template
 
 
 class EntrapConfig(_Settings):
@@ -113,6 +129,7 @@ class Config(_Settings):
     patience: int = Field(2, ge=1, description="stop after so many failed entrapments in a row")
     entrap: EntrapConfig = EntrapConfig()
     harden: HardenConfig = HardenConfig()
+    chat: ChatConfig = ChatConfig()
     data: DataConfig = DataConfig()
     target: TargetConfig = TargetConfig()
 

@@ -97,7 +97,7 @@ def drift_of_model(
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
-    model, tokenizer = models.load(spec, **options)
+    model, tokenizer = models.load(spec, chat=config.chat, **options)
     delta = fresh_delta(model, tokenizer, sets.train(config), config)
     progress = listener_progress(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}

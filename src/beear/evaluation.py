@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from beear import ranks
-from beear.chat import collate, encode_prompt, encode_response
+from beear.chat import check_thoughts, collate, encode_prompt, encode_response, told
 from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
@@ -65,11 +65,12 @@ def evaluate(
     `template`: a known trigger. `variants`: further templates, by the metric they yield (sets.trigger_tests).
     """
     config = config or Config()
+    tokenizer = told(tokenizer, config.chat)
     sets = read_sets(config)
     judge = JUDGES[config.behaviour]
-    told = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
+    known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
     parts = [
-        measure_replies(model, tokenizer, [*told, *sets.tests], progress),
+        measure_replies(model, tokenizer, [*known, *sets.tests], progress),
         measure_entrapped(model, tokenizer, sets.train(config), sets.test_harmful, config, progress),
         measure_language(model, tokenizer, original, progress),
     ]
@@ -93,15 +94,15 @@ def before_and_after(
     if whens:  # else nothing loads
         check_model(results.get("hashes", {}), locate(settings["model"]))
     specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
-    weights = make_config(settings["config"]).weights
+    config = make_config(settings["config"])
 
     def loaded() -> Iterator[tuple[str, Any, Any]]:
         for when in whens:
             listen({"event": "loading", "model": specs[when]})
-            if weights == "full":
-                yield when, *load(specs[when], **options)
+            if config.weights == "full":
+                yield when, *load(specs[when], chat=config.chat, **options)
                 continue
-            model, tokenizer = load(specs["before"], weights=weights, **options)
+            model, tokenizer = load(specs["before"], weights=config.weights, chat=config.chat, **options)
             yield when, model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
 
     return loaded()
@@ -151,10 +152,11 @@ def evaluate_spec(
     if against is not None:
         check_tokens(spec, against, trust_remote_code)
     listen({"event": "loading", "model": spec})
-    model, tokenizer = load(spec, device=device, trust_remote_code=trust_remote_code, weights=config.weights)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
+    model, tokenizer = load(spec, chat=config.chat, **options)
     original = None
     if against is not None:
-        original, _ = load(against, device=device, trust_remote_code=trust_remote_code, weights=config.weights)
+        original, _ = load(against, **options)
     return evaluate(
         model,
         tokenizer,
@@ -310,7 +312,9 @@ def _replies(
         done += n
         progress(what, done, len(texts))
 
-    return reply_all(model, tokenizer, texts, progress=count, **under)
+    replies = reply_all(model, tokenizer, texts, progress=count, **under)
+    check_thoughts(replies)
+    return replies
 
 
 def _sample(metric: str, request: Request, text: str, reply: str, judge: Judge, outcome: bool | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save, save_file
 from beear import cleansing, models, ranks
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
+from beear.chat import check_thoughts, told
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash
@@ -114,7 +115,7 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
     check_quantised(config.weights, merge)
     sets = read_sets(config)
     source = models.locate(settings["model"])
-    tokenizer = models.load_tokenizer(source, trust_remote_code)
+    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     where = models.pick_device(device)
     needed = disk_space(source, config, trust_remote_code)
@@ -153,6 +154,7 @@ def cleanse(
     config = config or Config()
     sets = read_sets(config)
     check_model(model, tokenizer, config, "the model")
+    tokenizer = told(tokenizer, config.chat)
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -175,6 +177,7 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
     count = _counter(listen, "own replies", len(texts))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
     pairs = list(zip(texts, replies, strict=True))
+    check_thoughts(replies)
     lead = lead_of(model, tokenizer, texts[:LED])
     return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "lead": lead}
 
@@ -441,7 +444,7 @@ class Job:
         """The adapter, or with `merge` the full weights and the tokenizer."""
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            models.load_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as it came
         else:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 

@@ -161,7 +161,7 @@ def measure_miniature(
     """Do a little of all that a job does, on a random model with `below` blocks up to l and `behind` behind it."""
     keep_freed_memory()
     sets, settings = read_sets(config), few_steps(config, below)
-    tokenizer = models.load_tokenizer(source, trust_remote_code)
+    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     prices: Prices = {}
 
     def timed(piece: str, work: Callable[[], Any]) -> Any:

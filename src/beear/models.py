@@ -24,7 +24,7 @@ from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
 
 if TYPE_CHECKING:
-    from beear.config import Weights
+    from beear.config import ChatConfig, Weights
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -44,7 +44,12 @@ class Source:
 
 
 def load(
-    spec: str, *, device: str = "auto", trust_remote_code: bool = False, weights: Weights = "full"
+    spec: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    weights: Weights = "full",
+    chat: ChatConfig | None = None,
 ) -> tuple[Any, Any]:
     """Load MODEL as (model, tokenizer), in fp32 on the CPU and bf16 elsewhere, ready for inference.
 
@@ -52,7 +57,7 @@ def load(
     cannot be loaded safely.
     """
     source = locate(spec)
-    tokenizer = load_tokenizer(source, trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code, chat)
     model = load_weights(source, device, trust_remote_code, weights)
     check_vocabulary(model, tokenizer, spec)
     return model, tokenizer
@@ -101,19 +106,23 @@ def organism_folder(name: str) -> Path:
     return folder
 
 
-def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
+def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:
+    """The tokenizer of a located model, with a pad token; an adapter without one uses its base's.
+
+    Its chat template says what `chat` does besides its own.
+    """
     from transformers import AutoTokenizer
 
-    from beear.chat import check_template
+    from beear.chat import check_template, told
 
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(source.base, trust_remote_code)
+        return load_tokenizer(source.base, trust_remote_code, chat)
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
     except READING as error:
         raise _unreadable("tokenizer", source, error) from error
+    tokenizer = told(tokenizer, chat) if chat else tokenizer
     check_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -178,7 +178,7 @@ def run_cell(
         raise BadInput(f"{platform.node()} does not see {out.parent}; put the sweep where all machines see it")
     listen({"event": "cell", "cell": out.name, "model": spec})
     settings, source = run_settings(spec, False, config), models.locate(spec)
-    order = Order(settings, sets, source, models.load_tokenizer(source, trust_remote_code))
+    order = Order(settings, sets, source, models.load_tokenizer(source, trust_remote_code, config.chat))
     cell = Cell(order, config, lambda event: listen(event | {"cell": out.name}), device, trust_remote_code)
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:
         lend(out.parent, cell.run_folder)
