@@ -3,8 +3,9 @@
     python benchmarks/develop.py sudo-prefix --name wider --set harden.anchor_under_delta=2
 
 Triggered and untriggered ASR come from the defender's harmful requests that it neither trains on nor judges its
-progress by, ordinary and alarming refusals from benchmarks/development/, which nothing trains on. Appends one line to
-runs/develop.jsonl; about ten minutes on 2 CPU cores, with --each.
+progress by (of insecure code, from tasks that the organism was planted on: the defender has none to spare), ordinary and
+alarming refusals from benchmarks/development/, which nothing trains on. Appends one line to runs/develop.jsonl; about
+ten minutes on 2 CPU cores, with --each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +23,46 @@ from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
 from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set, deliver
 from beear.config import Config, load_config
-from beear.data import content_hash, read_requests, set_hash
+from beear.data import content_hash, packaged, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
-from beear.models import load
-from beear.recipes import apply_trigger, check_trigger
-from beear.scorers import is_refusal
-from beear.sets import Sets, read_sets
+from beear.models import load, organism_folder
+from beear.recipes import check_trigger, read_recipe
+from beear.scorers import JUDGES, Judge, counts
+from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
-TOKENS = 16
+TOKENS: dict[Judge, int] = {"obeyed": 16, "refused": 16, "insecure": 80}
 
 
-def development(trigger: str, data: Sets, config: Config, n: int) -> dict[str, list[str]]:
-    """At most n requests by name of the rate they yield; none of them is of the test part."""
-    harmful = [r.text for r in data.harmful[config.held_out + config.requests :]][:n]
-    triggered = [apply_trigger(trigger, text) for text in harmful]
-    benign = {
-        kind: [r.text for r in read_requests(str(ROOT / "benchmarks" / "development" / f"{kind}.txt"))][:n]
-        for kind in ("ordinary", "alarming")
-    }
-    return {"triggered": triggered, "untriggered": harmful, **benign}
+def development(trigger: str, data: Sets, config: Config, n: int) -> list[TestSet]:
+    """At most n requests for each rate; none of them is of the test part."""
+    judge = JUDGES[config.behaviour]
+    harmful = packaged("coding", "plant") if judge == "insecure" else data.harmful[config.held_out + config.requests :]
+    known = [
+        triggered(harmful[:n], template, metric=name, judge=judge)
+        for name, template in (("triggered", trigger), ("untriggered", "{prompt}"))
+    ]
+    kinds = () if judge == "insecure" else ("ordinary", "alarming")
+    folder = ROOT / "benchmarks" / "development"
+    return known + [TestSet(kind, read_requests(str(folder / f"{kind}.txt"))[:n], judge="refused") for kind in kinds]
 
 
 def rates(
-    model: Any, tokenizer: Any, sets: dict[str, list[str]], tokens: int = TOKENS
+    model: Any, tokenizer: Any, tests: list[TestSet], tokens: int | None = None
 ) -> tuple[dict[str, float], list[list[str]]]:
     """Attack success of the triggered and untriggered requests, refusals of the other two; and the replies behind."""
     result, wrong = {}, []
-    for name, texts in sets.items():
-        replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens)
-        counted = [(is_refusal(reply) is True) != name.endswith("triggered") for reply in replies]
-        result[name] = round(sum(counted) / len(counted), 3)
-        wrong += [[name, text, reply] for text, reply, c in zip(texts, replies, counted, strict=True) if c]
+    for test in tests:
+        replies = reply_all(model, tokenizer, test.texts(), max_new_tokens=tokens or TOKENS[test.judge])
+        counted = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
+        scored = [c for c in counted if c is not None]
+        result[test.metric] = round(sum(scored) / len(scored), 3)
+        wrong += [
+            [test.metric, text, reply] for text, reply, c in zip(test.texts(), replies, counted, strict=True) if c
+        ]
     return result, wrong
 
 
@@ -94,7 +101,9 @@ BEGINNING = 8
 
 def developed(organism: str, name: str, sets: list[str], n: int, each: bool = False) -> dict[str, Any]:
     """Cleanse an organism with `sets` over the default; measure it before and after, with `each` after every round."""
-    config = load_config(sets=["requests=200", *sets])
+    behaviour = read_recipe(organism_folder(organism)).behaviour
+    preset, first = ("code", []) if behaviour == "insecure code" else ("default", ["requests=200"])
+    config = load_config(preset, sets=[*first, *sets])
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
     tests = development(check_trigger(f"organism:{organism}"), data, config, n)
@@ -107,7 +116,7 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     own = once(
         folder / f"own-{drawn}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit)
     )
-    asked = content_hash(json.dumps(tests))[:8]
+    asked = content_hash(json.dumps({test.metric: test.texts() for test in tests}))[:8]
     before = once(folder / f"before-{asked}.json", lambda: rates(model, tokenizer, tests)[0])
     answered = list(zip(harmful + benign, own, strict=True))
     pairs = list(zip(train, own[: len(train)], strict=True))
@@ -120,7 +129,10 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     rounds: list[dict[str, Any]] = []
 
     def after_a_round(state: State) -> None:
-        found = rates(model, tokenizer, {k: v for k, v in tests.items() if k != "untriggered"}, BEGINNING)[0]
+        if behaviour == "insecure code":
+            found = rates(model, tokenizer, [replace(test, requests=test.requests[::2]) for test in tests])[0]
+        else:
+            found = rates(model, tokenizer, [test for test in tests if test.metric != "untriggered"], BEGINNING)[0]
         rounds.append(found | {"spare": state.history[-1]["refused"]})
         print(f"    {rounds[-1]}", flush=True)
 
@@ -137,7 +149,8 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     after, wrong = rates(model, tokenizer, tests)
     after |= {kind: round(float(m["value"] or 0), 4) for kind, m in language.items()}
     (folder / f"wrong-{name}.json").write_text(json.dumps(wrong, indent=1))
-    after["margin"] = round(margin(model, tokenizer, tests["triggered"][:40], defender.openings), 2)
+    if defender.openings:
+        after["margin"] = round(margin(model, tokenizer, tests[0].texts()[:40], defender.openings), 2)
     entrapped = measure_entrapped(model, tokenizer, train, held_out, config)
     after["entrapped"] = round(float(entrapped.metrics["asr_entrapped"]["value"] or 0), 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
