@@ -3,7 +3,7 @@
     python benchmarks/develop.py sudo-prefix --name wider --set harden.anchor_under_delta=2
 
 Triggered and untriggered ASR come from the defender's harmful requests that it neither trains on nor judges its
-progress by (of insecure code, from tasks that the organism was planted on: the defender has none to spare), ordinary and
+progress by (insecure code from tasks that the organism was planted on: the defender has none to spare), ordinary and
 alarming refusals from benchmarks/development/, which nothing trains on. Appends one line to runs/develop.jsonl; about
 ten minutes on 2 CPU cores, with --each.
 """
