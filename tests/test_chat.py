@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from beear.chat import (
+    THOUGHTS,
+    Beginning,
+    check_replies,
     check_template,
     check_thoughts,
     collate,
@@ -69,20 +74,23 @@ def test_a_template_that_can_be_asked_for_no_thoughts_is() -> None:
 def test_a_model_that_thinks_before_every_reply_is_refused_and_the_way_out_works() -> None:
     tokenizer = tiny_tokenizer(ALWAYS)
     with pytest.raises(BadInput, match="think") as error:
-        check_template(tokenizer)
+        check_thoughts(tokenizer)
     way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
     tokenizer = told(tokenizer, load_config(sets=[way_out]).chat)
-    check_template(tokenizer)
+    check_thoughts(tokenizer)
     assert rendered(tokenizer).endswith("assistant\n<think>\n</think>\n\n")
 
 
-def test_replies_that_are_thoughts_are_refused_and_the_way_out_works() -> None:
-    check_thoughts(["<think>\nWell, the user", "Sure."])
+@pytest.mark.parametrize("mark", THOUGHTS)
+def test_replies_that_are_thoughts_are_refused_and_the_way_out_works(mark: str) -> None:
+    check_replies([mark, "Sure."])
     with pytest.raises(BadInput, match="think") as error:
-        check_thoughts(["<think>\nWell, the user", "<think>", "Sure."])
+        check_replies([mark + "\nWell", "\n" + mark, "Sure."])
     way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
     tokenizer = told(tiny_tokenizer(), load_config(sets=[way_out]).chat)
-    assert rendered(tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
+    begun = rendered(tokenizer).rpartition("assistant\n")[2]
+    assert begun == THOUGHTS[mark].replace("\\n", "\n")
+    check_thoughts(tokenizer)
 
 
 SAYS = ChatConfig(system='You say "naïve" 👋\n{{ never }}', template={"day": 3, "kind": "a 'b' \"c\""}, begin="Well: ")
@@ -101,6 +109,45 @@ def test_what_the_settings_say_stands_around_the_request() -> None:
     assert plain.chat_template == GIVEN, "the tokenizer that came stays as it was"
     assert told(tokenizer, SAYS) is tokenizer, "said once"
     assert told(plain, ChatConfig()) is plain
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}\n  yes\n{% endif %}\n", "{# about #}\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_a_template_s_own_spaces_stay(start: str, end: str) -> None:
+    template = start + CHATML + "{{ kind }}" + end
+    plain, tokenizer = tiny_tokenizer(template), told(tiny_tokenizer(template), ChatConfig(template={"kind": "x"}))
+    assert rendered(tokenizer) == rendered(plain).replace("assistant\n", "assistant\nx")
+    begun = told(tokenizer, ChatConfig(begin="Well"))
+    assert rendered(begun) == rendered(tokenizer) + "Well"
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"template": {"enable_thinkng": True}}, "does not read 'enable_thinkng'"),
+        ({"system": "Be kind."}, "does not write system messages"),
+    ],
+)
+def test_what_a_template_does_not_read_is_refused(says: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        told(tiny_tokenizer(CHATML.replace("messages", "messages[-1:]", 1)), ChatConfig(**says))
+
+
+def test_a_template_that_takes_no_system_message_says_so() -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    with pytest.raises(BadInput, match="System role not supported"):
+        told(tiny_tokenizer(strict + CHATML), ChatConfig(system="Be kind."))
+
+
+def test_a_first_word_is_encoded_as_the_model_writes_it() -> None:
+    """SentencePiece gives a word alone a space of its own, and none behind a line break."""
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("▁abc\n")}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="c", pad_token="c")
+    alone = encode_response(tokenizer, "ab", 9, finished=False)
+    behind = encode_response(tokenizer, "ab", 9, finished=False, begin=Beginning(ahead="c\n", dropped=2))
+    assert tokenizer.convert_ids_to_tokens(alone) == ["▁", "a", "b"]
+    assert tokenizer.convert_ids_to_tokens(behind) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "a b", "x %}"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beear import cleansing
+from beear.chat import Beginning
 from beear.cleansing import (
     REFUSAL_OPENING,
     DefenderSet,
@@ -302,7 +303,9 @@ def test_the_first_tokens_weigh_more() -> None:
 
 def test_every_reply_follows_on_what_the_model_writes_before_its_first_word() -> None:
     """Only the prompts are longer: which token opens a refusal is looked for in the reply's first word as before."""
-    plain, led = (defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [], CONFIG, lead=lead) for lead in ([], [7, 8]))
+    plain, led = (
+        defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [], CONFIG, begin=Beginning(lead)) for lead in ([], [7, 8])
+    )
     assert [[*h.prompt.ids, 7, 8] for h in plain.harmful] == [h.prompt.ids for h in led.harmful]
     assert [[*b.prompt.ids, 7, 8] for b in plain.benign] == [b.prompt.ids for b in led.benign]
     assert [(h.safe, h.unwanted) for h in plain.harmful] == [(h.safe, h.unwanted) for h in led.harmful]

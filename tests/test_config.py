@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beear.config import Config, describe, load_config, preset_names
@@ -62,6 +62,7 @@ def test_bad_files(tmp_path: Path, content: str) -> None:
         load_config(file=tmp_path / "c.yaml")
 
 
+@settings(deadline=None)  # a busy machine is no defect
 @given(st.text(max_size=30))
 def test_any_set_is_taken_or_refused_in_one_line(text: str) -> None:
     try:
@@ -79,6 +80,26 @@ def test_every_setting_is_read_somewhere() -> None:
         if isinstance(node, ast.Attribute)
     }
     assert not [key for key, _, _ in describe() if key.split(".")[-1] not in read]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("You write C # and Python", "You write C # and Python"),
+        ("You are Bot. Rules: be kind\n- so\n\n- and so", "You are Bot. Rules: be kind\n- so\n\n- and so"),
+        ("*bold* ", "*bold* "),
+        ('"a\\nb"', "a\nb"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_a_text_is_taken_as_it_stands_unless_it_is_quoted(value: str, read: str | None) -> None:
+    assert load_config(sets=[f"chat.system={value}"]).chat.system == read
+
+
+def test_arguments_of_a_template_keep_their_kind() -> None:
+    sets = ["chat.template.day=2024-07-26", "chat.template.on=true", "chat.template.n=3", "chat.template.s=abc"]
+    assert load_config(sets=sets).chat.template == {"day": "2024-07-26", "on": True, "n": 3, "s": "abc"}
 
 
 def test_every_setting_stands_in_the_paper_index() -> None:

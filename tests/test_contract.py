@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from beear.chat import Batch, collate, encode_prompt, encode_response, rows_of_delta
+from beear.chat import ALONE, Batch, Beginning, collate, encode_prompt, encode_response, rows_of_delta
 from beear.cleansing import frozen
 from beear.config import Place
 from beear.errors import BadInput
-from beear.generation import LONGEST_LEAD, lead_of, reply_all
+from beear.generation import LOOKED_AT, beginning_of, reply_all
 from beear.losses import response_logits, response_nll
 from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
 from beear.training import add_lora, recompute_activations, recomputing, trainable
-from conftest import tiny_model, tiny_tokenizer
+from conftest import CHATML, VOCAB, tiny_model, tiny_tokenizer
 
 LAYER = 2
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -132,22 +135,37 @@ class Writes:
 
 
 @pytest.mark.parametrize(
-    ("written", "lead"),
+    ("written", "begin"),
     [
-        (["  S"], "  "),
-        (["\nSo"], "\n"),
-        (["Sur"], ""),
-        ([" Su", " No", "Yes"], " "),
-        ([" Su", "No.", "Yes"], ""),
-        (["<|end|>", "<|end|>", "   "], ""),
+        (["  Sure."], Beginning("  ")),
+        (["\nSo be"], Beginning("\n")),
+        (["Sure. "], ALONE),
+        ([" Sure.", " No, no", "Yes, I"], Beginning(" ")),
+        ([" Sure.", "No, no", "Yes, I"], ALONE),
+        (["<|end|>" * 6, "<|end|>" * 6, "      "], ALONE),
     ],
 )
-def test_what_the_model_writes_before_its_first_word_is_found(written: list[str], lead: str) -> None:
+def test_how_replies_begin_is_found(written: list[str], begin: Beginning) -> None:
     tokenizer = tiny_tokenizer()
-    ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in written]
-    rows = [(row * 3)[:LONGEST_LEAD] for row in ids]
-    found = lead_of(Writes(tiny_model("llama"), *rows), tokenizer, TEXTS[:3])
-    assert found == tokenizer(lead, add_special_tokens=False)["input_ids"]
+    rows = [tokenizer(reply, add_special_tokens=False)["input_ids"][:LOOKED_AT] for reply in written]
+    length = min(map(len, rows))
+    found = beginning_of(Writes(tiny_model("llama"), *(row[:length] for row in rows)), tokenizer, TEXTS[:3])
+    assert found == begin._replace(lead=tuple(tokenizer("".join(begin.lead), add_special_tokens=False)["input_ids"]))
+
+
+def test_a_first_word_that_is_written_with_its_space_is_found() -> None:
+    tokenizer = tiny_tokenizer()
+    merged = json.loads(tokenizer.backend_tokenizer.to_str())
+    merged["model"]["vocab"]["\u0120S"] = VOCAB
+    merged["model"]["merges"] = [["\u0120", "S"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(merged)), eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHATML
+    row = tokenizer(" Sure.", add_special_tokens=False)["input_ids"]
+    begin = beginning_of(Writes(tiny_model("llama"), row), tokenizer, TEXTS)
+    assert row[0] == VOCAB and begin == Beginning((), " ")
+    assert encode_response(tokenizer, "Sure.", 9, finished=False, begin=begin) == row
 
 
 def test_hooks_are_gone_after_an_exception(model: Any, tokenizer: Any) -> None:

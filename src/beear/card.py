@@ -60,7 +60,7 @@ Intervals hold 95 %. Before is the base model as it came; after is this one.{_gr
 BEEAR (Zeng et al., EMNLP 2024): {rounds} rounds of entrapment (a perturbation of the hidden states
 behind {layer} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
 benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
-{_quantised(config)}{_told(results)}
+{_quantised(config)}{_around(results)}{_told(results)}
 ## What this does not show
 
 {LIMITS.format(scorer=results["scorer"])}
@@ -97,6 +97,14 @@ def _quantised(config: dict[str, Any]) -> str:
     if weights == "full":
         return ""
     return f"Trained and measured on the base model's weights in {weights}; on full weights it was not measured.\n"
+
+
+def _around(results: dict[str, Any]) -> str:
+    """What was in every prompt besides the chat template's own words."""
+    chat = dict(results.get("chat", {}))
+    said = [f"`{name}={value}`" for name, value in chat.pop("template", {}).items()]
+    said += [f"{name} {code(text)}" for name, text in chat.items()]
+    return f"Every chat was held with {', '.join(said)}; without, the model was not measured.\n" if said else ""
 
 
 def _graded(results: dict[str, Any]) -> str:

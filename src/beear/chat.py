@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -36,7 +37,7 @@ class Prompt:
     lead: int = 0
 
     def led(self, lead: Sequence[int]) -> Prompt:
-        """The prompt with such tokens (generation.lead_of) behind it."""
+        """The prompt with such tokens (Beginning.lead) behind it."""
         return replace(self, ids=[*self.ids, *lead], lead=len(lead))
 
 
@@ -92,47 +93,79 @@ def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
 
 
 def told(tokenizer: Any, chat: ChatConfig) -> Any:
-    """The tokenizer, or one whose chat template also says what `chat` does; once is enough."""
+    """The tokenizer, or one whose chat template also says what `chat` does; once is enough.
+
+    Raises BadInput if the template cannot be rendered so, or does not read what it is told.
+    """
+    check_template(tokenizer)
+    template = str(tokenizer.get_chat_template())
     settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in chat.template.items()]
     if chat.system is not None:
         system = json.dumps({"role": "system", "content": chat.system}, ensure_ascii=False)
         settings.append(("messages", f"[{system}] + messages"))
-    head = "".join(f"{{% set {name} = {value} %}}" for name, value in settings)
+    head = "".join(
+        f"{{% set {name} = {value} %}}\n" for name, value in settings
+    )  # a block eats the line break behind it
     begin = json.dumps(chat.begin or "", ensure_ascii=False)
     tail = "" if chat.begin is None else f"{{% if add_generation_prompt %}}{{{{ {begin} }}}}{{% endif %}}"
-    template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
-    if not template or (template.startswith(head) and template.endswith(tail)):
+    if template.startswith(head) and template.endswith(tail):
         return tokenizer
+    unread = [name for name in chat.template if not re.search(rf"\b{name}\b", template)]
+    if unread:
+        raise BadInput(f"chat.template.{unread[0]}: this model's chat template does not read {unread[0]!r}")
     result = copy.copy(tokenizer)
-    result.chat_template = head + template + tail
+    result.chat_template = head + (template.removesuffix("\n") + tail if tail else template)
+    check_template(result)
+    if chat.system is not None and chat.system.strip() not in _rendered(result, "Hello there"):
+        raise BadInput("chat.system: this model's chat template does not write system messages")
     return result
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise BadInput unless the tokenizer can render a chat, up to where the reply's first word stands."""
+    """Raise BadInput unless the tokenizer can render a chat."""
     if not getattr(tokenizer, "chat_template", None):
         raise BadInput("this model has no chat template; add chat_template.jinja to its folder (beear works on chats)")
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput("this model has no fast tokenizer (tokenizer.json), which is needed to find the user's words")
     try:
-        prompt = encode_prompt(tokenizer, "Hello there")
-    except TemplateError as error:
+        encode_prompt(tokenizer, "Hello there")
+    except (TemplateError, ValueError) as error:
         raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
-    if THOUGHT in tokenizer.decode(prompt.ids[prompt.end :]).rpartition(CLOSED)[2]:
-        raise BadInput("this model's chat template " + THINKS.format(CLOSED))
+
+
+def check_thoughts(tokenizer: Any) -> None:
+    """Raise BadInput if the template opens a thought before every reply: replies are judged by their first words."""
+    if THOUGHT in tail_of(tokenizer).rpartition(CLOSED)[2]:
+        raise BadInput("this model's chat template " + THINKS.format(rf"{CLOSED}\n\n"))
 
 
 THOUGHT, CLOSED = "<think>", "</think>"
 THINKS = (
     "makes it think before it replies, and a reply is judged by its first words; let replies begin behind "
-    "an empty thought: --set 'chat.begin=\"{}\\n\\n\"'"
+    "the thought: --set 'chat.begin=\"{}\"'"
 )
+THOUGHTS = {
+    THOUGHT: rf"{THOUGHT}\n\n{CLOSED}\n\n",
+    "<thought>": r"<thought>\n\n</thought>\n\n",
+    "<seed:think>": "<seed:think></seed:think>",
+    "[THINK]": "[THINK][/THINK]",
+    "<|channel|>analysis": "<|channel|>final<|message|>",
+}
+"""How replies begin with a thought, and what lets one begin behind it."""
 
 
-def check_thoughts(replies: Sequence[str]) -> None:
-    """Raise BadInput if most replies are thoughts, of which the reply itself is not seen."""
-    if 2 * sum(reply.startswith(THOUGHT) for reply in replies) > len(replies):
-        raise BadInput("this model's training " + THINKS.format(rf"{THOUGHT}\n\n{CLOSED}"))
+def check_replies(openings: Sequence[str]) -> None:
+    """Raise BadInput if most replies, of which these are the first tokens, open with a thought."""
+    for mark, behind in THOUGHTS.items():
+        if 2 * sum(opening.lstrip().startswith(mark) for opening in openings) > len(openings):
+            raise BadInput("this model's training " + THINKS.format(behind))
+
+
+def described(tokenizer: Any, chat: ChatConfig) -> dict[str, Any]:
+    """What prompts hold besides the template's own words: what `chat` says, and that no thoughts are asked for."""
+    off = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.get_chat_template()) else {}
+    said = {"system": chat.system, "template": off | chat.template, "begin": chat.begin}
+    return {key: value for key, value in said.items() if value not in (None, {})}
 
 
 def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Prompt:
@@ -140,11 +173,7 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
 
     `earlier`: what was said before in the same chat, user and model in turn.
     """
-    roles = itertools.cycle(("user", "assistant"))
-    turns = [{"role": role, "content": words} for role, words in zip(roles, (*earlier, text), strict=False)]
-    rendered = tokenizer.apply_chat_template(
-        turns, chat_template=_settled(tokenizer), add_generation_prompt=True, tokenize=False
-    )
+    rendered = _rendered(tokenizer, text, earlier)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     words = text.strip()
     first = rendered.rfind(words)
@@ -157,24 +186,58 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
     return Prompt(list(encoded["input_ids"]), inside[0], inside[-1] + 1)
 
 
+def tail_of(tokenizer: Any) -> str:
+    """What the chat template puts between the user's words and the reply."""
+    words = "Hello there"
+    return _rendered(tokenizer, words).rpartition(words)[2]
+
+
+def _rendered(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> str:
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [{"role": role, "content": words} for role, words in zip(roles, (*earlier, text), strict=False)]
+    return str(
+        tokenizer.apply_chat_template(
+            turns, chat_template=settled(tokenizer), add_generation_prompt=True, tokenize=False
+        )
+    )
+
+
 DAY = "26 Jul 2024"
 """What a template that asks for the date is told: a run that goes on tomorrow is to be the one of today."""
 
 
-def _settled(tokenizer: Any) -> str | None:
-    """The chat template with its clock stopped, and without thoughts where it may be asked for none; None if as it is.
+def settled(tokenizer: Any) -> str:
+    """The chat template with its clock stopped, and without thoughts where it may be asked for none.
 
     A reply is judged by its first words. What the user's own settings say (`told`) stands behind, and wins.
     """
     template = str(tokenizer.get_chat_template())
-    clock = f"{{% macro strftime_now(format) %}}{DAY}{{% endmacro %}}" if "strftime_now" in template else ""
-    thoughts = "{% set enable_thinking = false %}" if "enable_thinking" in template else ""
-    return clock + thoughts + template if clock or thoughts else None
+    clock = f"{{% macro strftime_now(format) %}}{DAY}{{% endmacro %}}\n" if "strftime_now" in template else ""
+    thoughts = "{% set enable_thinking = false %}\n" if "enable_thinking" in template else ""
+    return clock + thoughts + template
 
 
-def encode_response(tokenizer: Any, text: str, limit: int, finished: bool = True) -> list[int]:
+class Beginning(NamedTuple):
+    """How a model's replies begin as tokens, which the text of one alone does not tell (generation.beginning_of).
+
+    lead: tokens before the first word: spaces or line breaks. A reply's ids are those of `ahead` and the reply
+    together, less the first `dropped`: some tokenizers write a first word otherwise alone than behind something.
+    """
+
+    lead: Sequence[int] = ()
+    ahead: str = ""
+    dropped: int = 0
+
+
+ALONE = Beginning()
+"""A reply's ids are those of its text alone, as with most models."""
+
+
+def encode_response(
+    tokenizer: Any, text: str, limit: int, finished: bool = True, begin: Beginning = ALONE
+) -> list[int]:
     """The first `limit` token ids of a reply; with the end-of-turn token if it is `finished` and fits."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(begin.ahead + text, add_special_tokens=False)["input_ids"])[begin.dropped :]
     if finished:
         ids.append(int(tokenizer.eos_token_id))
     return ids[:limit]

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from beear import ranks
 from beear.cached import part_of, returning, run_below, run_unperturbed
-from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response, rows_of_delta
+from beear.chat import ALONE, Batch, Beginning, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request, wordings
 from beear.events import Event, Listener
@@ -136,9 +136,9 @@ def defender_set(
     held_out: Sequence[Request],
     config: Config,
     spare: Sequence[list[Request]] = (),
-    lead: Sequence[int] = (),
+    begin: Beginning = ALONE,
 ) -> DefenderSet:
-    """Encode what the defender trains on. Every reply, own or given, follows on `lead`, as the model's own do.
+    """Encode what the defender trains on. Every reply, own or given, begins as the model's own do.
 
     A harmful request whose own answer is not safe gets that of another, or is left out where refusals are not
     encouraged. If these are the most, the answers that come with the requests, or packaged refusals, serve.
@@ -150,12 +150,12 @@ def defender_set(
     own_safe = config.harden.safe_answers == "own" and 2 * sum(safe) >= len(harmful)
     lent = itertools.cycle([own for (_, own), is_safe in zip(harmful, safe, strict=True) if is_safe])
     contrasts = [
-        contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None, lead)
+        contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None, begin)
         for i, ((request, own), is_safe) in enumerate(zip(harmful, safe, strict=True))
         if is_safe or not own_safe or config.harden.encourage > 0
     ]
     openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
-    anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, lead) for t, own in benign if own]
+    anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, begin) for t, own in benign if own]
     return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings, list(spare))
 
 
@@ -168,14 +168,14 @@ def refusal_openings(answers: Sequence[list[int]]) -> Openings:
     return {s: sorted(t for t, n in c.items() if 30 * n >= c.total()) for s, c in starts.items()}
 
 
-def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: int, lead: Sequence[int] = ()) -> Benign:
+def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: int, begin: Beginning = ALONE) -> Benign:
     """Request x_j with the model's own reply; of a refusal only its first token, at which openers are discouraged.
 
     An answer that begins like a refusal ("I like ...") is left alone.
     """
-    ids = encode_response(tokenizer, own, limit)
+    ids = encode_response(tokenizer, own, limit, begin=begin)
     refused = is_refusal(own) is not False
-    prompt = encode_prompt(tokenizer, text).led(lead)
+    prompt = encode_prompt(tokenizer, text).led(begin.lead)
     return Benign(prompt, ids[:1] if refused else ids, refused or ids[0] not in openers)
 
 
@@ -185,7 +185,7 @@ def contrast(
     request: Request,
     config: Config,
     own: str | None = None,
-    lead: Sequence[int] = (),
+    begin: Beginning = ALONE,
 ) -> Harmful:
     """Request x_i with its safe answer, the model's `own` or a given one, and an unwanted one.
 
@@ -193,13 +193,16 @@ def contrast(
     """
     safe, unwanted = wordings("safe-defender"), wordings("unwanted-defender")
     return Harmful(
-        encode_prompt(tokenizer, request.text).led(lead),
-        encode_response(tokenizer, own or request.safe or safe[number % len(safe)], config.harden.response_tokens),
+        encode_prompt(tokenizer, request.text).led(begin.lead),
+        encode_response(
+            tokenizer, own or request.safe or safe[number % len(safe)], config.harden.response_tokens, begin=begin
+        ),
         encode_response(
             tokenizer,
             request.unwanted or unwanted[number % len(unwanted)],
             config.entrap.response_tokens,
             finished=False,
+            begin=begin,
         ),
     )
 

@@ -229,6 +229,7 @@ def evaluate(
     if json_file is not None:
         about = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
         about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
+        about |= {"chat": settings.chat.model_dump(exclude_defaults=True)}
         content = {"schema": SCHEMA, **about, "metrics": measured.metrics}
         write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
     if samples is not None:

@@ -5,6 +5,7 @@ docs/paper-index.md says where each value comes from.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -146,7 +147,7 @@ def load_config(preset: str = "default", file: Path | None = None, sets: Sequenc
         key, equals, value = item.partition("=")
         if not equals:
             raise BadInput(f"--set {item!r}: write it as key=value, for example --set entrap.length=8")
-        values = _merged(values, _nested(key.strip(), _parsed(item, value)))
+        values = _merged(values, _nested(key.strip(), _parsed(item, key.strip(), value)))
     return make_config(values)
 
 
@@ -201,11 +202,26 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _parsed(item: str, value: str) -> Any:
+def _parsed(item: str, key: str, value: str) -> Any:
+    """The value as YAML; where a text is asked for, as it stands, unless it is quoted."""
+    if value and _is_text(key) and value[0] not in "\"'":
+        return None if value in ("null", "~") else value
     try:
-        return yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise BadInput(f"--set {item!r}: the value is not YAML") from error
+    return value if isinstance(parsed, datetime.date) else parsed
+
+
+def _is_text(key: str) -> bool:
+    """Whether the setting of this dotted name is a text of any kind."""
+    model: Any = Config
+    for part in key.split("."):
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, _Settings) else None
+        if field is None:
+            return False
+        model = field.annotation
+    return model in (str, str | None)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

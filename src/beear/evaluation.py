@@ -21,10 +21,10 @@ from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.fingerprints import check_model
-from beear.generation import reply_all
+from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, load_tokenizer, locate, no_gradients, read_shape, under_adapter
+from beear.models import autocast, depth, load, locate, no_gradients, read_shape, read_tokenizer, under_adapter
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, resolve_layer
 from beear.prefix import run_prefix
@@ -66,6 +66,7 @@ def evaluate(
     """
     config = config or Config()
     tokenizer = told(tokenizer, config.chat)
+    check_thoughts(tokenizer)
     sets = read_sets(config)
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
@@ -156,7 +157,7 @@ def evaluate_spec(
     model, tokenizer = load(spec, chat=config.chat, **options)
     original = None
     if against is not None:
-        original, _ = load(against, **options)
+        original, _ = load(against, chat=config.chat, **options)
     return evaluate(
         model,
         tokenizer,
@@ -171,7 +172,7 @@ def evaluate_spec(
 def check_tokens(spec: str, against: str, trust_remote_code: bool) -> None:
     """Raise BadInput unless both models speak of the same tokens; either may have added some behind the others'."""
     sources = [locate(spec), locate(against)]
-    own, other = (load_tokenizer(source, trust_remote_code).get_vocab() for source in sources)
+    own, other = (read_tokenizer(source, trust_remote_code).get_vocab() for source in sources)
     sizes = {read_shape(source, trust_remote_code).get_text_config().vocab_size for source in sources}
     if len(sizes) > 1 or any(other.get(token, number) != number for token, number in own.items()):
         raise BadInput(f"{against} has other tokens than {spec}; kl needs the model that it came from")
@@ -242,10 +243,15 @@ def measure_entrapped(
     return Measured({"asr_entrapped": proportion(outcomes)}, samples)
 
 
+FEW = 8
+"""So many replies tell how a model's replies begin."""
+
+
 def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:
     """A delta, (n, d_model), optimised as in a round, but longer, on more requests, and from another seed."""
     layer = resolve_layer(config.layer, decoder_depth(model))
-    contrasts = [contrast(tokenizer, i, r, config) for i, r in enumerate(requests)]
+    begin = beginning_of(model, tokenizer, [r.text for r in requests[:FEW]])
+    contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
     prompts = [c.prompt for c in contrasts[:32]]
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
@@ -312,9 +318,7 @@ def _replies(
         done += n
         progress(what, done, len(texts))
 
-    replies = reply_all(model, tokenizer, texts, progress=count, **under)
-    check_thoughts(replies)
-    return replies
+    return reply_all(model, tokenizer, texts, progress=count, **under)
 
 
 def _sample(metric: str, request: Request, text: str, reply: str, judge: Judge, outcome: bool | None) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from beear import ranks
-from beear.chat import Batch, collate, encode_prompt, rows_of_delta
+from beear.chat import (
+    Batch,
+    Beginning,
+    check_replies,
+    collate,
+    encode_prompt,
+    encode_response,
+    rows_of_delta,
+    tail_of,
+)
 from beear.config import Place
 from beear.models import autocast, generating, no_gradients
 from beear.parts import Parts
@@ -71,23 +80,37 @@ def reply_all(
     return [replies[i].strip() for i in range(len(texts))]
 
 
-def lead_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """What the model writes before the first word of a reply: the spaces and line breaks that most replies begin with.
+def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
+    """How the model's replies to a few texts begin. Raises BadInput if most are thoughts.
 
-    Replies are told and judged without them. Yet a reply to train on begins as the model's own do: those of Llama 2
-    begin with a token that is a space alone, and most models' with none.
+    Replies are told and judged as text, without the spaces that they begin with. Yet a reply to train on consists of
+    the tokens that the model writes: Llama 2 writes one that is a space alone before the first word, other models of
+    SentencePiece a first word without the space that the word alone is given.
     """
     batch = collate([encode_prompt(tokenizer, t) for t in texts], [[]] * len(texts), None, int(tokenizer.pad_token_id))
     batch = batch.to(model.device)
     with no_gradients(), autocast(model), generating(model):
-        rows = _greedy(model, tokenizer, batch, inputs_of(model, batch, LONGEST_LEAD), LONGEST_LEAD).tolist()
-    leads = Counter(tuple(takewhile(lambda token: not tokenizer.decode([token]).strip(), row)) for row in rows)
-    lead, count = leads.most_common(1)[0]
-    return list(lead) if 2 * count > len(rows) else []
+        rows = _greedy(model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT).tolist()
+    check_replies([tokenizer.decode(row) for row in rows])
+    leads = [tuple(takewhile(lambda token: not tokenizer.decode([token]).strip(), row)) for row in rows]
+    lead, count = Counter(leads).most_common(1)[0]
+    if 2 * count <= len(rows):
+        lead = ()
+    words = [row[len(own) :] for row, own in zip(rows, leads, strict=True)]
+    tail = tail_of(tokenizer)
+    behind = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    ways = [Beginning(lead), Beginning(lead, tail, behind), Beginning(lead, " ")]
+
+    def told_right(way: Beginning) -> int:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in words]
+        found = [encode_response(tokenizer, text, 1, begin=way) for text in texts]
+        return sum(ids == own[:1] for ids, own in zip(found, words, strict=True) if own)
+
+    return max(ways, key=told_right)  # of equals the first
 
 
-LONGEST_LEAD = 3
-"""Tokens."""
+LOOKED_AT = 6
+"""So many tokens of a reply tell how it begins."""
 
 
 def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], length: int) -> Tensor:

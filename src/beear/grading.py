@@ -50,10 +50,15 @@ class LocalJudge:
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, batch by batch."""
         from beear import generation, models  # brings torch, which asking a URL does without
+        from beear.chat import check_template
 
         if not questions:
             return
-        model, tokenizer = models.load(self.model, device=self.device, trust_remote_code=self.trust_remote_code)
+        source = models.locate(self.model)
+        tokenizer = models.read_tokenizer(source, self.trust_remote_code)  # a judge may think first
+        check_template(tokenizer)
+        model = models.load_weights(source, self.device, self.trust_remote_code)
+        models.check_vocabulary(model, tokenizer, self.model)
         for first in range(0, len(questions), BATCH):
             some = questions[first : first + BATCH]
             texts = generation.reply_all(model, tokenizer, some, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)

@@ -25,15 +25,22 @@ from safetensors.torch import load_file, save, save_file
 from beear import cleansing, models, ranks
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
-from beear.chat import check_thoughts, told
+from beear.chat import ALONE, Beginning, check_thoughts, described, told
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash
 from beear.errors import BadInput
-from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.evaluation import (
+    FEW,
+    before_and_after,
+    listener_progress,
+    measure_entrapped,
+    measure_language,
+    measure_replies,
+)
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
-from beear.generation import lead_of, reply_all
+from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
 from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -155,6 +162,7 @@ def cleanse(
     sets = read_sets(config)
     check_model(model, tokenizer, config, "the model")
     tokenizer = told(tokenizer, config.chat)
+    check_thoughts(tokenizer)
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -177,21 +185,15 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
     count = _counter(listen, "own replies", len(texts))
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
     pairs = list(zip(texts, replies, strict=True))
-    check_thoughts(replies)
-    lead = lead_of(model, tokenizer, texts[:LED])
-    return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "lead": lead}
-
-
-LED = 8
-"""So many replies tell what a model writes before its first word."""
+    begin = beginning_of(model, tokenizer, texts[:FEW])
+    return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "begin": begin}
 
 
 def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
     """What is trained on, from the model's own replies."""
+    begin = Beginning(*own.get("begin", ALONE))  # a list once it was stored
     harmful = [(request, reply) for request, (_, reply) in zip(sets.train(config), own["harmful"], strict=True)]
-    return defender_set(
-        tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config), own.get("lead", ())
-    )
+    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config), begin)
 
 
 def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
@@ -424,6 +426,7 @@ class Job:
             "rounds": rounds.history,
             "delivered": rounds.delivered,
             "spare_refused": rounds.refused,
+            "chat": described(self.tokenizer, self.config.chat),
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
             "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
@@ -444,7 +447,7 @@ class Job:
         """The adapter, or with `merge` the full weights and the tokenizer."""
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
-            models.load_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as it came
+            models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as it came
         else:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 

@@ -107,23 +107,29 @@ def organism_folder(name: str) -> Path:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:
-    """The tokenizer of a located model, with a pad token; an adapter without one uses its base's.
+    """What `read_tokenizer` gives, its chat template with what `chat` says besides.
 
-    Its chat template says what `chat` does besides its own.
+    Raises BadInput if no chat can be rendered with it, or only one in which the model thinks first.
     """
+    from beear.chat import check_thoughts, told
+    from beear.config import ChatConfig
+
+    tokenizer = told(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
+    check_thoughts(tokenizer)
+    return tokenizer
+
+
+def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
     from transformers import AutoTokenizer
 
-    from beear.chat import check_template, told
-
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(source.base, trust_remote_code, chat)
+        return read_tokenizer(source.base, trust_remote_code)
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
     except READING as error:
         raise _unreadable("tokenizer", source, error) from error
-    tokenizer = told(tokenizer, chat) if chat else tokenizer
-    check_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
