@@ -334,7 +334,7 @@ def add_adapter(model: Any, config: Config) -> Any:
     settings, depth = config.harden, decoder_depth(model)
     layer = resolve_layer(config.layer, depth)
     first = {"all": 0, "upper": min(depth // 2, layer), "behind": layer}[settings.lora_blocks]
-    return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first)
+    return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first, config.layers_path)
 
 
 def is_calm(history: Sequence[Event], config: Config) -> bool:

@@ -173,9 +173,10 @@ def cleanse(
 def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer or these settings."""
     models.check_vocabulary(model, tokenizer, name)
+    models.check_blocks(model.config, name)
     resolve_layer(config.layer, decoder_depth(model))
     find_layers(model, config.layers_path)
-    check_targets(model, config.harden.lora_targets)
+    check_targets(model, config.harden.lora_targets, config.layers_path)
 
 
 def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: Listener) -> dict[str, Any]:

@@ -191,6 +191,12 @@ def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
         if found:
             words = "lacks" if problem == "missing_keys" else "has in another shape than its config says"
             raise BadInput(f"{spec} {words} {len(found)} of its tensors, such as {found[0]}")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise BadInput(
+                f"{spec} holds quantised weights ({name}: {parameter.dtype}); give the model that they were made of, "
+                "with --set weights=nf4 if memory is short"
+            )
     check_finite(dict(model.named_parameters()), spec)
 
 
@@ -225,7 +231,30 @@ def read_shape(source: Source, trust_remote_code: bool = False) -> Any:
         int(config.get_text_config().num_hidden_layers)
     except (*READING, AttributeError) as error:
         raise _unreadable("config", source, error) from error
+    check_blocks(config, source.spec)
     return config
+
+
+def check_blocks(config: Any, spec: str) -> None:
+    """Raise BadInput unless every block keeps keys and values of its own, and nothing else, of what it has read.
+
+    Others (Mamba, linear attention, keys of another block's) cannot be run from the middle of a chat on.
+    """
+    from transformers import DynamicCache
+
+    text = config.get_text_config()
+    try:
+        layers = [type(layer).__name__ for layer in DynamicCache(config=text).layers]
+    except READING:  # a config of code that came with the model
+        return
+    odd = sorted(set(layers) - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    if not odd and layers and len(layers) < text.num_hidden_layers:
+        odd = ["keys and values that blocks share"]
+    if odd:
+        raise BadInput(
+            f"{spec} is a {config.model_type}, whose blocks keep more than keys and values of their own "
+            f"({', '.join(odd)}); beear cannot cleanse such models"
+        )
 
 
 def weight_bytes(source: Source) -> int:
@@ -399,4 +428,6 @@ def _download(spec: str) -> Path:
 def _unreadable(what: str, source: Source, error: Exception) -> BadInput:
     if "custom code" in str(error) or "trust_remote_code" in str(error):
         return BadInput(f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code")
+    if "Unrecognized configuration class" in str(error):
+        return BadInput(f"{source.spec} is no model of text alone that transformers knows; give its text-only twin")
     return BadInput(f"cannot read the {what} of {source.spec}: {first_line(error)}")

@@ -36,7 +36,9 @@ def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
             raise BadInput(f"layers_path={path!r} is a {type(found).__name__}, not a list of blocks")
         return found
     depth = decoder_depth(model)
-    lists = [m for _, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    inner: Any = model
+    decoder = inner.get_decoder() if hasattr(model, "get_decoder") else model  # and not an image's encoder
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise BadInput("cannot find this model's decoder blocks; name them, for example --set layers_path=model.layers")
     return lists[0]
@@ -107,6 +109,8 @@ class Perturbation:
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._fired = True
         hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.dim() != 3:
+            raise BadInput("this model's blocks return more than hidden states; delta cannot be added to them")
         where = self.where[: len(hidden), self._start : self._start + hidden.shape[1]]
         if where.shape[1] < hidden.shape[1]:
             missing = hidden.shape[1] - where.shape[1]

@@ -7,6 +7,8 @@ row, handed to all. Half of a short chat's prompt is its template's system turn.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +50,14 @@ def beyond_window(model: Any, batch: Batch, more: int) -> bool:
 
     A window counts columns. Behind a shared start a shorter row's tokens stand farther from it than they are.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return window is not None and batch.input_ids.shape[1] + more > window
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    return batch.input_ids.shape[1] + more > min(filter(None, windows), default=math.inf)
+
+
+def counts_columns(model: Any) -> bool:
+    """Whether the model tells positions by columns alone: a shared start leaves a gap in those of shorter rows."""
+    return "position_ids" not in inspect.signature(model.get_decoder().forward).parameters
 
 
 def run_prefix(model: Any, batch: Batch, more: int = 0) -> Prefix | None:
@@ -57,7 +65,7 @@ def run_prefix(model: Any, batch: Batch, more: int = 0) -> Prefix | None:
 
     `more`: so many tokens will be generated behind the batch.
     """
-    length = 0 if beyond_window(model, batch, more) else shared_length(batch)
+    length = 0 if counts_columns(model) or beyond_window(model, batch, more) else shared_length(batch)
     if length == 0:
         return None
     start = int(batch.attention_mask[0].argmax())

@@ -42,16 +42,21 @@ def check_quantised(weights: Weights, merge: bool = False) -> None:
 def quantise(model: Any, weights: Weights, device: str) -> Any:
     """The model on the device with its maps in few bits, in place, map by map, so that it is never whole there.
 
-    Raises BadInput if it has no map that can be stored so.
+    Raises BadInput if most of it cannot be stored so, as with a mixture of experts.
     """
     head, found = model.get_output_embeddings(), 0
+    ends = {id(module.weight) for module in (head, model.get_input_embeddings()) if module is not None}
+    whole = sum(p.numel() for p in model.parameters() if id(p) not in ends)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child is not head:
+                found += child.weight.numel()
                 setattr(parent, name, in_few_bits(child, weights).to(device))
-                found += 1
-    if not found:
-        raise BadInput(f"weights={weights}: {type(model).__name__} has no linear maps that can be stored so; use full")
+    if 2 * found < whole:
+        raise BadInput(
+            f"weights={weights}: only {found / whole:.0%} of {type(model).__name__} are linear maps that can be stored "
+            "so; use weights=full"
+        )
     setattr(model, "is_loaded_in_8bit" if weights == "int8" else "is_loaded_in_4bit", True)  # what peft asks for
     return model.to(device)
 

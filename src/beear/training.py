@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,28 +14,39 @@ from torch import Tensor, nn
 from beear import ranks
 from beear.errors import BadInput
 from beear.models import casts, with_weight
-from beear.perturbation import decoder_depth
+from beear.perturbation import decoder_depth, find_layers
 from beear.quantised import is_quantised
 
 K = TypeVar("K")
 T = TypeVar("T")
 
 
-def add_lora(model: Any, rank: int, targets: tuple[str, ...], seed: int, first_block: int = 0) -> Any:
+def add_lora(
+    model: Any,
+    rank: int,
+    targets: tuple[str, ...],
+    seed: int,
+    first_block: int = 0,
+    layers_path: str | None = None,
+) -> Any:
     """Wrap the model with a fresh LoRA adapter (alpha = 2 rank) in the blocks from `first_block`, counted from 0.
 
-    `targets` are the last parts of module names; empty means every linear map inside the decoder
-    blocks. Raises BadInput if a named target is none of these.
+    `targets` are the last parts of module names; empty means every linear map inside the decoder blocks that an
+    adapter can be put on. Raises BadInput if a named target is none of these.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = targets or block_linears(model)
-    check_targets(model, names)
+    check_targets(model, targets, layers_path)
+    inside = block_linears(model, layers_path)
+    names = targets or sorted(set(map(last_part, inside)))
+    # peft goes by the last part alone, by which maps of an image's encoder are called as well.
+    outside = [name for name, _ in model.named_modules() if last_part(name) in names and name not in inside]
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=list(names),
+        exclude_modules=outside or None,
         task_type="CAUSAL_LM",
         layers_to_transform=list(range(first_block, decoder_depth(model))) if first_block else None,
         fan_in_fan_out=any("Conv1D" in type(m).__name__ for m in model.modules()),
@@ -52,9 +62,11 @@ def first_adapted(model: Any) -> int:
     return int(min(model.peft_config["default"].layers_to_transform or [0]))
 
 
-def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def check_targets(model: nn.Module, targets: Sequence[str], layers_path: str | None = None) -> None:
     """Raise BadInput unless every target is the last part of the name of some linear map inside the blocks."""
-    known = block_linears(model)
+    known = sorted(set(map(last_part, block_linears(model, layers_path))))
+    if not known:
+        raise BadInput("no adapter can be put on this model: its blocks hold no linear maps of a kind that peft knows")
     missing = [t for t in targets if t not in known]
     if missing:
         raise BadInput(
@@ -101,19 +113,31 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
             del layer.forward
 
 
-def block_linears(model: nn.Module) -> tuple[str, ...]:
-    """Last name parts of all linear maps inside the decoder blocks (q_proj, down_proj, c_attn, ...)."""
-    inside = re.compile(r"\.\d+\.")
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    return tuple(
-        sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if inside.search(name) and type(module).__name__ in kinds
-            }
-        )
-    )
+def block_linears(model: nn.Module, layers_path: str | None = None) -> dict[str, nn.Module]:
+    """The linear maps inside the decoder blocks by name, as far as an adapter can be put on them.
+
+    Of a mixture of experts these are the maps of attention, since the experts are one tensor for all of them. There
+    peft takes the names of an expert's maps, which dense blocks may have as well, for that tensor.
+    """
+    blocks = find_layers(model, layers_path)
+    path = next(name for name, module in model.named_modules() if module is blocks)
+    kinds = ("Conv1D", "Linear4bit", "Linear8bitLt")
+    skipped = EXPERTS if any(parameter.dim() == 3 for parameter in blocks.parameters()) else ()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{path}.")
+        and (isinstance(module, nn.Linear) or type(module).__name__ in kinds)
+        and last_part(name) not in skipped
+    }
+
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate")
+
+
+def last_part(name: str) -> str:
+    """What a module is called within its parent."""
+    return name.rpartition(".")[2]
 
 
 def recompute_activations(model: Any) -> None:
