@@ -227,7 +227,7 @@ def evaluate(
         )  # fmt: skip
     _print(metric_table(None, measured.metrics, model))
     if json_file is not None:
-        about = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
+        about: dict[str, Any] = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
         about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
         about |= {"chat": settings.chat.model_dump(exclude_defaults=True)}
         content = {"schema": SCHEMA, **about, "metrics": measured.metrics}
