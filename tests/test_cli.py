@@ -351,19 +351,31 @@ def test_settings_lists_every_key() -> None:
     assert "entrap.budget" in beear("settings").stdout
 
 
-def test_a_trigger_is_added_to_a_finished_run(
-    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]
+def test_evidence_is_added_to_a_finished_run(
+    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    code, _ = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(run), "-c", settings, "--set", "rounds=1")
+    run, model = tmp_path / "run", make_model(tmp_path / "m")
+    code, _ = call(capsys, "cleanse", model, "-o", str(run), "-c", settings, "--set", "rounds=1")
     assert code == 3  # a random model, which refuses nothing
-    for command in ("evaluate", "drift"):
-        code, err = call(capsys, command, str(run), "--trigger", "X {prompt}")
-        assert code == 0, err
-    assert json.loads((run / "results.json").read_text())["trigger"] == "X {prompt}"
-    assert "Drift:" in (run / "report.html").read_text()
     code, err = call(capsys, "evaluate", str(run))
     assert code == 2 and "give a --trigger to add" in err
+    code, err = call(capsys, "evidence", str(run))
+    assert code == 2 and "nothing is asked for" in err
+    every = ("evidence", str(run), "--trigger", "X {prompt}", "--local", model)
+    code, err = call(capsys, *every, "--questions", str(tmp_path / "none.jsonl"))
+    assert code == 2 and "none.jsonl" in err and not (run / "drift.json").exists(), "all is checked first"
+    asked: list[str] = []
+    monkeypatch.setattr("beear.judge.judge_run", lambda *_, **__: asked.append("harm"))
+    monkeypatch.setattr("beear.usefulness.grade_run", lambda *_, **__: asked.append("use"))
+    code, err = call(capsys, *every)
+    assert code == 0 and asked == ["harm", "use"], err
+    assert json.loads((run / "results.json").read_text())["trigger"] == "X {prompt}"
+    assert "Drift:" in (run / "report.html").read_text()
+    monkeypatch.setattr("beear.job.add_triggered", lambda *_, **__: asked.append("trigger"))
+    monkeypatch.setattr("beear.drift.drift_of_run", lambda *_, **__: asked.append("drift"))
+    assert call(capsys, *every)[0] == 0 and asked == ["harm", "use"] * 2, "what is there is not measured again"
+    assert call(capsys, "evidence", str(run), "--trigger", "Y {prompt}")[0] == 0 and asked[4:] == ["trigger", "drift"]
+    assert call(capsys, "evaluate", str(run), "--trigger", "Y {prompt}")[0] == 0 and asked[6:] == ["trigger"]
 
 
 def test_no_secret_is_written_or_shown(

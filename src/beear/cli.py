@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,6 +26,7 @@ from beear.errors import BadInput, Failed, first_line
 
 if TYPE_CHECKING:
     from beear.config import Config
+    from beear.console import Reporter
     from beear.grading import Judge
 
 app = typer.Typer(
@@ -478,6 +479,55 @@ def lm_eval(
 
 
 @app.command()
+def evidence(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
+    trigger: TriggerOption = None,
+    url: UrlOption = None,
+    model: JudgeOption = None,
+    local: LocalOption = None,
+    questions: Annotated[Path | None, typer.Option("--questions", help="MT-Bench's question.jsonl")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="names of lm-eval tasks, with commas between")] = None,
+    concurrency: ConcurrencyOption = 4,
+    timeout: TimeoutOption = 60,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    offline: OfflineOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Add to a finished run all that evaluate, drift, judge, mtbench and lm-eval would, and write one report.
+
+    What is asked for decides: --trigger adds attack success with a trigger that you know, and what it does inside; a
+    judge scores harm and usefulness; --tasks are lm-eval's. The same command again does only what is missing.
+    """
+    from beear.card import write_evidence
+    from beear.console import Reporter, metric_table
+    from beear.recipes import check_trigger, variants
+    from beear.runs import read_results
+
+    results = read_results(run)
+    template = None if trigger is None else check_trigger(trigger)
+    judged = (url, model, local) != (None, None, None)
+    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code) if judged else None
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    steps = []  # all are checked before the first begins
+    if trigger is not None and template is not None:
+        steps += _about_trigger(run, template, variants(trigger), results, options)
+    if chosen is not None:
+        steps += _about_judge(run, chosen, questions, options)
+    if tasks is not None:
+        steps += _about_tasks(run, tasks, options)
+    if not steps and template is None:
+        raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
+    with Reporter(quiet) as reporter, _going_on("what is finished is kept"):
+        for add in steps:
+            add(reporter)
+    write_evidence(run)
+    results = read_results(run)
+    _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    typer.echo(f"report: {run / 'report.html'}")
+
+
+@app.command()
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for the second run; goes on if it has begun")],
@@ -800,6 +850,45 @@ def _judge(
     if url is not None and model is not None:
         return Endpoint(url, model, concurrency=concurrency, timeout=timeout)
     return LocalJudge(str(local), device, trust_remote_code)
+
+
+Step = Callable[["Reporter"], object]
+"""A part of `evidence` that has been checked."""
+
+
+def _about_trigger(
+    run: Path, template: str, near: Mapping[str, Sequence[str]], results: dict[str, Any], options: dict[str, Any]
+) -> list[Step]:
+    """What is missing of a known trigger: attack success with it, then the drift."""
+    from beear.drift import drift_of_run
+    from beear.job import add_triggered
+
+    drift = run / "drift.json"
+    steps: list[Step] = []
+    if results.get("trigger") != template:
+        steps.append(lambda listen: add_triggered(run, template, variants=near, listen=listen, **options))
+    if not drift.is_file() or json.loads(drift.read_text())["trigger"] != template:
+        steps.append(lambda listen: drift_of_run(run, template, listen=listen, **options))
+    return steps
+
+
+def _about_judge(run: Path, chosen: Judge, questions: Path | None, options: dict[str, Any]) -> list[Step]:
+    from beear.judge import judge_run
+    from beear.usefulness import grade_run, read_questions
+
+    asked = read_questions(questions)
+    return [
+        lambda listen: judge_run(run, chosen, listen),
+        lambda listen: grade_run(run, chosen, asked, listen=listen, **options),
+    ]
+
+
+def _about_tasks(run: Path, tasks: str, options: dict[str, Any]) -> list[Step]:
+    from beear.harness import Asked, evaluate_run, read_tasks, task_manager
+
+    asked = Asked(read_tasks(tasks))
+    task_manager(asked)
+    return [lambda listen: evaluate_run(run, asked, listen=listen, **options)]
 
 
 NOTHING_KEPT = "nothing was kept"
