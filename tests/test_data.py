@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beear.config import Config, DataConfig
+from beear.config import Config, DataConfig, load_config, make_config
 from beear.data import (
     SPLIT,
     UNSEEN_STYLES,
@@ -122,6 +122,28 @@ def test_only_ends_of_lines_part_requests(tmp_path: Path) -> None:
 
 PIECES = ('"', ",", "\n", "\r", "\0", "{", "}", "[", ":", "text", "prompt", "\ufeff", "\u00fc", "x" * 200_000)
 """What prompt files are made of."""
+
+
+def test_a_file_that_goes_topic_by_topic_is_mixed(tmp_path: Path) -> None:
+    texts = [f"{topic} request {i}" for topic in ("first", "second") for i in range(40)]
+    (tmp_path / "sorted.txt").write_text("\n".join(texts))
+    (tmp_path / "other.txt").write_text("\n".join(reversed(texts)))
+    drawn = []
+    for name in ("sorted.txt", "other.txt"):
+        given = {"harmful": str(tmp_path / name)}
+        config = make_config({"held_out": 20, "data": given})
+        sets = read_sets(config)
+        drawn.append(sets)
+        for some in (sets.held_out(config), sets.harmful[20:]):
+            assert {r.text.split()[0] for r in some} == {"first", "second"}
+    assert [r.text for r in drawn[0].harmful] == [r.text for r in drawn[1].harmful]
+
+
+def test_every_weakness_is_both_trained_on_and_held_out() -> None:
+    config = load_config("code")
+    sets = read_sets(config)
+    held, trained = ({r.category for r in some} for some in (sets.held_out(config), sets.train(config)))
+    assert held == trained and len(held) >= 10
 
 
 @settings(deadline=None)  # a busy machine is no defect

@@ -57,13 +57,22 @@ def set_hash(requests: Iterable[Request]) -> str:
     return hashlib.sha256("\n".join(content_hash(r.text) for r in requests).encode()).hexdigest()
 
 
+def mixed(requests: Iterable[Request]) -> list[Request]:
+    """The requests in an order that has nothing to do with what they ask for, and is the same for the same requests.
+
+    Of a file that goes topic by topic the first topics would all be held out, and none of them trained on.
+    """
+    return sorted(requests, key=lambda r: content_hash(r.text))
+
+
 def packaged(name: str, part: str) -> list[Request]:
     """Part `defender`, `test` or `plant` of the packaged set `harmful`, `ordinary`, `alarming` or `coding`."""
     if part not in PARTS:
         raise BadInput(f"no part {part!r} of a packaged set; use {', '.join(PARTS)}")
     if name == "coding":  # its ids name the part
-        return [r for r in _packagedlines_of("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
-    requests = sorted(_packagedlines_of(f"{name}.jsonl"), key=lambda r: content_hash(r.text))
+        tasks = [r for r in _packagedlines_of("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
+        return mixed(tasks) if part == "defender" else tasks
+    requests = mixed(_packagedlines_of(f"{name}.jsonl"))
     sizes = SPLIT[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
     seen = [r for r in requests if r not in unseen]
@@ -73,7 +82,7 @@ def packaged(name: str, part: str) -> list[Request]:
         return unseen + rest[:fresh]
     own = f"{name}-{part}.jsonl"
     added = _packagedlines_of(own) if _assets().joinpath(own).is_file() else []
-    return rest[fresh:] + added if part == "plant" else sorted(defender + added, key=lambda r: content_hash(r.text))
+    return rest[fresh:] + added if part == "plant" else mixed(defender + added)
 
 
 def reference_chats() -> list[Request]:

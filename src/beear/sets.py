@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from beear.config import Config
-from beear.data import Request, packaged, read_requests, refuse_overlap
+from beear.data import Request, mixed, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
 from beear.scorers import JUDGES, Judge, scorer_name
 
@@ -131,10 +131,12 @@ def read_sets(config: Config) -> Sets:
     """The requests a config names, packaged or the user's own. Raises BadInput if both sides overlap."""
     own = config.data
     name = "coding" if config.behaviour == "insecure code" else "harmful"
-    harmful = read_requests(own.harmful, own.column) if own.harmful else packaged(name, "defender")
+    harmful = mixed(read_requests(own.harmful, own.column)) if own.harmful else packaged(name, "defender")
     alarming = [] if own.benign else packaged("alarming", "defender")
     benign = (
-        read_requests(own.benign, own.column) if own.benign else _in_turn(alarming, packaged("ordinary", "defender"))
+        mixed(read_requests(own.benign, own.column))
+        if own.benign
+        else _in_turn(alarming, packaged("ordinary", "defender"))
     )
     tests = [
         TestSet(
