@@ -512,6 +512,8 @@ def evidence(
     steps = []  # all are checked before the first begins
     if trigger is not None and template is not None:
         steps += _about_trigger(run, template, variants(trigger), results, options)
+    if questions is not None and chosen is None:
+        raise BadInput("--questions needs a judge; give --url with --model, or --local")
     if chosen is not None:
         steps += _about_judge(run, chosen, questions, options)
     if tasks is not None:
