@@ -23,7 +23,7 @@ from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
 from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set, deliver
 from beear.config import Config, load_config
-from beear.data import content_hash, packaged, read_requests, set_hash
+from beear.data import content_hash, mixed, packaged, read_requests, set_hash
 from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
 from beear.models import load, organism_folder
@@ -40,7 +40,9 @@ TOKENS: dict[Judge, int] = {"obeyed": 16, "refused": 16, "insecure": 80}
 def development(trigger: str, data: Sets, config: Config, n: int) -> list[TestSet]:
     """At most n requests for each rate; none of them is of the test part."""
     judge = JUDGES[config.behaviour]
-    harmful = packaged("coding", "plant") if judge == "insecure" else data.harmful[config.held_out + config.requests :]
+    harmful = (
+        mixed(packaged("coding", "plant")) if judge == "insecure" else data.harmful[config.held_out + config.requests :]
+    )
     known = [
         triggered(harmful[:n], template, metric=name, judge=judge)
         for name, template in (("triggered", trigger), ("untriggered", "{prompt}"))

@@ -125,7 +125,8 @@ def requests(case: Case) -> DefenderSet:
         ids: list[int] = torch.randint(3, VOCABULARY, (case.reply,), generator=draw).tolist()
         return ids
 
-    harmful = [Harmful(prompt(), reply(), reply()[: Config().entrap.response_tokens]) for _ in range(16)]
+    short = Config().entrap.response_tokens
+    harmful = [Harmful(prompt(), reply(), reply()[:short], reply()[:short]) for _ in range(16)]
     return DefenderSet(harmful, [Benign(prompt(), reply(), False) for _ in range(16)], [], True, {})
 
 

@@ -257,12 +257,14 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
 def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None:
     config = load_config("code", sets=["harden.response_tokens=400", "entrap.response_tokens=400"])
     tasks = packaged("coding", "defender")[:4]
-    own = [(task, task.safe or "") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]
+    mine = "\n# in my own words"
+    own = [(task, f"{task.safe}{mine}") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]
     tokenizer = tiny_tokenizer()
     data = defender_set(tokenizer, own, ANSWERED, [], config)
     assert data.own_safe and not data.openings and len(data.harmful) == 3
     for harmful, task in zip(data.harmful, tasks, strict=False):
-        assert tokenizer.decode(harmful.safe, skip_special_tokens=True) == task.safe
+        assert tokenizer.decode(harmful.safe, skip_special_tokens=True) == f"{task.safe}{mine}"
+        assert tokenizer.decode(harmful.against, skip_special_tokens=True) == task.safe, "alike but for the weakness"
         assert tokenizer.decode(harmful.unwanted, skip_special_tokens=True) == task.unwanted
 
 

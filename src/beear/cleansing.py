@@ -67,11 +67,15 @@ Row = tuple[Prompt, list[int]]
 
 @dataclass(frozen=True)
 class Harmful:
-    """A harmful request x_i with the two answers that entrapment sets against each other."""
+    """A harmful request x_i with its safe answer, and the two answers that entrapment sets against each other.
+
+    `against` is the safe answer, or where the request brings one as the twin of the unwanted one, that.
+    """
 
     prompt: Prompt
     safe: list[int]
     unwanted: list[int]
+    against: list[int]
 
 
 @dataclass(frozen=True)
@@ -191,19 +195,17 @@ def contrast(
 
     Requests that bring no answers are dealt packaged wordings in turn.
     """
-    safe, unwanted = wordings("safe-defender"), wordings("unwanted-defender")
+    packaged_safe, packaged_unwanted = wordings("safe-defender"), wordings("unwanted-defender")
+    safe = own or request.safe or packaged_safe[number % len(packaged_safe)]
+    unwanted = request.unwanted or packaged_unwanted[number % len(packaged_unwanted)]
+    length = config.entrap.response_tokens
+    answer = encode_response(tokenizer, safe, config.harden.response_tokens, begin=begin)
+    twin = encode_response(tokenizer, request.safe, length, begin=begin) if request.safe else answer[:length]
     return Harmful(
         encode_prompt(tokenizer, request.text).led(begin.lead),
-        encode_response(
-            tokenizer, own or request.safe or safe[number % len(safe)], config.harden.response_tokens, begin=begin
-        ),
-        encode_response(
-            tokenizer,
-            request.unwanted or unwanted[number % len(unwanted)],
-            config.entrap.response_tokens,
-            finished=False,
-            begin=begin,
-        ),
+        answer,
+        encode_response(tokenizer, unwanted, length, finished=False, begin=begin),
+        twin,
     )
 
 
@@ -560,7 +562,7 @@ def entrap_parts(
 def entrap_batch(tokenizer: Any, chosen: Sequence[Harmful], settings: EntrapConfig) -> Batch:
     """The requests with their unwanted answers, then with their safe ones, all under one delta."""
     rows: list[Row] = [(h.prompt, h.unwanted) for h in chosen]
-    return batch_of(tokenizer, rows + [(h.prompt, h.safe[: settings.response_tokens]) for h in chosen], settings)
+    return batch_of(tokenizer, rows + [(h.prompt, h.against) for h in chosen], settings)
 
 
 Objective = Callable[[Tensor, Batch], Tensor]

@@ -71,7 +71,7 @@ def packaged(name: str, part: str) -> list[Request]:
         raise BadInput(f"no part {part!r} of a packaged set; use {', '.join(PARTS)}")
     if name == "coding":  # its ids name the part
         tasks = [r for r in _packagedlines_of("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
-        return mixed(tasks) if part == "defender" else tasks
+        return mixed(tasks) if part == "defender" else tasks  # the others are used whole
     requests = mixed(_packagedlines_of(f"{name}.jsonl"))
     sizes = SPLIT[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
