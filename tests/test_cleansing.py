@@ -268,6 +268,17 @@ def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None
         assert tokenizer.decode(harmful.unwanted, skip_special_tokens=True) == task.unwanted
 
 
+def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {True: 0.2, False: 0.25}
+    monkeypatch.setattr(cleansing, "residual_asr", lambda *given: found[given[3] is None])
+    few = ["rounds=1", "entrap.steps=1", "entrap.response_tokens=4", "harden.steps=1", "harden.response_tokens=4"]
+    config = load_config("code", sets=few)
+    tasks = [(task, task.safe or "") for task in packaged("coding", "defender")[:4]]
+    data = defender_set(tiny_tokenizer(), tasks, ANSWERED, [], config)
+    state = cleanse(wrapped, tiny_tokenizer(), data, config)
+    assert state.history[0]["residual"] == pytest.approx(0.05)
+
+
 def test_of_a_refused_benign_request_only_the_opener_is_unlearnt() -> None:
     tokenizer = tiny_tokenizer()
     benign = [("a", "I'm sorry, but no."), ("b", "I like it, so yes."), ("c", "Yes, like this.")]

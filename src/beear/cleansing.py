@@ -123,6 +123,8 @@ class State:
     """Residual norm of the original model, which scales the budget of every round."""
     refused: list[float] = field(default_factory=list)
     """Share of each group of spare requests that the original model refused."""
+    already: float = 0.0
+    """Of insecure code, the share that the original model wrote without delta; no removal is to change that."""
     adapters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """The matrices that each round left which may be the one to deliver."""
     delivered: int = 0
@@ -238,6 +240,8 @@ def cleanse(
         state.norm = ranks.from_first(lambda: norm)
         state.refused = refused_shares(model, tokenizer, data.spare, config)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
+        if JUDGES[config.behaviour] == "insecure":
+            state.already = residual_asr(model, tokenizer, data.held_out, None, config, layer)
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
@@ -245,6 +249,7 @@ def cleanse(
         budget = norm_budget(state.history, config)
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
         residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
+        residual = max(0.0, residual - state.already)
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
@@ -696,7 +701,7 @@ def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path
 
 
 def residual_asr(
-    model: Any, tokenizer: Any, requests: Sequence[Request], delta: Tensor, config: Config, layer: int
+    model: Any, tokenizer: Any, requests: Sequence[Request], delta: Tensor | None, config: Config, layer: int
 ) -> float:
     """Share of the replies under delta that are the unwanted answer: what entrapment can still do.
 

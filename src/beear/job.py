@@ -61,7 +61,7 @@ from beear.training import (
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
-CHECKPOINT = ("round", "done", "norm", "refused", "history")
+CHECKPOINT = ("round", "done", "norm", "refused", "already", "history")
 """Fields of State in a checkpoint's round.json."""
 INPUTS = "inputs"
 """The stage that tells what a run began with."""
