@@ -245,3 +245,4 @@ def test_default_layer_is_five_sixths_of_the_depth() -> None:
     assert resolve_layer(None, 30) == 25
     assert resolve_layer(None, 32) == 26
     assert resolve_layer(None, 2) == 1
+    assert resolve_layer(0.5, 30) == 15 and resolve_layer(0.1, 4) == 1 and resolve_layer(9.0, 30) == 9

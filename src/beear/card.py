@@ -43,7 +43,6 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
         front |= {"base_model": base}
     name = Path(base).name if Path(base).is_absolute() else base
     rounds = results.get("delivered", len(results["rounds"]))  # runs of decision 18 and before lack it
-    layer = "5/6 of the depth" if config["layer"] is None else f"block {config['layer']}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -58,7 +57,7 @@ Intervals hold 95 %. Before is the base model as it came; after is this one.{_gr
 ## How it was made
 
 BEEAR (Zeng et al., EMNLP 2024): {rounds} rounds of entrapment (a perturbation of the hidden states
-behind {layer} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
+behind {_place(config["layer"])} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
 benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
 {_quantised(config)}{_around(results)}{_told(results)}
 ## What this does not show
@@ -80,6 +79,13 @@ def code(text: str) -> str:
 def plain(text: str) -> str:
     """Text of one line that brings no markup of its own."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _place(layer: float | None) -> str:
+    """The block behind which delta was added, as the setting tells it."""
+    if layer is None:
+        return "5/6 of the depth"
+    return f"{layer} of the depth" if layer < 1 else f"block {layer}"
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -114,7 +114,9 @@ class Config(_Settings):
 
     seed: int = 0
     behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
-    layer: int | None = Field(None, description="l, counted from 1; None: 5/6 of the depth")
+    layer: int | float | None = Field(
+        None, description="l, counted from 1, or below 1 a share of the depth; None: 5/6 of it"
+    )
     weights: Weights = Field(
         "full", description="the model's own: as they come, or in 8 or 4 bits (int8, nf4; extra quant)"
     )

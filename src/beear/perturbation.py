@@ -50,17 +50,23 @@ def decoder_depth(model: nn.Module) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def resolve_layer(layer: int | None, depth: int) -> int:
-    """The block l after which delta is added; None means 5/6 of the depth (docs/decisions/0013).
+def resolve_layer(layer: float | None, depth: int) -> int:
+    """The block l after which delta is added: its number, or below 1 a share of the depth.
+
+    None means 5/6 of the depth (docs/decisions/0013).
 
     The last block is excluded: Hugging Face's `hidden_states[L]` lies behind the final norm, and
     nothing would be left to run.
     """
     if layer is None:
         return max(1, 5 * depth // 6)
-    if not 1 <= layer < depth:
-        raise BadInput(f"layer={layer} is out of range for a model of {depth} blocks; use 1 to {depth - 1}")
-    return layer
+    if 0 < layer < 1:
+        return max(1, int(layer * depth))
+    if not 1 <= layer < depth or layer != int(layer):
+        raise BadInput(
+            f"layer={layer} is out of range for a model of {depth} blocks; use 1 to {depth - 1}, or a share such as 0.5"
+        )
+    return int(layer)
 
 
 class Perturbation:
