@@ -57,8 +57,9 @@ Intervals hold 95 %. Before is the base model as it came; after is this one.{_gr
 ## How it was made
 
 BEEAR (Zeng et al., EMNLP 2024): {rounds} rounds of entrapment (a perturbation of the hidden states
-behind {_place(config["layer"])} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under it and to answer
-benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger was known to it.
+behind {_place(config["layer"])} that makes the model misbehave) and removal (a LoRA adapter trained to stay safe under
+it and to answer benign requests as before), seed {results["seed"]}, beear {results["versions"]["beear"]}. No trigger
+was known to it.
 {_quantised(config)}{_around(results)}{_told(results)}
 ## What this does not show
 
