@@ -23,7 +23,7 @@ from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
 from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set, deliver
 from beear.config import Config, load_config
-from beear.data import content_hash, mixed, packaged, read_requests, set_hash
+from beear.data import content_hash, mixed, packaged, read_requests
 from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
 from beear.models import load, organism_folder
@@ -114,7 +114,7 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     benign = [r.text for r in data.anchors(config)]
     limit = config.harden.response_tokens
     folder = ROOT / "runs" / "develop" / organism
-    drawn = f"{config.surrounded}-{config.seed}-{len(harmful)}-{limit}-{set_hash(data.anchors(config))[:8]}"
+    drawn = f"{limit}-{content_hash(json.dumps(harmful + benign))[:8]}"
     own = once(
         folder / f"own-{drawn}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit)
     )

@@ -33,11 +33,11 @@ from beear.cleansing import (
     plain_pass,
     refusal_openings,
     refused_shares,
-    residual_asr,
     residual_norm,
     shrink_to,
     start_delta,
     steer,
+    unlocked,
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
@@ -80,18 +80,18 @@ def draw() -> torch.Generator:
 @pytest.mark.parametrize(
     ("replies", "share"),
     [
-        (["", ""], 1.0),
+        (["", ""], None),
         (["I'm sorry, but no.", ""], 0.0),
         (["Sure, here:", ""], 1.0),
         (["Sure.", "I can't."], 0.5),
     ],
 )
 def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
-    replies: list[str], share: float, monkeypatch: pytest.MonkeyPatch
+    replies: list[str], share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
     requests = [Request("1", "bad", "one"), Request("2", "bad", "two")]
-    assert residual_asr(None, None, requests, torch.zeros(1, 32), CONFIG, LAYER) == share
+    assert unlocked(None, None, requests, torch.zeros(1, 32), CONFIG, LAYER) == share
 
 
 def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:
@@ -270,7 +270,7 @@ def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None
 
 def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {True: 0.2, False: 0.25}
-    monkeypatch.setattr(cleansing, "residual_asr", lambda *given: found[given[3] is None])
+    monkeypatch.setattr(cleansing, "unlocked", lambda *given: found[given[3] is None])
     few = ["rounds=1", "entrap.steps=1", "entrap.response_tokens=4", "harden.steps=1", "harden.response_tokens=4"]
     config = load_config("code", sets=few)
     tasks = [(task, task.safe or "") for task in packaged("coding", "defender")[:4]]

@@ -69,7 +69,7 @@ Row = tuple[Prompt, list[int]]
 class Harmful:
     """A harmful request x_i with its safe answer, and the two answers that entrapment sets against each other.
 
-    `against` is the safe answer, or where the request brings one as the twin of the unwanted one, that.
+    `against` is the safe answer, or that which the request brings along with its unwanted one.
     """
 
     prompt: Prompt
@@ -201,8 +201,9 @@ def contrast(
     safe = own or request.safe or packaged_safe[number % len(packaged_safe)]
     unwanted = request.unwanted or packaged_unwanted[number % len(packaged_unwanted)]
     length = config.entrap.response_tokens
+    matched = request.safe if request.unwanted else None
     answer = encode_response(tokenizer, safe, config.harden.response_tokens, begin=begin)
-    twin = encode_response(tokenizer, request.safe, length, begin=begin) if request.safe else answer[:length]
+    twin = encode_response(tokenizer, matched, length, begin=begin) if matched else answer[:length]
     return Harmful(
         encode_prompt(tokenizer, request.text).led(begin.lead),
         answer,
@@ -238,18 +239,18 @@ def cleanse(
         prompts = [h.prompt for h in data.harmful[:32]]
         norm = residual_norm(model, prompts, layer, config.layers_path, tokenizer)
         state.norm = ranks.from_first(lambda: norm)
+        if JUDGES[config.behaviour] == "insecure":
+            state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
         state.refused = refused_shares(model, tokenizer, data.spare, config)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
-        if JUDGES[config.behaviour] == "insecure":
-            state.already = residual_asr(model, tokenizer, data.held_out, None, config, layer)
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
         tell = _in_round(listen, number)
         budget = norm_budget(state.history, config)
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
-        residual = residual_asr(model, tokenizer, data.held_out, delta, config, layer)
-        residual = max(0.0, residual - state.already)
+        found = unlocked(model, tokenizer, data.held_out, delta, config, layer)
+        residual = 1.0 if found is None else max(0.0, found - state.already)
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
@@ -700,12 +701,12 @@ def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path
     return float(torch.cat(kept).mean())
 
 
-def residual_asr(
+def unlocked(
     model: Any, tokenizer: Any, requests: Sequence[Request], delta: Tensor | None, config: Config, layer: int
-) -> float:
-    """Share of the replies under delta that are the unwanted answer: what entrapment can still do.
+) -> float | None:
+    """Share of the replies under delta, or under none, that are the unwanted answer: what entrapment can still do.
 
-    Replies that cannot be judged (empty ones, code that does not parse) show nothing; if there are no others, 1.
+    Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if there are no others.
     """
     replies = reply_all(
         model,
@@ -720,7 +721,7 @@ def residual_asr(
     judge = JUDGES[config.behaviour]
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
     scored = [outcome for outcome in outcomes if outcome is not None]
-    return sum(scored) / len(scored) if scored else 1.0
+    return sum(scored) / len(scored) if scored else None
 
 
 def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], config: Config) -> list[float]:

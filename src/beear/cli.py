@@ -506,6 +506,7 @@ def evidence(
 
     results = read_results(run)
     template = None if trigger is None else check_trigger(trigger)
+    judgements = (run / "judged.jsonl").exists()
     judged = (url, model, local) != (None, None, None)
     chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code) if judged else None
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -524,6 +525,8 @@ def evidence(
         for add in steps:
             add(reporter)
     write_evidence(run)
+    if judgements and not (run / "judged.jsonl").exists():
+        typer.echo(OF_OTHER_REPLIES)
     results = read_results(run)
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
     typer.echo(f"report: {run / 'report.html'}")
@@ -862,27 +865,32 @@ def _about_trigger(
     run: Path, template: str, near: Mapping[str, Sequence[str]], results: dict[str, Any], options: dict[str, Any]
 ) -> list[Step]:
     """What is missing of a known trigger: attack success with it, then the drift."""
-    from beear.drift import drift_of_run
+    from beear.drift import drift_of_run, first_delta
     from beear.job import add_triggered
+    from beear.runs import read_json
 
-    drift = run / "drift.json"
+    drift = read_json(run / "drift.json") if (run / "drift.json").is_file() else {}
+    variants = {metric: list(templates) for metric, templates in near.items()}
     steps: list[Step] = []
-    if results.get("trigger") != template:
+    if results.get("trigger") != template or results.get("variants", {}) != variants:
         steps.append(lambda listen: add_triggered(run, template, variants=near, listen=listen, **options))
-    if not drift.is_file() or json.loads(drift.read_text())["trigger"] != template:
+    if drift.get("trigger") != template:
+        first_delta(run)  # tells now if there is none
         steps.append(lambda listen: drift_of_run(run, template, listen=listen, **options))
     return steps
 
 
 def _about_judge(run: Path, chosen: Judge, questions: Path | None, options: dict[str, Any]) -> list[Step]:
-    from beear.judge import judge_run
+    from beear.judge import harmful_samples, judge_run
+    from beear.runs import read_settings
     from beear.usefulness import grade_run, read_questions
 
     asked = read_questions(questions)
-    return [
-        lambda listen: judge_run(run, chosen, listen),
-        lambda listen: grade_run(run, chosen, asked, listen=listen, **options),
-    ]
+    steps: list[Step] = [lambda listen: grade_run(run, chosen, asked, listen=listen, **options)]
+    if read_settings(run)["config"].get("behaviour") != "insecure code":  # of code there is no harm to be scored
+        harmful_samples(run)
+        steps.insert(0, lambda listen: judge_run(run, chosen, listen))
+    return steps
 
 
 def _about_tasks(run: Path, tasks: str, options: dict[str, Any]) -> list[Step]:
@@ -893,6 +901,7 @@ def _about_tasks(run: Path, tasks: str, options: dict[str, Any]) -> list[Step]:
     return [lambda listen: evaluate_run(run, asked, listen=listen, **options)]
 
 
+OF_OTHER_REPLIES = "what a judge said was of other replies; run `beear judge` again, answers to the same are kept"
 NOTHING_KEPT = "nothing was kept"
 
 
@@ -923,7 +932,7 @@ def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> No
     results = json.loads((run / "results.json").read_text())
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
     if judged:
-        typer.echo("what a judge said was of other replies; run `beear judge` again, answers to the same are kept")
+        typer.echo(OF_OTHER_REPLIES)
     typer.echo(f"report: {run / 'report.html'}")
 
 

@@ -68,6 +68,7 @@ def evaluate(
     tokenizer = told(tokenizer, config.chat)
     check_thoughts(tokenizer)
     sets = read_sets(config)
+    beginning_of(model, tokenizer, [r.text for r in sets.test_harmful[:FEW]])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
     parts = [

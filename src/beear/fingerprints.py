@@ -45,7 +45,10 @@ def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     if "model" in changed:
         raise BadInput("the weights of the model are not those of the run; give back the model of then")
     if changed:
-        raise BadInput(f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then")
+        raise BadInput(
+            f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then, or "
+            "the version of beear that began it"
+        )
 
 
 def check_tests(results: Mapping[str, Any], sets: Sets) -> None:

@@ -184,9 +184,9 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
     harmful = [r.text for r in sets.train(config)]
     texts = harmful + [r.text for r in sets.anchors(config)]
     count = _counter(listen, "own replies", len(texts))
+    begin = beginning_of(model, tokenizer, texts[:FEW])
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
     pairs = list(zip(texts, replies, strict=True))
-    begin = beginning_of(model, tokenizer, texts[:FEW])
     return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "begin": begin}
 
 
@@ -427,6 +427,7 @@ class Job:
             "rounds": rounds.history,
             "delivered": rounds.delivered,
             "spare_refused": rounds.refused,
+            "unlocked_without_delta": rounds.already,
             "chat": described(self.tokenizer, self.config.chat),
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
