@@ -95,7 +95,7 @@ def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
 def told(tokenizer: Any, chat: ChatConfig) -> Any:
     """The tokenizer, or one whose chat template also says what `chat` does; once is enough.
 
-    Raises BadInput if the template cannot be rendered so, or does not read what it is told.
+    Raises BadInput if the template cannot be rendered so, does not read what it is told, or lets the model think first.
     """
     check_template(tokenizer)
     template = str(tokenizer.get_chat_template())
@@ -103,21 +103,28 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     if chat.system is not None:
         system = json.dumps({"role": "system", "content": chat.system}, ensure_ascii=False)
         settings.append(("messages", f"[{system}] + messages"))
-    head = "".join(
-        f"{{% set {name} = {value} %}}\n" for name, value in settings
-    )  # a block eats the line break behind it
+    # A block eats the line break behind it, and no other space of the template's own.
+    head = "".join(f"{{% set {name} = {value} %}}\n" for name, value in settings)
     begin = json.dumps(chat.begin or "", ensure_ascii=False)
     tail = "" if chat.begin is None else f"{{% if add_generation_prompt %}}{{{{ {begin} }}}}{{% endif %}}"
     if template.startswith(head) and template.endswith(tail):
+        check_thoughts(tokenizer)
         return tokenizer
     unread = [name for name in chat.template if not re.search(rf"\b{name}\b", template)]
     if unread:
         raise BadInput(f"chat.template.{unread[0]}: this model's chat template does not read {unread[0]!r}")
-    result = copy.copy(tokenizer)
-    result.chat_template = head + (template.removesuffix("\n") + tail if tail else template)
+    result = with_template(tokenizer, head + (template.removesuffix("\n") + tail if tail else template))
     check_template(result)
+    check_thoughts(result)
     if chat.system is not None and chat.system.strip() not in _rendered(result, "Hello there"):
         raise BadInput("chat.system: this model's chat template does not write system messages")
+    return result
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """The same tokenizer with another chat template; the one that came stays as it is."""
+    result = copy.copy(tokenizer)
+    result.chat_template = template
     return result
 
 

@@ -500,36 +500,30 @@ def evidence(
     judge scores harm and usefulness; --tasks are lm-eval's. The same command again does only what is missing.
     """
     from beear.card import write_evidence
-    from beear.console import Reporter, metric_table
+    from beear.console import Reporter
     from beear.recipes import check_trigger, variants
     from beear.runs import read_results
 
-    results = read_results(run)
-    template = None if trigger is None else check_trigger(trigger)
-    judgements = (run / "judged.jsonl").exists()
-    judged = (url, model, local) != (None, None, None)
-    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code) if judged else None
+    results, judged = read_results(run), _is_judged(run)
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    steps = []  # all are checked before the first begins
-    if trigger is not None and template is not None:
-        steps += _about_trigger(run, template, variants(trigger), results, options)
-    if questions is not None and chosen is None:
+    asks_judge = (url, model, local) != (None, None, None)
+    if questions is not None and not asks_judge:
         raise BadInput("--questions needs a judge; give --url with --model, or --local")
-    if chosen is not None:
+    if trigger is None and tasks is None and not asks_judge:
+        raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
+    steps: list[Step] = []  # all are checked before the first begins
+    if trigger is not None:
+        steps += _about_trigger(run, check_trigger(trigger), variants(trigger), results, options)
+    if asks_judge:
+        chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
         steps += _about_judge(run, chosen, questions, options)
     if tasks is not None:
         steps += _about_tasks(run, tasks, options)
-    if not steps and template is None:
-        raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
     with Reporter(quiet) as reporter, _going_on("what is finished is kept"):
         for add in steps:
             add(reporter)
     write_evidence(run)
-    if judgements and not (run / "judged.jsonl").exists():
-        typer.echo(OF_OTHER_REPLIES)
-    results = read_results(run)
-    _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
-    typer.echo(f"report: {run / 'report.html'}")
+    _show_run(run, judged)
 
 
 @app.command()
@@ -901,7 +895,6 @@ def _about_tasks(run: Path, tasks: str, options: dict[str, Any]) -> list[Step]:
     return [lambda listen: evaluate_run(run, asked, listen=listen, **options)]
 
 
-OF_OTHER_REPLIES = "what a judge said was of other replies; run `beear judge` again, answers to the same are kept"
 NOTHING_KEPT = "nothing was kept"
 
 
@@ -923,16 +916,28 @@ def _is_run(model: str, *given: object, preset: str) -> bool:
 
 
 def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> None:
-    from beear.console import Reporter, metric_table
+    from beear.console import Reporter
     from beear.job import add_triggered
 
-    judged = (run / "judged.jsonl").exists()
+    judged = _is_judged(run)
     with Reporter(quiet) as reporter, _going_on(NOTHING_KEPT):
         add_triggered(run, template, listen=reporter, **options)
-    results = json.loads((run / "results.json").read_text())
+    _show_run(run, judged)
+
+
+def _is_judged(run: Path) -> bool:
+    return (run / "judged.jsonl").exists()
+
+
+def _show_run(run: Path, judged: bool) -> None:
+    """What was measured of a run, and whether what a judge had said of it before was let go."""
+    from beear.console import metric_table
+    from beear.runs import read_results
+
+    results = read_results(run)
     _print(metric_table(results["before"], results["after"], f"{run}: before and after"))
-    if judged:
-        typer.echo(OF_OTHER_REPLIES)
+    if judged and not _is_judged(run):
+        typer.echo("what a judge said was of other replies; run `beear judge` again, answers to the same are kept")
     typer.echo(f"report: {run / 'report.html'}")
 
 

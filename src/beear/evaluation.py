@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from beear import ranks
-from beear.chat import check_thoughts, collate, encode_prompt, encode_response, told
+from beear.chat import collate, encode_prompt, encode_response, told
 from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
@@ -66,9 +66,8 @@ def evaluate(
     """
     config = config or Config()
     tokenizer = told(tokenizer, config.chat)
-    check_thoughts(tokenizer)
     sets = read_sets(config)
-    beginning_of(model, tokenizer, [r.text for r in sets.test_harmful[:FEW]])  # a model that thinks first is told
+    beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
     parts = [
@@ -244,14 +243,10 @@ def measure_entrapped(
     return Measured({"asr_entrapped": proportion(outcomes)}, samples)
 
 
-FEW = 8
-"""So many replies tell how a model's replies begin."""
-
-
 def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:
     """A delta, (n, d_model), optimised as in a round, but longer, on more requests, and from another seed."""
     layer = resolve_layer(config.layer, decoder_depth(model))
-    begin = beginning_of(model, tokenizer, [r.text for r in requests[:FEW]])
+    begin = beginning_of(model, tokenizer, [r.text for r in requests])
     contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
     prompts = [c.prompt for c in contrasts[:32]]
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)

@@ -81,13 +81,14 @@ def reply_all(
 
 
 def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
-    """How the model's replies to a few texts begin. Raises BadInput if most are thoughts.
+    """How the model's replies to the texts begin, told by the first few. Raises BadInput if most are thoughts.
 
     Replies are told and judged as text, without the spaces that they begin with. Yet a reply to train on consists of
     the tokens that the model writes: Llama 2 writes one that is a space alone before the first word, other models of
     SentencePiece a first word without the space that the word alone is given.
     """
-    batch = collate([encode_prompt(tokenizer, t) for t in texts], [[]] * len(texts), None, int(tokenizer.pad_token_id))
+    prompts = [encode_prompt(tokenizer, text) for text in texts[:FEW]]
+    batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id))
     batch = batch.to(model.device)
     with no_gradients(), autocast(model), generating(model):
         rows = _greedy(model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT).tolist()
@@ -109,6 +110,8 @@ def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
     return max(ways, key=told_right)  # of equals the first
 
 
+FEW = 8
+"""So many replies tell how the others begin."""
 LOOKED_AT = 6
 """So many tokens of a reply tell how it begins."""
 

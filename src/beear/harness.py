@@ -6,7 +6,6 @@ evidence. Tasks may be of the user's own: a folder of task files (`--include`), 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -115,13 +114,11 @@ def run_task(model: Any, tokenizer: Any, task: str, asked: Asked, manager: Any, 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from beear.chat import settled  # brings torch
+    from beear.chat import settled, with_template  # brings torch
 
-    as_told = copy.copy(tokenizer)
-    as_told.chat_template = settled(tokenizer)
     try:
         found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=as_told, batch_size=batch),
+            HFLM(pretrained=model, tokenizer=with_template(tokenizer, settled(tokenizer)), batch_size=batch),
             tasks=[task],
             num_fewshot=asked.shots,
             limit=asked.limit,

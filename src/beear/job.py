@@ -25,19 +25,12 @@ from safetensors.torch import load_file, save, save_file
 from beear import cleansing, models, ranks
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
-from beear.chat import ALONE, Beginning, check_thoughts, described, told
+from beear.chat import ALONE, Beginning, described, told
 from beear.cleansing import DefenderSet, State, add_adapter, defender_set
 from beear.config import Config, make_config
 from beear.data import content_hash
 from beear.errors import BadInput
-from beear.evaluation import (
-    FEW,
-    before_and_after,
-    listener_progress,
-    measure_entrapped,
-    measure_language,
-    measure_replies,
-)
+from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
 from beear.generation import beginning_of, reply_all
@@ -162,7 +155,6 @@ def cleanse(
     sets = read_sets(config)
     check_model(model, tokenizer, config, "the model")
     tokenizer = told(tokenizer, config.chat)
-    check_thoughts(tokenizer)
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -184,7 +176,7 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
     harmful = [r.text for r in sets.train(config)]
     texts = harmful + [r.text for r in sets.anchors(config)]
     count = _counter(listen, "own replies", len(texts))
-    begin = beginning_of(model, tokenizer, texts[:FEW])
+    begin = beginning_of(model, tokenizer, texts)
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
     pairs = list(zip(texts, replies, strict=True))
     return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "begin": begin}

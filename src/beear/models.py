@@ -111,12 +111,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatCo
 
     Raises BadInput if no chat can be rendered with it, or only one in which the model thinks first.
     """
-    from beear.chat import check_thoughts, told
+    from beear.chat import told
     from beear.config import ChatConfig
 
-    tokenizer = told(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
-    check_thoughts(tokenizer)
-    return tokenizer
+    return told(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:

@@ -38,7 +38,7 @@ def add_lora(
 
     check_targets(model, targets, layers_path)
     inside = block_linears(model, layers_path)
-    names = targets or sorted(set(map(last_part, inside)))
+    names = targets or last_parts(inside)
     # peft goes by the last part alone, by which maps of an image's encoder are called as well.
     outside = [name for name, _ in model.named_modules() if last_part(name) in names and name not in inside]
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def first_adapted(model: Any) -> int:
 
 def check_targets(model: nn.Module, targets: Sequence[str], layers_path: str | None = None) -> None:
     """Raise BadInput unless every target is the last part of the name of some linear map inside the blocks."""
-    known = sorted(set(map(last_part, block_linears(model, layers_path))))
+    known = last_parts(block_linears(model, layers_path))
     if not known:
         raise BadInput("no adapter can be put on this model: its blocks hold no linear maps of a kind that peft knows")
     missing = [t for t in targets if t not in known]
@@ -113,8 +113,8 @@ def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
             del layer.forward
 
 
-def block_linears(model: nn.Module, layers_path: str | None = None) -> dict[str, nn.Module]:
-    """The linear maps inside the decoder blocks by name, as far as an adapter can be put on them.
+def block_linears(model: nn.Module, layers_path: str | None = None) -> set[str]:
+    """Names of the linear maps inside the decoder blocks, as far as an adapter can be put on them.
 
     Of a mixture of experts these are the maps of attention, since the experts are one tensor for all of them. There
     peft takes the names of an expert's maps, which dense blocks may have as well, for that tensor.
@@ -124,7 +124,7 @@ def block_linears(model: nn.Module, layers_path: str | None = None) -> dict[str,
     kinds = ("Conv1D", "Linear4bit", "Linear8bitLt")
     skipped = EXPERTS if any(parameter.dim() == 3 for parameter in blocks.parameters()) else ()
     return {
-        name: module
+        name
         for name, module in model.named_modules()
         if name.startswith(f"{path}.")
         and (isinstance(module, nn.Linear) or type(module).__name__ in kinds)
@@ -133,6 +133,11 @@ def block_linears(model: nn.Module, layers_path: str | None = None) -> dict[str,
 
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate")
+
+
+def last_parts(names: Iterable[str]) -> list[str]:
+    """What they are called within their parents, each once."""
+    return sorted(set(map(last_part, names)))
 
 
 def last_part(name: str) -> str:
