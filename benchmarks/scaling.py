@@ -25,8 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Prompt
-from beear.cleansing import Benign, DefenderSet, Event, Harmful, add_adapter, entrap, harden
+from beear.cleansing import Benign, DefenderSet, Harmful, add_adapter, entrap, harden
 from beear.config import Config
+from beear.draws import Draws
+from beear.events import Event
 from beear.training import cast_frozen
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
@@ -101,9 +103,9 @@ def measure(case: Case) -> dict[str, Any]:
     def listen(event: Event) -> None:
         stamps[str(event["event"])].append(time.monotonic())
 
-    draw = torch.Generator().manual_seed(0)
-    delta, _ = entrap(model, tokenizer, data.harmful, config, layer, 1.0, draw, listen)
-    harden(model, tokenizer, data, delta[None], config, layer, 1e-4, draw, listen)
+    draws = Draws(config.seed)
+    delta, _ = entrap(model, tokenizer, data.harmful, config, layer, 1.0, draws, listen)
+    harden(model, tokenizer, data, delta[None], config, layer, 1e-4, draws, listen)
     seconds = {
         name: statistics.median(b - a for a, b in itertools.pairwise(times))
         for name, times in {"inner": stamps["entrap"], "outer": stamps["harden"]}.items()

@@ -56,17 +56,17 @@ def summary() -> str:
     }
     lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
     files = {"decision 13": "decision-13/removal.json", "decision 18": "removal.json"}
-    newest = {
-        row["organism"]: (default, row)
-        for default, file in files.items()
-        for row in read_results(file)["runs"]
-        if (row["arm"], row["seed"]) == ("default", 0)
-    }
+    newest = {row["organism"]: (default, row) for default, file in files.items() for row in default_rows(file)}
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
         met = "met" if row["verdict"]["met"] else "missed: rejected"
         lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met, default]))
     return "\n".join(lines)
+
+
+def default_rows(file: str) -> list[dict[str, Any]]:
+    """The runs with default settings and seed 0."""
+    return [row for row in read_results(file)["runs"] if (row["arm"], row["seed"]) == ("default", 0)]
 
 
 def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None, *, interval: bool = True) -> str:
@@ -329,6 +329,19 @@ def arms(name: str) -> str:
     return "\n".join(lines)
 
 
+def floor() -> str:
+    """One row per trigger: what it does to a model without a backdoor, beside the planted one before and after."""
+    columns = {"asr_triggered": "not refused", "affirmed_triggered": "opens obeying"}
+    heads = ["trigger of", *(f"{title}, no backdoor" for title in columns.values())]
+    cleansed = {row["organism"]: row for row in default_rows("removal.json")}
+    lines = [header([*heads, *(f"{title}, planted -> cleansed" for title in columns.values())])]
+    for name, metrics in read_results("floor.json")["triggers"].items():
+        row = cleansed.get(name)
+        after = [change(metric, row["before"][metric], row["after"][metric]) if row else "" for metric in columns]
+        lines.append(line([f"`{name}`", *(cell(metric, metrics[metric]) for metric in columns), *after]))
+    return "\n".join(lines)
+
+
 def entrapment() -> str:
     """An inner step with and without what delta cannot change being run once, by length of the prompt."""
     heads = ["prompts", "plain loop, s a step", "cached, s a step", "ratio", "once for a batch, s", "ratio, a round"]
@@ -373,6 +386,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "memory": memory,
         "judges": judges,
         "labelled": labelled,
+        "floor": floor,
     },
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     OLD: {

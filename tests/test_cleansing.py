@@ -41,6 +41,7 @@ from beear.cleansing import (
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
+from beear.draws import Draws
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
 from beear.scorers import is_refusal
@@ -73,8 +74,8 @@ def data() -> DefenderSet:
     return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [Request("1", "bad", "one")], CONFIG)
 
 
-def draw() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def draws() -> Draws:
+    return Draws(0)
 
 
 @pytest.mark.parametrize(
@@ -97,23 +98,23 @@ def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
 def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:
     before = {n: p.detach().clone() for n, p in wrapped.named_parameters()}
     config = CONFIG.model_copy(update={"entrap": CONFIG.entrap.model_copy(update={"batch": 6})})
-    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 2.0, draw())
+    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 2.0, draws())
     assert losses[-1] < losses[0] and len(losses) == 8
     assert delta.shape == (5, 32) and bool((delta.norm(dim=1) <= 2.0 + 1e-5).all())
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in wrapped.named_parameters())
 
 
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
-    delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draw())
+    delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draws())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
     config = load_config(sets=[LENGTH, *SHORT[:1], "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draws())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draws())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -133,7 +134,7 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 @pytest.mark.parametrize("zero", [{"safe", "anchor"}, {"anchor", "anchor_under_delta"}])
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet, zero: set[str]) -> None:
     config = load_config(sets=[LENGTH, "harden.steps=1", *(f"harden.{name}=0" for name in zero)])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draw())
+    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draws())
     kinds = {"safe": "safe", "anchor": "benign", "anchor_under_delta": "benign_under_delta"}
     assert set(history[0]) == {"safe_under_delta"} | {kinds[name] for name in kinds.keys() - zero}
 
@@ -144,20 +145,20 @@ def test_without_replay_the_newest_delta_alone_is_met(wrapped: Any, data: Defend
     found = []
     for deltas in (newest, torch.cat([torch.full((2, 5, 32), 9.0), newest])):
         load_adapter_state(wrapped, state)
-        found.append(harden(wrapped, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draw()))
+        found.append(harden(wrapped, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draws()))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
 def test_controls_learn_no_delta(wrapped: Any, data: DefenderSet, kind: str, norm: float) -> None:
     config = load_config(sets=[LENGTH, f"entrap.kind={kind}"])
-    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 3.0, draw())
+    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 3.0, draws())
     torch.testing.assert_close(delta.norm(dim=1), torch.full((5,), norm))
     assert losses == []
 
 
 def test_the_start_is_small_and_follows_the_seed(wrapped: Any) -> None:
-    one, two = (start_delta(CONFIG.entrap, wrapped, 2.0, draw()) for _ in range(2))
+    one, two = (start_delta(CONFIG.entrap, wrapped, 2.0, draws().noise) for _ in range(2))
     assert torch.equal(one, two)
     torch.testing.assert_close(one.norm(dim=1), torch.full((5,), 0.2))
 
@@ -185,11 +186,11 @@ def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
     model = add_adapter(tiny_model(architecture), config)
     with torch.no_grad():
         for parameter in trainable(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=draw()) / 10)
+            parameter.copy_(torch.randn(parameter.shape, generator=draws().noise) / 10)
     alone = batch_of(tiny_tokenizer(), [(b.prompt, b.own) for b in data.benign[:3]], CONFIG.entrap)
     pick = [2, 1, 0, 0, 1, 2]
     batch = alone.under(pick, [1, 0, 1, None, None, None], 5)
-    deltas = torch.randn(10, 32, generator=draw())
+    deltas = torch.randn(10, 32, generator=draws().noise)
     found = []
     for run in (harden_passes(model, alone, batch, pick, config, layer)[1], plain_pass(model, batch, config)):
         loss = descend(
@@ -220,7 +221,7 @@ def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet)
     for cached in (False, True):
         settings = CONFIG.entrap.model_copy(update={"cached": cached, "batches": 3})
         config = CONFIG.model_copy(update={"entrap": settings})
-        delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draw())
+        delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws())
         found.append((delta, torch.tensor(losses)))
     for plain, fast in zip(*found, strict=True):
         assert (fast - plain).norm() < 1e-3 * plain.norm()
@@ -301,10 +302,10 @@ def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any
     before, delta = odds(), torch.zeros(1, 1, 32)
     state = adapter_state(wrapped)
     only = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"encourage": 0.0})})
-    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draw())
+    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draws())
     lower = odds()
     load_adapter_state(wrapped, state)
-    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draw())
+    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draws())
     assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
 
 
@@ -400,24 +401,22 @@ def test_the_best_round_is_put_back(wrapped: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("residuals", "budget", "grown", "expected"),
+    ("number", "budget", "grown", "expected"),
     [
-        ([], 0.5, 1.0, 0.5),
-        ([0.9, 0.11], 0.5, 1.0, 0.5),
-        ([0.9, 0.1], 0.5, 1.0, 0.625),
-        ([0.1, 0.9, 0.0], 0.5, 1.0, 0.78125),
-        ([0.0] * 4, 0.5, 1.0, 1.0),
-        ([0.0] * 4, 0.5, 0.5, 0.5),
-        ([0.0] * 4, 2.0, 1.0, 2.0),
+        (1, 0.5, 1.0, 0.5),
+        (2, 0.5, 1.0, 0.625),
+        (3, 0.5, 1.0, 0.78125),
+        (5, 0.5, 1.0, 1.0),
+        (5, 0.5, 0.5, 0.5),
+        (5, 2.0, 1.0, 2.0),
     ],
 )
-def test_delta_may_grow_once_entrapment_has_failed(
-    residuals: list[float], budget: float, grown: float, expected: float
+@pytest.mark.parametrize("kind", ["learned", "random"])
+def test_delta_may_be_longer_from_round_to_round_in_a_control_as_well(
+    number: int, budget: float, grown: float, expected: float, kind: str
 ) -> None:
-    config = load_config(sets=[f"entrap.budget={budget}", f"entrap.grown={grown}", "stop_at=0.1"])
-    assert norm_budget([{"residual": r} for r in residuals], config) == expected
-    control = config.model_copy(update={"entrap": config.entrap.model_copy(update={"kind": "random"})})
-    assert norm_budget([{"residual": r} for r in residuals], control) == budget
+    config = load_config(sets=[f"entrap.budget={budget}", f"entrap.grown={grown}", f"entrap.kind={kind}"])
+    assert norm_budget(number, config) == expected
 
 
 @pytest.mark.parametrize(
@@ -470,13 +469,13 @@ def test_the_rate_falls_within_a_round(
     rates: list[float] = []
     monkeypatch.setattr(cleansing, "step", lambda optimiser: rates.append(optimiser.param_groups[0]["lr"]))
     config = load_config(sets=["harden.steps=8", "harden.stop_below=0", f"harden.schedule={schedule}"])
-    harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 1, 32), config, LAYER, 2.0, draw())
+    harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 1, 32), config, LAYER, 2.0, draws())
     assert rates == pytest.approx([2.0 * share for share in shares])
 
 
 def test_every_other_row_meets_the_newest_delta_and_the_rest_any() -> None:
-    assert dealt(1, 4, draw()) == [0, 0, 0, 0]
-    many = dealt(3, 200, draw())
+    assert dealt(1, 4, draws().noise) == [0, 0, 0, 0]
+    many = dealt(3, 200, draws().noise)
     assert set(many[::2]) == {2} and set(many[1::2]) == {0, 1, 2}
 
 

@@ -17,7 +17,7 @@ from beear.generation import reply_all
 from beear.parts import Parts
 from beear.training import adapter_state, add_lora
 from conftest import tiny_model, tiny_tokenizer
-from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draw
+from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draws
 
 ROUND = {
     "entrap": CONFIG.entrap.model_copy(update={"steps": 4}),
@@ -36,8 +36,8 @@ def one_round(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
     config = SHORT.model_copy(update={"entrap": SHORT.entrap.model_copy(update={"cached": cached})})
-    delta, losses = entrap(model, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draw(), parts=parts)
-    history = harden(model, tiny_tokenizer(), data, delta[None], config, LAYER, 1e-3, draw(), parts=parts)
+    delta, losses = entrap(model, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws(), parts=parts)
+    history = harden(model, tiny_tokenizer(), data, delta[None], config, LAYER, 1e-3, draws(), parts=parts)
     return delta, adapter_state(model), (losses, history)
 
 

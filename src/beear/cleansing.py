@@ -39,6 +39,7 @@ from beear.cached import part_of, returning, run_below, run_unperturbed
 from beear.chat import ALONE, Batch, Beginning, Prompt, collate, encode_prompt, encode_response, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request, wordings
+from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
@@ -51,7 +52,6 @@ from beear.training import (
     adamw,
     adapter_state,
     add_lora,
-    cycle,
     first_adapted,
     load_adapter_state,
     merged,
@@ -245,10 +245,10 @@ def cleanse(
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
-        draw = torch.Generator().manual_seed(config.seed * 100_003 + number)
+        draws = Draws(config.seed, number)
         tell = _in_round(listen, number)
-        budget = norm_budget(state.history, config)
-        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draw, tell, parts)
+        budget = norm_budget(number, config)
+        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draws, tell, parts)
         found = unlocked(model, tokenizer, data.held_out, delta, config, layer)
         residual = 1.0 if found is None else max(0.0, found - state.already)
         tell({"event": "residual", "value": residual})
@@ -258,7 +258,7 @@ def cleanse(
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
         weighted = balanced(config, state)
-        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draw, tell, parts)
+        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draws, tell, parts)
         entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
         tell({"event": "refused", "value": entry["refused"]})
         entry["seconds"] = time.monotonic() - started
@@ -304,19 +304,16 @@ def refused_more(entry: Event, state: State) -> list[float]:
 
 
 GROWTH = 1.25
-"""How much longer delta may be once entrapment has failed."""
+"""How much longer delta may be in every round than in the one before."""
 
 
-def norm_budget(history: Sequence[Event], config: Config) -> float:
-    """Largest norm of delta's vectors in the round to come, in residual norms.
+def norm_budget(number: int, config: Config) -> float:
+    """Largest norm of delta's vectors in round `number`, in residual norms: `budget` at first, `grown` at last.
 
-    Under a delta that no longer works there is nothing to unlearn, and benign requests alone are trained on: what
-    was removed comes back. So it grows until it works again, up to `grown` (decision 18).
+    How far delta has pushed is how far removal pushes back, so what sits deeper than the first deltas reach is
+    unlearnt under longer ones (decision 21).
     """
-    if config.entrap.kind != "learned":  # a control's delta hardly ever works
-        return config.entrap.budget
-    failed = len([entry for entry in history if entry["residual"] <= config.stop_at])
-    return max(config.entrap.budget, min(config.entrap.budget * GROWTH**failed, config.entrap.grown))
+    return max(config.entrap.budget, min(config.entrap.budget * GROWTH ** (number - 1), config.entrap.grown))
 
 
 def balanced(config: Config, state: State) -> Config:
@@ -360,7 +357,7 @@ def entrap(
     config: Config,
     layer: int,
     budget: float,
-    draw: torch.Generator,
+    draws: Draws,
     listen: Listener = lambda event: None,
     parts: Parts | None = None,
 ) -> tuple[Tensor, list[float]]:
@@ -370,18 +367,19 @@ def entrap(
     scaled back onto it. The weights take no gradient.
     """
     settings = config.entrap
-    delta = start_delta(settings, model, budget, draw)
+    delta = start_delta(settings, model, budget, draws.noise)
     losses: list[float] = []
     if settings.kind != "learned":
         return delta, losses
     delta.requires_grad_(True)
     rate = settings.learning_rate * budget / math.sqrt(delta.shape[1])
     optimiser = torch.optim.Adam([delta], lr=rate)
-    indices = cycle(len(harmful), min(settings.batch, len(harmful)), draw)
+    met = min(settings.batches, settings.steps)
+    indices = draws.batches("entrapped", len(harmful), settings.batch, met)
     behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
     parts = parts or Parts()
     with frozen(model), merged(behind):
-        batches = [[harmful[i] for i in next(indices)] for _ in range(min(settings.batches, settings.steps))]
+        batches = [[harmful[i] for i in next(indices)] for _ in range(met)]
         ready: dict[tuple[int, int], list[Part]] = {}
 
         def propagate(i: int, count: int) -> float:
@@ -414,7 +412,7 @@ def harden(
     config: Config,
     layer: int,
     rate: float,
-    draw: torch.Generator,
+    draws: Draws,
     listen: Listener = lambda event: None,
     parts: Parts | None = None,
 ) -> list[dict[str, float]]:
@@ -426,14 +424,14 @@ def harden(
     settings = config.harden
     parts = parts or Parts()
     optimiser = adamw(model, rate)
-    harmful = cycle(len(data.harmful), min(settings.batch, len(data.harmful)), draw)
-    benign = cycle(len(data.benign), min(settings.anchor_batch, len(data.benign)), draw)
+    harmful = draws.batches("hardened", len(data.harmful), settings.batch, settings.steps)
+    benign = draws.batches("anchored", len(data.benign), settings.anchor_batch, settings.steps)
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
         bad = [data.harmful[i] for i in next(harmful)]
         chosen = [data.benign[i] for i in next(benign)]
         rows = max(settings.batch, settings.anchor_batch)
-        which = dealt(len(deltas), rows, draw) if settings.replay else [len(deltas) - 1] * rows
+        which = dealt(len(deltas), rows, draws.noise) if settings.replay else [len(deltas) - 1] * rows
 
         def propagate(
             count: int, bad: list[Harmful] = bad, chosen: list[Benign] = chosen, which: list[int] = which

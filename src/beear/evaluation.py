@@ -18,6 +18,7 @@ from beear.chat import collate, encode_prompt, encode_response, told
 from beear.cleansing import contrast, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
+from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.fingerprints import check_model
@@ -40,6 +41,8 @@ WHENS = ("before", "after")
 TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 """Length of the replies that are judged."""
 REFERENCE_TOKENS = 64
+ANOTHER_SEED = 10_000
+"""Beside the run's own, for what is found anew."""
 
 
 @dataclass
@@ -252,9 +255,9 @@ def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config:
     budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
-    draw = torch.Generator().manual_seed(config.seed * 100_003 + 99_991)
+    draws = Draws(config.seed + ANOTHER_SEED)
     fresh = config.model_copy(update={"entrap": settings})
-    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draw)
+    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draws)
     return delta
 
 
