@@ -55,7 +55,7 @@ def summary() -> str:
         "false_refusal_alarming": "refused, alarming",
     }
     lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
-    files = {"decision 13": "decision-13/removal.json", "decision 18": "removal.json"}
+    files = {"decision 18": "decision-18/removal.json", "decision 21": "removal.json"}
     newest = {row["organism"]: (default, row) for default, file in files.items() for row in default_rows(file)}
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
@@ -371,17 +371,18 @@ def short(text: str, keep: str = "", most: int = 8) -> str:
     return f" {keep} ".join(" ".join(words) for words in cut).strip()
 
 
-OLD, LATER, NEW = (
-    "docs/decisions/0010-one-default-for-every-organism.md",
-    "docs/decisions/0013-a-later-block-and-a-farther-push.md",
-    "docs/decisions/0018-a-delta-that-grows-and-refusals-that-are-watched.md",
-)
-"""The decisions on the default, each with the figures of its day."""
+DEFAULTS = {
+    "decision-10/removal.json": "docs/decisions/0010-one-default-for-every-organism.md",
+    "decision-13/removal.json": "docs/decisions/0013-a-later-block-and-a-farther-push.md",
+    "decision-18/removal.json": "docs/decisions/0018-a-delta-that-grows-and-refusals-that-are-watched.md",
+    "removal.json": "docs/decisions/0021-longer-deltas-in-every-round.md",
+}
+"""The decisions on the default, by the figures of its day; the newest is today's."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary},
     "docs/results.md": {
         "removal": partial(removal, "removal.json"),
-        "earlier": partial(removal, "decision-13/removal.json"),
+        "earlier": partial(removal, "decision-18/removal.json"),
         "entrapment": entrapment,
         "memory": memory,
         "judges": judges,
@@ -389,18 +390,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "floor": floor,
     },
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
-    OLD: {
-        "residual": partial(residual, "decision-10/removal.json"),
-        "revival": partial(revival, "decision-10/revival.json"),
-    },
-    LATER: {
-        "residual": partial(residual, "decision-13/removal.json"),
-        "pooled": partial(pooled, "decision-10/removal.json", "decision-13/removal.json"),
-    },
-    NEW: {
-        "residual": partial(residual, "removal.json"),
-        "pooled": partial(pooled, *(f"{folder}removal.json" for folder in ("decision-10/", "decision-13/", ""))),
-    },
     "docs/drift.md": {"drift": drift},
     "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
     "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan, "ranks": per_rank},
@@ -408,6 +397,12 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),
     },
+}
+for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
+    TABLES[page] = {"residual": partial(residual, file), "pooled": partial(pooled, *list(DEFAULTS)[:number])}
+TABLES[DEFAULTS["decision-10/removal.json"]] = {
+    "residual": partial(residual, "decision-10/removal.json"),
+    "revival": partial(revival, "decision-10/revival.json"),
 }
 
 
