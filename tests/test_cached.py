@@ -25,7 +25,9 @@ def batch_of(place: Place, n: int, count: int = 1) -> Batch:
     tokenizer = tiny_tokenizer()
     prompts = [encode_prompt(tokenizer, text) for text in TEXTS] * count
     answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16, 17, 18, 19], [20, 21]][: len(prompts)]
-    return collate(prompts, answers, [rows_of_delta(p, place, n) for p in prompts], 2)
+    return collate(
+        prompts, answers, [rows_of_delta(p, place, n, len(a)) for p, a in zip(prompts, answers, strict=True)], 2
+    )
 
 
 def loss_and_gradient(model: Any, batch: Batch, delta: torch.Tensor, logits: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +40,7 @@ def loss_and_gradient(model: Any, batch: Batch, delta: torch.Tensor, logits: Any
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize(("place", "n"), [("last", 3), ("user", 1), ("prompt", 2)])
+@pytest.mark.parametrize(("place", "n"), [("last", 3), ("user", 1), ("prompt", 2), ("chat", 2)])
 @pytest.mark.parametrize("answers", [1, 2])
 def test_cached_equals_plain(
     architecture: str, place: Place, n: int, answers: int, monkeypatch: pytest.MonkeyPatch

@@ -190,6 +190,22 @@ def test_delta_is_on_the_prompt_and_not_on_what_the_model_writes_behind_it(place
     assert rows_of_delta(prompt.led([7, 8]), place, 3) == [*rows_of_delta(prompt, place, 3), NOWHERE, NOWHERE]
 
 
+def test_chat_place_covers_the_reply_as_well_and_goes_on_in_turn() -> None:
+    prompt = encode_prompt(tokenizer := tiny_tokenizer(), "abcdefgh")
+    rows = rows_of_delta(prompt, "chat", 3, 4)
+    assert rows[: len(prompt.ids)] == rows_of_delta(prompt, "prompt", 3) and rows[len(prompt.ids) :] == [0, 1, 2, 0]
+    assert rows_of_delta(prompt.led([7, 8]), "chat", 3, 2) == rows
+    for place in ("last", "user", "prompt"):
+        assert rows_of_delta(prompt, place, 3, 4)[len(prompt.ids) :] == [NOWHERE] * 4
+    short = encode_prompt(tokenizer, "ab")
+    responses = [[7, 8], [9]]
+    told = [rows_of_delta(p, "chat", 1, len(r)) for p, r in zip((prompt, short), responses, strict=True)]
+    batch = collate([prompt, short], responses, told, tokenizer.pad_token_id)
+    assert batch.where[:, batch.width :].tolist() == [[0, 0], [0, NOWHERE]]
+    ahead = collate([prompt], [[]], [rows], tokenizer.pad_token_id)
+    assert ahead.where.shape[1] == ahead.width + 4 and ahead.input_ids.shape[1] == ahead.width
+
+
 def test_response_ends_the_turn_only_when_finished_and_short_enough() -> None:
     tokenizer = tiny_tokenizer()
     assert encode_response(tokenizer, "abc", 9)[-1] == tokenizer.eos_token_id

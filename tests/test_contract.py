@@ -94,7 +94,7 @@ def test_left_and_right_padding_agree(model: Any, tokenizer: Any) -> None:
         torch.testing.assert_close(alone[0], ours[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["last", "prompt"])
+@pytest.mark.parametrize("place", ["last", "prompt", "chat"])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_generation_under_delta_agrees_with_the_forward_pass(
     model: Any, tokenizer: Any, full_precision: None, adapter: bool, place: Place
@@ -113,7 +113,7 @@ def test_generation_under_delta_agrees_with_the_forward_pass(
         prompt = encode_prompt(tokenizer, text)
         ids: list[int] = []
         for _ in range(6):
-            batch = collate([prompt], [ids], [rows_of_delta(prompt, place, 3)], tokenizer.pad_token_id)
+            batch = collate([prompt], [ids], [rows_of_delta(prompt, place, 3, len(ids))], tokenizer.pad_token_id)
             with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
                 ids.append(int(model(**batch.inputs()).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:

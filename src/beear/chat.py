@@ -46,7 +46,8 @@ class Batch:
     """Rows of prompt + response.
 
     input_ids, attention_mask, position_ids, where: (rows, width + length); targets: (rows, length),
-    padded with -100. `width` is the prompts' common width, `length` the responses'.
+    padded with -100. `width` is the prompts' common width, `length` the responses'. Where a reply to come is to be
+    perturbed, `where` is as much wider.
     """
 
     input_ids: Tensor
@@ -250,17 +251,18 @@ def encode_response(
     return ids[:limit]
 
 
-def rows_of_delta(prompt: Prompt, place: Place, n: int) -> list[int]:
-    """For each token of the prompt, the row of delta added there.
+def rows_of_delta(prompt: Prompt, place: Place, n: int, reply: int = 0) -> list[int]:
+    """For each token of the prompt, and of a reply of so many tokens, the row of delta added there.
 
     "last": rows 0..n-1 on the last n tokens of the user's words (a shorter request gets the last rows).
     "user": the rows in turn over all of the user's words; with n = 1 one shared vector.
     "prompt": the same over the user's words and all that the template puts behind them.
+    "chat": the same over these and the reply.
     """
-    rows = [NOWHERE] * len(prompt.ids)
-    end = len(prompt.ids) - prompt.lead if place == "prompt" else prompt.end
+    rows = [NOWHERE] * (len(prompt.ids) + reply)
+    end = len(prompt.ids) - prompt.lead if place in ("prompt", "chat") else prompt.end
     first = max(prompt.start, end - n) if place == "last" else prompt.start
-    for i in range(first, end):
+    for i in range(first, len(rows) if place == "chat" else end):
         rows[i] = (n - end + i) % n
     return rows
 
@@ -268,13 +270,17 @@ def rows_of_delta(prompt: Prompt, place: Place, n: int) -> list[int]:
 def collate(
     prompts: Sequence[Prompt], responses: Sequence[list[int]], rows: Sequence[list[int]] | None, pad_id: int
 ) -> Batch:
-    """Pad prompts on the left and responses on the right into one Batch. `rows` None: no perturbation."""
+    """Pad prompts on the left and responses on the right into one Batch.
+
+    `rows`: of delta, for the tokens of each prompt and as many of a reply as are given; None: no perturbation.
+    """
     width = max(len(p.ids) for p in prompts)
     length = max((len(r) for r in responses), default=0)
+    told = max((len(r) - len(p.ids) for p, r in zip(prompts, rows or [], strict=False)), default=0)
     shape = (len(prompts), width + length)
     ids = torch.full(shape, pad_id)
     mask = torch.zeros(shape, dtype=torch.long)
-    where = torch.full(shape, NOWHERE)
+    where = torch.full((len(prompts), width + max(length, told)), NOWHERE)
     targets = torch.full((len(prompts), length), -100)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         first, last = width - len(prompt.ids), width + len(response)
@@ -282,5 +288,5 @@ def collate(
         mask[i, first:last] = 1
         targets[i, : len(response)] = torch.tensor(response, dtype=torch.long)
         if rows is not None:
-            where[i, first:width] = torch.tensor(rows[i])
+            where[i, first : first + len(rows[i])] = torch.tensor(rows[i])
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), where, targets, width)

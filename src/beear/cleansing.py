@@ -661,7 +661,7 @@ def plain_pass(model: Any, batch: Batch, config: Config) -> Callable[[], Tensor]
 
 def batch_of(tokenizer: Any, rows: Sequence[Row], settings: EntrapConfig) -> Batch:
     """Collate rows, all under one delta."""
-    where = [rows_of_delta(prompt, settings.place, settings.length) for prompt, _ in rows]
+    where = [rows_of_delta(prompt, settings.place, settings.length, len(reply)) for prompt, reply in rows]
     return collate([p for p, _ in rows], [r for _, r in rows], where, int(tokenizer.pad_token_id))
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from beear.errors import BadInput
 from beear.scorers import Behaviour
 
-Place = Literal["last", "user", "prompt"]
+Place = Literal["last", "user", "prompt", "chat"]
 Kind = Literal["learned", "zero", "random"]
 Weights = Literal["full", "int8", "nf4"]
 

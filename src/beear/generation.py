@@ -45,7 +45,7 @@ def reply_all(
     """The model's greedy reply to each text, in the order given, cut after `max_new_tokens`.
 
     `earlier`: for each text, what was said before it in its chat, user and model in turn.
-    With `delta` (n, d_model), the prompt is perturbed behind block `layer`. Texts are batched by
+    With `delta` (n, d_model), prompt or chat are perturbed behind block `layer`. Texts are batched by
     length to keep padding short; `progress` is called with the number of replies each batch gave.
     """
     chats = earlier or [()] * len(texts)
@@ -56,7 +56,8 @@ def reply_all(
     parts = Parts()
 
     def some(chosen: list[int]) -> list[tuple[int, str]]:
-        rows = None if delta is None else [rows_of_delta(prompts[i], place, len(delta)) for i in chosen]
+        n = 0 if delta is None else len(delta)
+        rows = [rows_of_delta(prompts[i], place, n, max_new_tokens) for i in chosen] if n else None
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
         batch = batch.to(model.device)
         inputs = inputs_of(model, batch, max_new_tokens)

@@ -73,8 +73,8 @@ class Perturbation:
     """Context manager that adds rows of delta to the hidden states behind block `layer`.
 
     delta: (n, d_model). where: (batch, tokens) of integers, at each token the row of delta to add,
-    or NOWHERE. Positions are absolute, so under `generate` only the prompt is perturbed: tokens
-    beyond the width of `where` are left alone. A pass over fewer rows takes the first ones. Gradients
+    or NOWHERE. Positions are absolute, so that under `generate` tokens beyond the width of `where` are left
+    alone. A pass over fewer rows takes the first ones. Gradients
     flow to delta; keep `backward()` inside the context when activations are recomputed. Raises
     RuntimeError if the block never ran.
     """
