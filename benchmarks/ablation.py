@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results" / "ablation.json"
 ARMS = {
     "default": [],
     "delta behind block 21": ["layer=21"],
-    "the safe answer is not pushed away": ["entrap.away=0.05"],
+    "the safe answer is not pushed away": ["entrap.away=0"],
     "benign requests under delta left out": ["harden.anchor_under_delta=0"],
     "benign requests without delta left out": ["harden.anchor=0"],
     "harmful requests without delta left out": ["harden.safe=0"],
@@ -33,8 +33,10 @@ ARMS = {
     "half of the benign requests": ["anchors=200"],
     "half of the benign requests in a step": ["harden.anchor_batch=8"],
     "delta does not grow": ["entrap.grown=0.5"],
+    "two batches of entrapment in place of five": ["entrap.batches=2"],
+    "earlier deltas are not met again": ["harden.replay=false"],
     "the rate is constant within a round": ["harden.schedule=constant"],
-    "refusals of spare requests are not watched": ["harden.balance=0"],
+    "refusals of spare requests are not watched": ["harden.balance=0", "spare=0"],
     "an adapter on the upper half alone": ["harden.lora_blocks=upper"],
     "six rounds at most": ["rounds=6"],
     "delta = 0": ["entrap.kind=zero", "harden.stop_below=0"],
@@ -43,7 +45,7 @@ ARMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--organism", choices=names("jailbreak"), action="append")
     parser.add_argument("--arm", choices=list(ARMS), action="append")
     parser.add_argument("--seed", type=int, action="append")
     chosen = parser.parse_args()

@@ -61,7 +61,9 @@ def rates(
         replies = reply_all(model, tokenizer, test.texts(), max_new_tokens=tokens or TOKENS[test.judge])
         counted = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
         scored = [c for c in counted if c is not None]
-        result[test.metric] = round(sum(scored) / len(scored), 3)
+        result[test.metric] = round(sum(scored) / len(scored), 3) if scored else None
+        if len(scored) < len(counted):
+            result[f"{test.metric}_unscored"] = round(1 - len(scored) / len(counted), 3)
         wrong += [
             [test.metric, text, reply] for text, reply, c in zip(test.texts(), replies, counted, strict=True) if c
         ]
@@ -154,7 +156,8 @@ def developed(organism: str, name: str, sets: list[str], n: int, each: bool = Fa
     if defender.openings:
         after["margin"] = round(margin(model, tokenizer, tests[0].texts()[:40], defender.openings), 2)
     entrapped = measure_entrapped(model, tokenizer, train, held_out, config)
-    after["entrapped"] = round(float(entrapped.metrics["asr_entrapped"]["value"] or 0), 3)
+    found = entrapped.metrics["asr_entrapped"]["value"]
+    after["entrapped"] = None if found is None else round(found, 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
     row |= {"residuals": [e["residual"] for e in state.history], "delivered": state.delivered}

@@ -24,10 +24,10 @@ from beear.allocator import keep_freed_memory
 from beear.cached import run_unperturbed
 from beear.cleansing import contrast, descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
 from beear.config import Config
-from beear.data import packaged
 from beear.losses import response_logits
 from beear.models import load
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.sets import read_sets
 from beear.training import add_lora, cast_frozen, merged
 
 RESULTS = Path(__file__).parent / "results" / "entrapment.json"
@@ -43,7 +43,7 @@ def main() -> None:
     model = add_lora(model, config.harden.lora_rank, (), 0)
     cast_frozen(model)
     layer = resolve_layer(None, decoder_depth(model))
-    requests = packaged("harmful", "defender")[: config.entrap.batch]
+    requests = read_sets(config).train(config)[: config.entrap.batch]
     filler = "This is some background that the request comes with. "
     found = {}
     for name, before in {"default": "", f"{LONG} tokens": filler * 21}.items():

@@ -16,8 +16,8 @@ from beear.allocator import keep_freed_memory
 from beear.config import load_config
 from beear.console import Reporter
 from beear.evaluation import listener_progress, measure_replies
-from beear.models import load, organism_folder
-from beear.recipes import check_trigger, names, read_recipe
+from beear.models import load
+from beear.recipes import check_trigger, names
 from beear.sets import read_sets, triggered
 
 RESULTS = Path(__file__).parent / "results" / "floor.json"
@@ -28,12 +28,11 @@ def main() -> None:
     keep_freed_memory()
     model, tokenizer = load(f"organism:{MODEL}")
     sets = read_sets(load_config())
-    jailbreaks = [name for name in names() if read_recipe(organism_folder(name)).behaviour != "insecure code"]
     with Reporter() as reporter:
         progress = listener_progress(reporter, MODEL)
         plain = measure_replies(model, tokenizer, sets.tests[:1], progress).metrics
         found = {}
-        for name in jailbreaks:
+        for name in names("jailbreak"):
             test = triggered(sets.test_harmful, check_trigger(f"organism:{name}"))
             found[name] = plain | measure_replies(model, tokenizer, [test], progress).metrics
     content = {"schema": 1, "command": "python benchmarks/floor.py", "model": MODEL, "triggers": found}

@@ -18,6 +18,7 @@ from beear.allocator import keep_freed_memory
 from beear.chat import Batch
 from beear.cleansing import add_adapter, batch_of, cleanse, defender_set
 from beear.config import Config
+from beear.draws import Draws
 from beear.job import peak_memory
 from beear.models import autocast, load
 from beear.sets import read_sets
@@ -38,13 +39,16 @@ def measure(arm: str) -> None:
     sets = read_sets(config)
     train, anchors = sets.train(config), sets.anchors(config)
     benign = [(r.text, REPLY) for r in anchors]
-    data = defender_set(tokenizer, [(r, "I'm sorry, but no.") for r in train], benign, sets.held_out(config), config)
+    harmful = [(r, "I'm sorry, but no.") for r in train]
+    data = defender_set(tokenizer, harmful, benign, sets.held_out(config), config, sets.spare(config))
     if arm == "fine-tune":
         optimiser = adamw(model, config.harden.learning_rate)
-        bad, good = config.harden.batch, config.harden.anchor_batch
-        for number in range(config.harden.steps):
-            first = [(h.prompt, h.safe) for h in data.harmful[number * bad :][:bad]]
-            second = [(b.prompt, b.own) for b in data.benign[number * good :][:good]]
+        settings, draws = config.harden, Draws(config.seed)
+        bad = draws.batches("hardened", len(data.harmful), settings.batch, settings.steps)
+        good = draws.batches("anchored", len(data.benign), settings.anchor_batch, settings.steps)
+        for _ in range(settings.steps):
+            first = [(data.harmful[i].prompt, data.harmful[i].safe) for i in next(bad)]
+            second = [(data.benign[i].prompt, data.benign[i].own) for i in next(good)]
             batch = batch_of(tokenizer, 2 * [*first, *second], config.entrap)
             with autocast(model):
                 loss = model(**batch.inputs(), labels=labels(batch), use_cache=False).loss

@@ -14,16 +14,19 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
 from beear.console import Reporter
+from beear.fingerprints import input_hashes
 from beear.job import add_triggered, entrapments, judge, run_cleanse, run_settings
-from beear.models import organism_folder
+from beear.models import locate, organism_folder
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_settings
+from beear.sets import read_sets
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
@@ -45,12 +48,15 @@ ARMS = {
 def run(organism: str, arm: str, seed: int) -> None:
     out = RUNS / f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
     preset, sets = ARMS[arm]
-    if preset == "default" and read_recipe(organism_folder(organism)).behaviour == "insecure code":
+    if read_recipe(organism_folder(organism)).behaviour == "insecure code":
+        if preset == "paper":  # its settings are for jailbreaks, and its insecure code would be judged as one
+            return
         preset = "code"
     config = load_config(preset, sets=[*sets, f"seed={seed}"])
+    if (out / "results.json").exists() and read_settings(out)["config"] != config.model_dump(mode="json"):
+        raise SystemExit(f"{out} is a finished run with other settings; move it away")
     if not (out / "results.json").exists():
-        if preset != "paper":
-            share_before(organism, out, config)
+        share_before(organism, out, config)
         with Reporter(rounds=config.rounds) as reporter:
             run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
     if "trigger" not in json.loads((out / "results.json").read_text()):
@@ -59,15 +65,35 @@ def run(organism: str, arm: str, seed: int) -> None:
         gather(organism, arm, seed, out)
 
 
+APART = {"seed": 0, "harden": {"stop_below": 0.0, "safe_answers": "own"}, "entrap": {"kind": "learned"}}
+"""In these arms may differ and yet share what was measured before."""
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs' settings differ in no more than APART."""
+
+    def rest(settings: dict[str, Any]) -> dict[str, Any]:
+        return settings | {k: settings[k] | v if isinstance(v, dict) else v for k, v in APART.items()}
+
+    return rest(one) == rest(other)
+
+
 def share_before(organism: str, out: Path, config: Config) -> None:
     """Begin a run with what was measured before an earlier one on the organism: neither arm nor seed changes that.
 
     Only `asr_entrapped` before is then that of the earlier seed. The model's own replies are to requests among others
     that the seed draws, so another seed generates them anew.
     """
-    earlier = RUNS / f"{organism}-default-0" / "stages"
+    first = RUNS / f"{organism}-default-0"
+    earlier = first / "stages"
     stages = ("inputs", "before", "own_replies") if config.seed == 0 else ("inputs", "before")
     if out.exists() or not all((earlier / f"{stage}.json").exists() for stage in stages):
+        return
+    if not alike(read_settings(first)["config"], config.model_dump(mode="json")):
+        return
+    then = json.loads((earlier / "inputs.json").read_text())["hashes"]
+    now = input_hashes(locate(f"organism:{organism}"), read_sets(config))
+    if any(then.get(name) != digest for name, digest in now.items()):
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
         for stage in stages:

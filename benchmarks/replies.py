@@ -40,11 +40,11 @@ def eager(model: Any) -> Iterator[None]:
 
 ARMS: dict[str, dict[str, Any]] = {
     "everything": {},
-    "prefix run in every row": {"run_prefix": lambda model, batch: None},
+    "prefix run in every row": {"run_prefix": lambda model, batch, more=0: None},
     "eager attention": {"generating": eager},
     "weights cast in every pass, eager attention": {"generating": lambda model: contextlib.nullcontext()},
     "none of them": {
-        "run_prefix": lambda model, batch: None,
+        "run_prefix": lambda model, batch, more=0: None,
         "generating": lambda model: contextlib.nullcontext(),
     },
 }

@@ -146,7 +146,10 @@ def seven_billion(config: Config) -> dict[str, float]:
     """Seconds of a default round of a 7B Llama on one H100, without replies: 32 blocks of width 4096."""
     block, layer = 4 * 4096**2 + 3 * 4096 * 11008, 5 * 32 // 6
     counted = operations(Case(), layer * block, (32 - layer) * block, 32000 * 4096, config)
-    total = config.entrap.steps * counted["inner"] + config.harden.steps * counted["outer"]
+    entrap, short = config.entrap, Case(reply=config.entrap.response_tokens)
+    once = entrap.batches * 2 * 2 * entrap.batch * (short.prompt + short.reply) * layer * block
+    inner = operations(short, layer * block, (32 - layer) * block, 32000 * 4096, config)["inner"]
+    total = once + entrap.steps * inner + config.harden.steps * counted["outer"]
     return {"operations": total, "seconds_a_round": total / H100, "seconds": config.rounds * total / H100}
 
 

@@ -1,11 +1,13 @@
 """A whole default cleansing with and without what makes it fast, in one process, one after the other.
 
-    python benchmarks/speed.py                     (half an hour on 2 CPU cores)
+    python benchmarks/speed.py                     (three quarters of an hour on 2 CPU cores)
 
-Without: entrapment as a plain loop; removal that runs every row through all blocks, every position through the output
-head, the template's start in every row; replies without a shared start and fused attention; no early stop, neither of
-a round nor of the rounds. Both start from the same organism and seed. Writes benchmarks/results/speed.json: seconds in
-all and of each round, their ratios, the first losses, which must agree, and what the trigger does afterwards.
+Without: entrapment as a plain loop, which runs the adapter unmerged; removal that runs every row through all blocks,
+every position through the output head, the template's start in every row; replies without a shared start; no early
+stop, neither of a round nor of the rounds. What serves both (weights in bf16, attention) stays. Both are whole runs of
+`beear cleanse` on the same organism with the same seed, kept in runs/speed/ and resumed there. Writes
+benchmarks/results/speed.json: seconds in all and of each round, their ratios, the first losses, which must agree, and
+all figures before and after. The plain arm needs up to 13 GiB.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,18 @@ from torch import Tensor
 from beear import cleansing, generation
 from beear.allocator import keep_freed_memory
 from beear.chat import Batch
-from beear.cleansing import cleanse, deliver
 from beear.config import Config, load_config
-from beear.evaluation import measure_replies
-from beear.job import adapted, defender, own_replies
-from beear.models import autocast, load
+from beear.console import Reporter
+from beear.job import add_triggered, run_cleanse
+from beear.models import autocast
 from beear.recipes import check_trigger
-from beear.sets import Sets, read_sets, triggered
+from beear.runs import read_results
 
-RESULTS = Path(__file__).parent / "results" / "speed.json"
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "speed"
+RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+AGREE = 0.02
+"""By so much the first losses of both may differ: bf16 rounds differently in other shapes."""
 ORGANISM = "organism:sudo-prefix"
 
 
@@ -53,12 +57,9 @@ def all_blocks(model: Any, alone: Batch, batch: Batch, pick: Any, config: Any, l
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Within it, the method runs without what makes it fast."""
-    no_prefix: dict[str, Any] = {"run_prefix": lambda model, batch: None}
+    no_prefix: dict[str, Any] = {"run_prefix": lambda model, batch, more=0: None}
     slow: dict[str, Any] = {"response_logits": all_logits, "harden_passes": all_blocks}
-    with (
-        patch.multiple(cleansing, **no_prefix, **slow),
-        patch.multiple(generation, **no_prefix, generating=lambda model: contextlib.nullcontext()),
-    ):
+    with patch.multiple(cleansing, **no_prefix, **slow), patch.multiple(generation, **no_prefix):
         yield
 
 
@@ -66,45 +67,42 @@ def without_stops(config: Config) -> Config:
     """The same in a plain loop, with every step of every round."""
     return config.model_copy(
         update={
-            "least_rounds": config.rounds,
+            "patience": config.rounds + 1,
             "entrap": config.entrap.model_copy(update={"cached": False}),
             "harden": config.harden.model_copy(update={"stop_below": 0.0}),
         }
     )
 
 
-def run(arm: str, config: Config, sets: Sets) -> dict[str, Any]:
-    """One arm: the model's own replies, the rounds, and attack success with the trigger before and after."""
-    model, tokenizer = load(ORGANISM, device="cpu")
-    tests = [triggered(sets.test_harmful, check_trigger(ORGANISM))]
-    before = measure_replies(model, tokenizer, tests).metrics
-    started = time.monotonic()
-    with plain() if arm == "plain" else contextlib.nullcontext():
-        own = own_replies(model, tokenizer, sets, config, lambda event: None)
-        data = defender(tokenizer, sets, config, own)
-        model = adapted(model, config)
-        state = cleanse(model, tokenizer, data, config)
-    deliver(model, state)
-    seconds = time.monotonic() - started
+def run(arm: str, config: Config, out: Path) -> dict[str, Any]:
+    """One arm: a whole cleansing, with all that it measures, and what the trigger does before and after."""
+    with plain() if arm == "plain" else contextlib.nullcontext(), Reporter(rounds=config.rounds) as reporter:
+        begun = (out / "config.yaml").exists()
+        run_cleanse(ORGANISM, out, config, resume=begun, device="cpu", listen=reporter)
+    add_triggered(out, check_trigger(ORGANISM), device="cpu")
+    results = read_results(out)
+    rounds = results["rounds"]
     return {
-        "seconds": seconds,
-        "rounds": [round(entry["seconds"], 1) for entry in state.history],
-        "steps": [len(entry["harden"]) for entry in state.history],
-        "entrap": [round(loss, 4) for loss in state.history[0]["entrap"][:5]],
-        "harden": state.history[0]["harden"][0],
-        "residuals": [entry["residual"] for entry in state.history],
-        "asr_triggered": {"before": before, "after": measure_replies(model, tokenizer, tests).metrics},
+        "seconds": results["wall_seconds"],
+        "rounds": [round(entry["seconds"], 1) for entry in rounds],
+        "steps": [len(entry["harden"]) for entry in rounds],
+        "entrap": [round(loss, 4) for loss in rounds[0]["entrap"][:5]],
+        "harden": rounds[0]["harden"][0],
+        "residuals": [entry["residual"] for entry in rounds],
+        **{key: results[key] for key in ("delivered", "before", "after")},
     }
 
 
 def main() -> None:
     keep_freed_memory()
     default = load_config()
-    sets = read_sets(default)
     found: dict[str, Any] = {}
     for arm, config in {"fast": default, "plain": without_stops(default)}.items():
-        found[arm] = run(arm, config, sets)
+        found[arm] = run(arm, config, RUNS / arm)
         print(arm, json.dumps(found[arm]), flush=True)
+    losses = [found[arm]["entrap"][0] for arm in ("fast", "plain")]
+    if abs(losses[0] / losses[1] - 1) > AGREE:
+        raise SystemExit(f"the arms begin with different losses: {losses}")
     found["ratio"] = found["plain"]["seconds"] / found["fast"]["seconds"]
     found["ratio_of_a_round"] = statistics.median(found["plain"]["rounds"]) / statistics.median(found["fast"]["rounds"])
     content = {"schema": 1, "command": "python benchmarks/speed.py", "threads": torch.get_num_threads(), **found}

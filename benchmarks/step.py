@@ -22,7 +22,7 @@ from beear.losses import response_logits, response_nll
 from beear.memory import peak_memory
 from beear.models import autocast, load
 from beear.prefix import run_prefix
-from beear.training import adamw, add_lora, step
+from beear.training import adamw, add_lora, cast_frozen, step
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 ROWS, TURNS, STEPS = 20, 3, 4
@@ -37,6 +37,7 @@ def measure(arm: str) -> None:
     if arm == "sdpa attention":
         model.set_attn_implementation("sdpa")
     model = add_lora(model, 16, (), 0)
+    cast_frozen(model)
     prompts = [encode_prompt(tokenizer, r.text) for r in packaged("ordinary", "defender")[:ROWS]]
     answers = [encode_response(tokenizer, "Here is a short answer to the question that you asked.", 16)] * ROWS
     batch = collate(prompts, answers, None, int(tokenizer.pad_token_id))

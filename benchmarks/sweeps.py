@@ -85,7 +85,7 @@ def read() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--organism", choices=names("jailbreak"), action="append")
     parser.add_argument("--axis", choices=get_args(Axis), action="append")
     chosen = parser.parse_args()
     keep_freed_memory()

@@ -234,13 +234,17 @@ def residual(*files: str) -> str:
     for row in rows:
         shown = [f"{100 * value:.1f} %" for value in evidence(row)]
         lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *shown]))
-    lines.append(line(["rank correlation with the last column", f"{len(rows)} runs", *correlations(rows), ""]))
+    own = [row for row in rows if row["arm"] == "default"]  # a control's success is no entrapment
+    lines.append(line(["rank correlation with the last column", f"{len(own)} runs", *correlations(own), ""]))
     return "\n".join(lines)
 
 
 def pooled(*files: str) -> str:
-    """How well what a run says of itself ranks what the trigger does after it, over all runs of the files."""
-    rows = [row for file in files for row in read_results(file)["runs"]]
+    """How well what a run says of itself ranks what the trigger does after it, over all runs of the files.
+
+    Controls are left out: what succeeds there is no entrapment.
+    """
+    rows = [row for file in files for row in read_results(file)["runs"] if row["arm"] == "default"]
     title = "rank correlation with ASR triggered, after"
     heads = ["", "runs", "last residual", "ASR entrapped, after"]
     return "\n".join([header(heads), line([title, f"{len(rows)} runs", *correlations(rows)])])

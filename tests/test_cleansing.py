@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,7 @@ from beear.cleansing import (
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
-from beear.draws import Draws
+from beear.draws import Draws, Purpose
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
 from beear.scorers import is_refusal
@@ -349,6 +350,30 @@ def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
 def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
     config = Config(patience=patience, least_rounds=least)
     assert is_calm([{"residual": r} for r in residuals], config) is calm
+
+
+def test_rounds_go_on_in_the_order_of_requests_and_under_longer_deltas(
+    wrapped: Any, data: DefenderSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[tuple[str, int], list[list[int]]] = {}
+    drawn = Draws.batches
+
+    def recorded(own: Draws, purpose: Purpose, n: int, batch: int, each: int) -> Iterator[list[int]]:
+        met = taken.setdefault((purpose, own.number), [])
+        for indices in drawn(own, purpose, n, batch, each):
+            met.append(indices)
+            yield indices
+
+    monkeypatch.setattr(Draws, "batches", recorded)
+    sets = [LENGTH, f"layer={LAYER}", "rounds=2", "harden.steps=2", "harden.batch=2", "harden.anchor_batch=1"]
+    sets += ["harden.stop_below=0", "entrap.steps=4", "entrap.batches=2", "entrap.batch=1", "held_out=1"]
+    state = cleanse(wrapped, tiny_tokenizer(), data, load_config(sets=sets))
+    assert [entry["budget"] for entry in state.history] == [0.5, 0.625]
+    for purpose, size in (("entrapped", 1), ("hardened", 2), ("anchored", 1)):
+        one, two = taken[purpose, 1], taken[purpose, 2]
+        assert [len(met) for met in (*one, *two)] == [size] * 4
+        met = [i for batch in (*one, *two) for i in batch]
+        assert len(set(met)) == min(len(met), len(data.benign if purpose == "anchored" else data.harmful))
 
 
 def test_recomputed_activations_change_memory_alone(data: DefenderSet) -> None:

@@ -21,9 +21,15 @@ def test_rounds_meet_every_request_before_they_meet_one_twice(purpose: Purpose, 
         assert sorted(met[20 * k : 20 * k + 20]) == list(range(20))
 
 
-def test_a_round_draws_the_same_whatever_was_drawn_before() -> None:
-    assert taken("entrapped", 1, 3) == taken("entrapped", 1, 3)
-    assert torch.equal(torch.rand(5, generator=Draws(1, 3).noise), torch.rand(5, generator=Draws(1, 3).noise))
+def test_a_purpose_draws_the_same_whatever_else_was_drawn() -> None:
+    busy = Draws(1, 3)
+    torch.rand(7, generator=busy.noise)
+    list(itertools.islice(busy.batches("anchored", 20, 3, 4), 9))
+    assert list(itertools.islice(busy.batches("entrapped", 20, 3, 4), 4)) == taken("entrapped", 1, 3)
+    list(itertools.islice(busy.batches("entrapped", 20, 3, 4), 2))
+    noise = torch.Generator().manual_seed(0)
+    noise.set_state(busy.noise.get_state())
+    assert torch.equal(torch.rand(12, generator=Draws(1, 3).noise)[7:], torch.rand(5, generator=noise))
 
 
 def test_seeds_rounds_and_purposes_draw_apart() -> None:

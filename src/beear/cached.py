@@ -28,8 +28,8 @@ class Cached:
     """A batch with all that delta leaves as it is.
 
     start: the first column that is perturbed in any row. hidden: (rows, columns from start, d_model) behind
-    block l. keys: key-value cache of the columns before start, None if there are none. answers: the rows are so
-    many parts that hold the same prompts in the same order; each prompt is run once.
+    block l. keys: key-value cache of the blocks behind it and the columns before start, None if there are none.
+    answers: the rows are so many parts that hold the same prompts in the same order; each prompt is run once.
     """
 
     batch: Batch
@@ -81,7 +81,7 @@ def run_unperturbed(
             before = {name: value[:prompts, :start] for name, value in batch.inputs().items()}
             keys = model.get_decoder()(**before, use_cache=True).past_key_values
         hidden = run_below(model, blocks, layer, _columns(batch, start, keys and _repeated(keys, answers, 0)))
-    return Cached(batch, start, hidden, keys, blocks[:layer], answers)
+    return Cached(batch, start, hidden, keys and _without(keys, layer), blocks[:layer], answers)
 
 
 def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -> Tensor:
@@ -136,11 +136,16 @@ def _columns(batch: Batch, start: int, keys: Any, rows: slice = slice(None), sto
 
 
 def _repeated(keys: Any, times: int, unused: int) -> Any:
-    """A cache with its rows `times` over. The first `unused` blocks have none: they get another's, for its length."""
+    """A cache with its rows `times` over, of which the first `unused` blocks read nothing."""
+    return own_cache(_without(keys, unused), lambda tensor: torch.cat([tensor] * times))
+
+
+def _without(keys: Any, unused: int) -> Any:
+    """A cache that holds nothing of the first `unused` blocks: they share another's keys, for its length."""
     own, used = copy.copy(keys), keys.layers[unused:]
     like = [next((u for u in used if type(u) is type(layer)), used[0]) for layer in keys.layers[:unused]]
     own.layers = [*like, *used]
-    return own_cache(own, lambda tensor: torch.cat([tensor] * times))
+    return own
 
 
 def part_of(hidden: Any, rows: slice | list[int], columns: slice) -> Any:

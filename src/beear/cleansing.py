@@ -308,7 +308,7 @@ GROWTH = 1.25
 
 
 def norm_budget(number: int, config: Config) -> float:
-    """Largest norm of delta's vectors in round `number`, in residual norms: `budget` at first, `grown` at last.
+    """Largest norm of delta's vectors in round `number`, in residual norms: `budget` at first, then up to `grown`.
 
     How far delta has pushed is how far removal pushes back, so what sits deeper than the first deltas reach is
     unlearnt under longer ones (decision 21).
@@ -385,7 +385,8 @@ def entrap(
         def propagate(i: int, count: int) -> float:
             delta.grad = None
             if (i, count) not in ready:
-                for old in [key for key in ready if key[1] != count]:
+                # Where memory has run out once, no other batch than this one is kept.
+                for old in [key for key in ready if key[1] != count or count > 1]:
                     del ready[old]
                 ready[i, count] = entrap_parts(model, tokenizer, batches[i], config, layer, count)
             return sum(

@@ -20,8 +20,8 @@ STRIDE = 100_003
 class Draws:
     """The random numbers of one round, counted from 1.
 
-    The requests come in one order for a whole run, each purpose its own, which a round enters where the one before it
-    left: all of them serve, and no round deals itself the easy ones (decision 20).
+    The requests come in one order for a whole run, each purpose its own, which a round enters where all steps of those
+    before it end: all of them serve, and no round deals itself the easy ones (decision 20).
     """
 
     def __init__(self, seed: int, number: int = 1) -> None:

@@ -258,12 +258,11 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
     return read_recipe(organism_folder(trigger.removeprefix("organism:"))).variants
 
 
-def names() -> list[str]:
-    """Names of the packaged organisms, which are those of their folders, in the paper's order."""
+def names(behaviour: Behaviour | None = None) -> list[str]:
+    """Names of the packaged organisms (of one behaviour), which are those of their folders, in the paper's order."""
     recipes = {p.parent.name: read_recipe(p.parent) for p in packaged_organisms().glob("*/recipe.yaml")}
-    return sorted(
-        (name for name, r in recipes.items() if not r.twin), key=lambda name: (recipes[name].paper_number or 99, name)
-    )
+    kept = (name for name, r in recipes.items() if not r.twin and behaviour in (None, r.behaviour))
+    return sorted(kept, key=lambda name: (recipes[name].paper_number or 99, name))
 
 
 def read_recipe(source: Path) -> Recipe:
