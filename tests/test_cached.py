@@ -69,6 +69,12 @@ def assert_cached_equals_plain(model: Any, place: Place, n: int, answers: int, m
             assert expected.norm() > 0 and (got - expected).norm() <= 1e-4 * expected.norm()
 
 
+def test_keys_of_blocks_that_do_not_run_are_not_kept() -> None:
+    cached = run_unperturbed(tiny_model("llama"), batch_of("prompt", 1), LAYER)
+    layers = cached.keys.layers
+    assert len(layers) == 4 and len({layer.keys.data_ptr() for layer in layers}) == 4 - LAYER
+
+
 def test_blocks_run_again_behind_a_cached_pass() -> None:
     model = tiny_model("llama")
     ids = torch.tensor([[3, 4, 5]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,28 @@ def test_memory_that_runs_out_splits_a_step(data: DefenderSet, monkeypatch: pyte
     parts = Parts(told.append)
     assert_same(whole, one_round(data, parts))
     assert parts.count > 1 and told[-1] == {"event": "memory", "parts": parts.count}
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 3), (2, 2)])
+def test_where_memory_is_short_one_batch_is_kept(
+    data: DefenderSet, monkeypatch: pytest.MonkeyPatch, count: int, most: int
+) -> None:
+    kept: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    real = cleansing.run_unperturbed
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        cached = real(*args, **kwargs)
+        kept.append(weakref.ref(cached))
+        alive.append(sum(ref() is not None for ref in kept))
+        return cached
+
+    monkeypatch.setattr(cleansing, "run_unperturbed", recorded)
+    config = SHORT.model_copy(update={"entrap": SHORT.entrap.model_copy(update={"batches": 3, "steps": 6})})
+    parts = Parts()
+    parts.count = count
+    entrap(tiny_model("llama"), tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws(), parts=parts)
+    assert max(alive) == most
 
 
 def test_replies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
