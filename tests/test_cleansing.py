@@ -35,6 +35,7 @@ from beear.cleansing import (
     refusal_openings,
     refused_shares,
     residual_norm,
+    shortened,
     shrink_to,
     start_delta,
     steer,
@@ -364,11 +365,23 @@ def test_rounds_go_on_in_the_order_of_requests_and_under_longer_deltas(
             met.append(indices)
             yield indices
 
+    judged: list[torch.Tensor] = []
+
+    def unlocking(*args: Any) -> float:
+        judged.append(args[3])
+        return 1.0
+
     monkeypatch.setattr(Draws, "batches", recorded)
+    monkeypatch.setattr(cleansing, "unlocked", unlocking)
     sets = [LENGTH, f"layer={LAYER}", "rounds=2", "harden.steps=2", "harden.batch=2", "harden.anchor_batch=1"]
     sets += ["harden.stop_below=0", "entrap.steps=4", "entrap.batches=2", "entrap.batch=1", "held_out=1"]
     state = cleanse(wrapped, tiny_tokenizer(), data, load_config(sets=sets))
     assert [entry["budget"] for entry in state.history] == [0.5, 0.625]
+    assert state.deltas is not None and state.norm is not None
+    tried = torch.stack(judged)
+    torch.testing.assert_close(tried[0], state.deltas[0])
+    torch.testing.assert_close(tried[1], shortened(state.deltas[1], 0.5 * state.norm))
+    assert bool((tried.norm(dim=2) <= 0.5 * state.norm + 1e-4).all())
     for purpose, size in (("entrapped", 1), ("hardened", 2), ("anchored", 1)):
         one, two = taken[purpose, 1], taken[purpose, 2]
         assert [len(met) for met in (*one, *two)] == [size] * 4

@@ -224,6 +224,9 @@ def cleanse(
 ) -> State:
     """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
 
+    Entrapment is judged by a delta no longer than in the first round, also where removal meets a longer one: one that
+    is long enough unlocks any model, and triggers move it less (decision 21).
+
     A backdoor is often gone after two or three rounds; what they taught to be refused wrongly takes more to mend,
     so `least_rounds` there are.
 
@@ -249,7 +252,8 @@ def cleanse(
         tell = _in_round(listen, number)
         budget = norm_budget(number, config)
         delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draws, tell, parts)
-        found = unlocked(model, tokenizer, data.held_out, delta, config, layer)
+        tried = shortened(delta, config.entrap.budget * state.norm)
+        found = unlocked(model, tokenizer, data.held_out, tried, config, layer)
         residual = 1.0 if found is None else max(0.0, found - state.already)
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
@@ -685,7 +689,12 @@ def start_delta(settings: EntrapConfig, model: Any, budget: float, draw: torch.G
 def shrink_to(delta: Tensor, budget: float) -> None:
     """Scale back, in place, the rows of delta whose norm is over the budget."""
     with torch.no_grad():
-        delta.mul_((budget / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+        delta.copy_(shortened(delta, budget))
+
+
+def shortened(delta: Tensor, budget: float) -> Tensor:
+    """Delta with the rows whose norm is over the budget scaled back onto it."""
+    return delta * (budget / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
 
 
 def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path: str | None, tokenizer: Any) -> float:

@@ -107,10 +107,11 @@ class Reporter:
 
     def _on_round(self, event: dict[str, Any]) -> None:
         self._round_seconds.append(event["seconds"])
-        entrapment = f"entrapment works on {event['residual']:.0%} (delta {event['budget']:.2f})"
-        removal = _ends([h["safe_under_delta"] for h in event["harden"]])
+        entrapment = f"entrapment works on {event['residual']:.0%}"
+        ends = _ends([h["safe_under_delta"] for h in event["harden"]])
+        removal = f"removal under delta of {event['budget']:.2f}, loss {ends}"
         refused = f", spare requests refused {_shares(event['refused'])}" if event["refused"] else ""
-        self.line(f"{self._where(event)} {entrapment}, removal loss {removal}{refused}; {self._time_left(event)}")
+        self.line(f"{self._where(event)} {entrapment}, {removal}{refused}; {self._time_left(event)}")
 
     def _where(self, event: dict[str, Any]) -> str:
         cell = f"{event['cell']}, " if "cell" in event else ""
