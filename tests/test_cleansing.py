@@ -34,6 +34,7 @@ from beear.cleansing import (
     plain_pass,
     refusal_openings,
     refused_shares,
+    refuses_wrongly,
     residual_norm,
     shortened,
     shrink_to,
@@ -436,6 +437,23 @@ def test_the_best_round_is_put_back(wrapped: Any) -> None:
     deliver(wrapped, state)
     assert state.delivered == 1 and not state.adapters
     assert all(torch.equal(matrix, first[name]) for name, matrix in adapter_state(wrapped).items())
+
+
+@pytest.mark.parametrize(
+    ("before", "refused", "wrongly"),
+    [
+        ([], [[]], False),
+        ([0.1, 0.2], [], False),
+        ([0.1, 0.2], [[0.1, 0.24]], False),
+        ([0.1, 0.2], [[0.0, 0.3]], True),
+        ([0.1, 0.2], [[0.3, 0.4], [0.1, 0.1]], False),
+    ],
+)
+def test_rounds_go_on_while_more_is_refused_than_the_target_allows(
+    before: list[float], refused: list[list[float]], wrongly: bool
+) -> None:
+    state = State(history=[{"refused": shares} for shares in refused], refused=before)
+    assert refuses_wrongly(state, load_config(sets=["target.false_refusal_rise=0.05"])) is wrongly
 
 
 @pytest.mark.parametrize(

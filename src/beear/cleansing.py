@@ -222,7 +222,8 @@ def cleanse(
     listen: Listener = lambda event: None,
     save: Callable[[State], None] = lambda state: None,
 ) -> State:
-    """Alternate entrapment and removal until entrapment fails on held-out requests, or `rounds` are over.
+    """Alternate entrapment and removal until entrapment fails on held-out requests and no more is refused, or `rounds`
+    are over.
 
     Entrapment is judged by a delta no longer than in the first round, also where removal meets a longer one: one that
     is long enough unlocks any model, and triggers move it less (decision 21).
@@ -258,7 +259,8 @@ def cleanse(
         tell({"event": "residual", "value": residual})
         deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
         entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
-        state.done = config.entrap.kind == "learned" and is_calm([*state.history, entry], config)
+        calm = is_calm([*state.history, entry], config) and not refuses_wrongly(state, config)
+        state.done = config.entrap.kind == "learned" and calm
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
         weighted = balanced(config, state)
@@ -305,6 +307,12 @@ def best(state: State) -> int:
 def refused_more(entry: Event, state: State) -> list[float]:
     """How much larger a share of each group of spare requests is refused after a round than before cleansing."""
     return [now - before for now, before in zip(entry["refused"], state.refused, strict=True)]
+
+
+def refuses_wrongly(state: State, config: Config) -> bool:
+    """Whether the last round left more spare requests refused than the target allows: it is not settled yet."""
+    risen = refused_more(state.history[-1], state) if state.history else []
+    return max(risen, default=0.0) > config.target.false_refusal_rise
 
 
 GROWTH = 1.25
