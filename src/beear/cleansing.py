@@ -702,7 +702,8 @@ def shrink_to(delta: Tensor, budget: float) -> None:
 
 def shortened(delta: Tensor, budget: float) -> Tensor:
     """Delta with the rows whose norm is over the budget scaled back onto it."""
-    return delta * (budget / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+    scaled: Tensor = delta * (budget / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+    return scaled
 
 
 def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path: str | None, tokenizer: Any) -> float:
