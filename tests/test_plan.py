@@ -71,6 +71,7 @@ def test_stages_count_what_a_job_does(config: Config) -> None:
     steps = ("first entrap steps", "entrap step", "residual", "harden step", "refused")
     prices = {(piece, SECONDS): 1.0 for piece in (*pieces, *steps)} | {(piece, PEAK): 2.5 for piece in pieces}
     prices["round", PEAK] = 7.5
+    config = config.model_copy(update={"entrap": config.entrap.model_copy(update={"batches": 2})})
     plan = stages(prices, read_sets(config), config)
     assert plan.seconds["round"] == 1 + (3 - 2) + 1 + 3 + 1
     assert plan.seconds["own replies"] == (8 + 8) / 40 + 1
