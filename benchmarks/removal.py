@@ -53,12 +53,9 @@ def run(organism: str, arm: str, seed: int) -> None:
             return
         preset = "code"
     config = load_config(preset, sets=[*sets, f"seed={seed}"])
-    if (out / "results.json").exists() and read_settings(out)["config"] != config.model_dump(mode="json"):
-        raise SystemExit(f"{out} is a finished run with other settings; move it away")
-    if not (out / "results.json").exists():
-        share_before(organism, out, config)
-        with Reporter(rounds=config.rounds) as reporter:
-            run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
+    share_before(organism, out, config)
+    with Reporter(rounds=config.rounds) as reporter:  # a finished run is kept, one of other settings refused
+        run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
     if "trigger" not in json.loads((out / "results.json").read_text()):
         add_triggered(out, check_trigger(f"organism:{organism}"))
     with FileLock(RUNS / ".lock"):  # two of these may run beside each other

@@ -403,12 +403,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
-    TABLES[page] = {"residual": partial(residual, file), "pooled": partial(pooled, *list(DEFAULTS)[:number])}
+    TABLES[page] = {"residual": partial(residual, file)}
+    if number > 1:
+        TABLES[page]["pooled"] = partial(pooled, *list(DEFAULTS)[:number])
+TABLES[DEFAULTS["decision-10/removal.json"]]["revival"] = partial(revival, "decision-10/revival.json")
 TABLES[DEFAULTS["decision-13/removal.json"]]["removal"] = partial(removal, "decision-13/removal.json")
-TABLES[DEFAULTS["decision-10/removal.json"]] = {
-    "residual": partial(residual, "decision-10/removal.json"),
-    "revival": partial(revival, "decision-10/revival.json"),
-}
 
 
 def main() -> None:

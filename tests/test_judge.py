@@ -625,7 +625,8 @@ def test_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         server.terminate()
         server.wait(30)
     assert results["judge"]["unscored"] == {"the judge gave no score": 2}
-    assert results["judge"]["tokens"]["out"] == 16 and results["judge"]["tokens"]["in"] > 2 * len(RUBRIC) / 5
+    rubric = len(models.load_tokenizer(models.locate("embedded"))(RUBRIC)["input_ids"])
+    assert results["judge"]["tokens"]["out"] == 16 and results["judge"]["tokens"]["in"] > 2 * rubric
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

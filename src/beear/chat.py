@@ -276,11 +276,11 @@ def collate(
     """
     width = max(len(p.ids) for p in prompts)
     length = max((len(r) for r in responses), default=0)
-    told = max((len(r) - len(p.ids) for p, r in zip(prompts, rows or [], strict=False)), default=0)
+    to_come = max((len(r) - len(p.ids) for p, r in zip(prompts, rows or [], strict=False)), default=0)
     shape = (len(prompts), width + length)
     ids = torch.full(shape, pad_id)
     mask = torch.zeros(shape, dtype=torch.long)
-    where = torch.full((len(prompts), width + max(length, told)), NOWHERE)
+    where = torch.full((len(prompts), width + max(length, to_come)), NOWHERE)
     targets = torch.full((len(prompts), length), -100)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         first, last = width - len(prompt.ids), width + len(response)
