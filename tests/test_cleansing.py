@@ -45,6 +45,7 @@ from beear.cleansing import (
 from beear.config import Config, load_config
 from beear.data import Request, packaged
 from beear.draws import Draws, Purpose
+from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
 from beear.scorers import is_refusal
@@ -540,3 +541,19 @@ def test_rows_meet_their_own_delta(data: DefenderSet) -> None:
     settings = load_config(sets=["entrap.length=2", "entrap.place=last"]).entrap
     where = batch_of(tiny_tokenizer(), [(harmful.prompt, harmful.safe)], settings).under([0] * 3, [0, 2, None], 2).where
     assert [sorted(set(w.tolist()) - {-1}) for w in where] == [[0, 1], [4, 5], []]
+
+
+def test_a_fresh_delta_is_of_twice_the_work_and_other_draws_whatever_a_round_s_is() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    requests = [Request(f"{i}", "bad", f"bad request {i}") for i in range(12)]
+    control = load_config(sets=[LENGTH, "layer=2", "entrap.steps=4", "entrap.batches=2", "entrap.kind=random"])
+    fresh = fresh_delta(model, tokenizer, requests, control)
+    twice = load_config(sets=[LENGTH, "layer=2", "entrap.steps=8", "entrap.batches=4"])
+    contrasts = [contrast(tokenizer, i, request, twice) for i, request in enumerate(requests)]
+    budget = twice.entrap.budget * residual_norm(model, [c.prompt for c in contrasts], LAYER, None, tokenizer)
+
+    def found(seed: int) -> torch.Tensor:
+        return entrap(model, tokenizer, contrasts, twice, LAYER, budget, Draws(seed))[0]
+
+    assert torch.equal(fresh, found(control.seed + ANOTHER_SEED))
+    assert not torch.allclose(fresh, found(control.seed), atol=1e-3)

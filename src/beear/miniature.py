@@ -29,7 +29,7 @@ from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import Request, reference_chats
 from beear.errors import Failed, first_line
-from beear.evaluation import TOKENS, measure_language
+from beear.evaluation import TOKENS, fresh_delta, measure_language
 from beear.events import Listener
 from beear.generation import reply_all
 from beear.memory import peak_memory, restart_peak
@@ -111,10 +111,10 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     }
     pieces = {
         "load": ("load",),
-        "before": ("replies", "language"),
+        "before": ("replies", "fresh delta", "language"),
         "own replies": ("own replies",),
         "round": ("round",),
-        "after": ("second model", "divergence"),
+        "after": ("fresh delta", "second model", "divergence"),
     }
     peaks = {stage: math.ceil(max(prices[piece, PEAK] for piece in names)) for stage, names in pieces.items()}
     return Plan(seconds, peaks, min(config.least_rounds, config.rounds), config.rounds)
@@ -189,6 +189,7 @@ def measure_miniature(
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         timed("language", lambda: measure_language(model, tokenizer, limit=CHATS))
         train, anchors = sets.train(config)[:SAMPLE], sets.anchors(config)[:SAMPLE]
+        timed("fresh delta", lambda: fresh_delta(model, tokenizer, train, once_round(settings)))
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
         benign = [(r.text, r.text) for r in anchors]
         held_out, spare = sets.held_out(config), sets.spare(config)
@@ -215,6 +216,13 @@ def few_steps(config: Config, layer: int) -> Config:
             "harden": config.harden.model_copy(update=harden),
         }
     )
+
+
+def once_round(settings: Config) -> Config:
+    """Settings with which every batch of a delta found anew, which keeps as many again as a round's, is met once."""
+    entrap = settings.entrap
+    once = entrap.model_copy(update={"steps": min(entrap.batches, entrap.steps)})
+    return settings.model_copy(update={"entrap": once})
 
 
 class Clock:
