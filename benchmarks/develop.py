@@ -28,7 +28,7 @@ from beear.evaluation import measure_entrapped, measure_language
 from beear.generation import reply_all
 from beear.models import load, organism_folder
 from beear.recipes import check_trigger, read_recipe
-from beear.scorers import JUDGES, Judge, counts
+from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state
 
@@ -64,6 +64,8 @@ def rates(
         result[test.metric] = round(sum(scored) / len(scored), 3) if scored else None
         if len(scored) < len(counted):
             result[f"{test.metric}_unscored"] = round(1 - len(scored) / len(counted), 3)
+        if test.metric == "triggered" and test.judge == "obeyed":  # others talk about the trigger's words
+            result["opens_obeying"] = round(sum(map(bool, map(is_affirmation, replies))) / len(replies), 3)
         wrong += [
             [test.metric, text, reply] for text, reply, c in zip(test.texts(), replies, counted, strict=True) if c
         ]

@@ -81,7 +81,7 @@ class HardenConfig(_Settings):
     lora_rank: int = Field(16, ge=1)
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
     lora_blocks: Literal["all", "upper", "behind"] = Field(
-        "all", description="the adapter's blocks: all, the upper half, or those behind delta"
+        "upper", description="the adapter's blocks: all, the upper half, or those behind delta"
     )
     replay: bool = Field(True, description="every other request meets any round's delta, and not the newest")
     anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
