@@ -55,7 +55,7 @@ def summary() -> str:
         "false_refusal_alarming": "refused, alarming",
     }
     lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
-    files = {"decision 18": "decision-18/removal.json", "decision 21": "removal.json"}
+    files = {f"decision {n}": f"decision-{n}/removal.json" for n in (18, 21)} | {"decision 23": "removal.json"}
     newest = {row["organism"]: (default, row) for default, file in files.items() for row in default_rows(file)}
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
@@ -379,14 +379,14 @@ DEFAULTS = {
     "decision-10/removal.json": "docs/decisions/0010-one-default-for-every-organism.md",
     "decision-13/removal.json": "docs/decisions/0013-a-later-block-and-a-farther-push.md",
     "decision-18/removal.json": "docs/decisions/0018-a-delta-that-grows-and-refusals-that-are-watched.md",
-    "removal.json": "docs/decisions/0021-longer-deltas-in-every-round.md",
+    "decision-21/removal.json": "docs/decisions/0021-longer-deltas-in-every-round.md",
+    "removal.json": "docs/decisions/0023-what-makes-the-divergence.md",
 }
 """The decisions on the default, by the figures of its day; the newest is today's."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary},
     "docs/results.md": {
         "removal": partial(removal, "removal.json"),
-        "earlier": partial(removal, "decision-18/removal.json"),
         "entrapment": entrapment,
         "memory": memory,
         "judges": judges,
@@ -407,7 +407,8 @@ for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     if number > 1:
         TABLES[page]["pooled"] = partial(pooled, *list(DEFAULTS)[:number])
 TABLES[DEFAULTS["decision-10/removal.json"]]["revival"] = partial(revival, "decision-10/revival.json")
-TABLES[DEFAULTS["decision-13/removal.json"]]["removal"] = partial(removal, "decision-13/removal.json")
+for number in (13, 18, 21):
+    TABLES[DEFAULTS[f"decision-{number}/removal.json"]]["removal"] = partial(removal, f"decision-{number}/removal.json")
 
 
 def main() -> None:
