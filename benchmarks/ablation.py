@@ -37,7 +37,7 @@ ARMS = {
     "earlier deltas are not met again": ["harden.replay=false"],
     "the rate is constant within a round": ["harden.schedule=constant"],
     "refusals of spare requests are not watched": ["harden.balance=0", "spare=0"],
-    "an adapter on the upper half alone": ["harden.lora_blocks=upper"],
+    "an adapter on all blocks": ["harden.lora_blocks=all"],
     "six rounds at most": ["rounds=6"],
     "delta = 0": ["entrap.kind=zero", "harden.stop_below=0"],
 }
