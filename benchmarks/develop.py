@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("organism", help="the name of a packaged organism")
     parser.add_argument("--name", default="default")
     parser.add_argument("--set", action="append", default=[], dest="sets")
-    parser.add_argument("-n", type=int, default=160)
+    parser.add_argument("-n", type=int, default=240, help="most requests for each rate")
     parser.add_argument("--each", action="store_true", help="measure after every round as well")
     chosen = parser.parse_args()
     keep_freed_memory()
