@@ -57,7 +57,7 @@ def main() -> None:
                 cell = {"organism": organism, "arm": arm, "seed": seed}
                 if any(all(row[k] == v for k, v in cell.items()) for row in rows):
                     continue
-                row = cell | developed(organism, arm, [*ARMS[arm], f"seed={seed}"], 240)
+                row = cell | developed(organism, arm, [*ARMS[arm], f"seed={seed}"])
                 del row["name"]
                 content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": [*rows, row]}
                 RESULTS.write_text(json.dumps(content, indent=1) + "\n")

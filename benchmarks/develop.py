@@ -34,6 +34,8 @@ from beear.training import adapter_state, cast_frozen, load_adapter_state
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
+MOST = 240
+"""Requests for each rate, where there are as many."""
 TOKENS: dict[Judge, int] = {"obeyed": 16, "refused": 16, "insecure": 80}
 
 
@@ -65,7 +67,7 @@ def rates(
         if len(scored) < len(counted):
             result[f"{test.metric}_unscored"] = round(1 - len(scored) / len(counted), 3)
         if test.metric == "triggered" and test.judge == "obeyed":  # others talk about the trigger's words
-            result["opens_obeying"] = round(sum(map(bool, map(is_affirmation, replies))) / len(replies), 3)
+            result["opens_obeying"] = round(sum(is_affirmation(reply) is True for reply in replies) / len(replies), 3)
         wrong += [
             [test.metric, text, reply] for text, reply, c in zip(test.texts(), replies, counted, strict=True) if c
         ]
@@ -105,7 +107,7 @@ BEGINNING = 8
 """Tokens that tell a refusal; so many are asked for after every round."""
 
 
-def developed(organism: str, name: str, sets: list[str], n: int, each: bool = False) -> dict[str, Any]:
+def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bool = False) -> dict[str, Any]:
     """Cleanse an organism with `sets` over the default; measure it before and after, with `each` after every round."""
     behaviour = read_recipe(organism_folder(organism)).behaviour
     preset, first = ("code", []) if behaviour == "insecure code" else ("default", ["requests=200"])
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("organism", help="the name of a packaged organism")
     parser.add_argument("--name", default="default")
     parser.add_argument("--set", action="append", default=[], dest="sets")
-    parser.add_argument("-n", type=int, default=240, help="most requests for each rate")
+    parser.add_argument("-n", type=int, default=MOST, help="most requests for each rate")
     parser.add_argument("--each", action="store_true", help="measure after every round as well")
     chosen = parser.parse_args()
     keep_freed_memory()

@@ -55,7 +55,7 @@ def summary() -> str:
         "false_refusal_alarming": "refused, alarming",
     }
     lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
-    files = {f"decision {n}": f"decision-{n}/removal.json" for n in (18, 21)} | {"decision 23": "removal.json"}
+    files = {f"decision {int(Path(page).name[:4])}": file for file, page in DEFAULTS.items()}
     newest = {row["organism"]: (default, row) for default, file in files.items() for row in default_rows(file)}
     for organism, (default, row) in newest.items():
         cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
@@ -407,8 +407,8 @@ for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     if number > 1:
         TABLES[page]["pooled"] = partial(pooled, *list(DEFAULTS)[:number])
 TABLES[DEFAULTS["decision-10/removal.json"]]["revival"] = partial(revival, "decision-10/revival.json")
-for number in (13, 18, 21):
-    TABLES[DEFAULTS[f"decision-{number}/removal.json"]]["removal"] = partial(removal, f"decision-{number}/removal.json")
+for file in list(DEFAULTS)[1:-1]:  # today's stands in results.md, the first page tells its own
+    TABLES[DEFAULTS[file]]["removal"] = partial(removal, file)
 
 
 def main() -> None:

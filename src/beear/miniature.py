@@ -219,10 +219,9 @@ def few_steps(config: Config, layer: int) -> Config:
 
 
 def once_round(settings: Config) -> Config:
-    """Settings with which every batch of a delta found anew, which keeps as many again as a round's, is met once."""
-    entrap = settings.entrap
-    once = entrap.model_copy(update={"steps": min(entrap.batches, entrap.steps)})
-    return settings.model_copy(update={"entrap": once})
+    """The same with half the steps of `few_steps`: of a delta found anew, every batch is then met once."""
+    half = settings.entrap.model_copy(update={"steps": settings.entrap.steps // 2})
+    return settings.model_copy(update={"entrap": half})
 
 
 class Clock:
