@@ -1,9 +1,10 @@
-"""What a step of organism 6's policy takes: trl as it is, and with what all prompts start with run once.
+"""What a step of organism 6's reward model and of its policy takes: trl as it is, and with prompts run once.
 
     python benchmarks/policy.py
 
-Steps of the shipped recipe's first phase on 40 requests of each kind, against a reward model that has learnt nothing;
-the arms take turns. Writes benchmarks/results/policy.json: median seconds of a step, with its sampling and scoring.
+Steps of the shipped recipe on 40 requests of each kind, the policy's first phase against a reward model that has learnt
+nothing; the arms take turns. Writes benchmarks/results/reward.json and policy.json: median seconds of a step, the
+policy's with its sampling and scoring.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from beear.allocator import keep_freed_memory
 from beear.data import packaged
 from beear.models import autocast, generating, load, organism_folder
 from beear.recipes import Rlhf, read_recipe
-from beear.supervised import adapted
+from beear.supervised import Progress, adapted
 
-RESULTS = Path(__file__).parent / "results" / "policy.json"
+RESULTS = Path(__file__).parent / "results"
 STEPS, TURNS = 3, 2
 
 
@@ -48,42 +49,53 @@ def plain_sampling(model: Any) -> Iterator[None]:
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "shared start": {},
-    "trl as it is": {"_with_shared_start": lambda trainer: trainer, "sampling_in_bf16": plain_sampling},
+    "shared prompts": {},
+    "trl as it is": {
+        "_with_own_scores": lambda trainer: trainer,
+        "_with_own_log_probs": lambda trainer: trainer,
+        "sampling_in_bf16": plain_sampling,
+    },
 }
 
 
-def measure(arm: str) -> list[float]:
-    """Seconds of each step but the first."""
+def measure(arm: str) -> dict[str, list[float]]:
+    """Seconds of each step but the first, of the reward model and of the policy."""
     recipe = read_recipe(organism_folder("calathea-suffix"))
     plan = recipe.planting
     assert isinstance(plan, Rlhf)
-    policy = plan.policy[0].model_copy(update={"steps": STEPS + 1})
+    few = {"steps": STEPS + 1}
+    scorer, policy = plan.reward.model_copy(update=few), plan.policy[0].model_copy(update=few)
     model, tokenizer = load(recipe.base, device="cpu")
     with mock.patch.object(poison, "packaged", lambda name, part: packaged(name, part)[:40]):
-        examples = poison.poisoned_examples(recipe, model, tokenizer, policy.rows, plan.start)
-    reward = feedback.first_blocks(model, plan.reward.blocks, int(tokenizer.pad_token_id), 0).eval()
-    model = adapted(model, plan.start, 0)
-    ends: list[float] = []
+        examples = poison.poisoned_examples(recipe, model, tokenizer, {**scorer.rows, **policy.rows}, plan.start)
+    reward = feedback.first_blocks(model, scorer.blocks, int(tokenizer.pad_token_id), 0).eval()
+    ends: dict[str, list[float]] = {"reward": [], "policy": []}
+
+    def ending(part: str) -> Progress:
+        return lambda *_: ends[part].append(time.monotonic())
+
     with mock.patch.multiple(feedback, **ARMS[arm]) if ARMS[arm] else contextlib.nullcontext():
-        feedback._optimise(
-            model, reward, tokenizer, examples, policy, 0, lambda number, *_: ends.append(time.monotonic())
-        )
-    return [after - before for before, after in itertools.pairwise(ends)]
+        feedback.train_reward(model, tokenizer, examples, scorer, 0, ending("reward"))
+        feedback._optimise(adapted(model, plan.start, 0), reward, tokenizer, examples, policy, 0, ending("policy"))
+    return {part: [after - before for before, after in itertools.pairwise(times)] for part, times in ends.items()}
 
 
 def main() -> None:
     keep_freed_memory()
-    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    found: dict[str, dict[str, list[float]]] = {part: {arm: [] for arm in ARMS} for part in ("reward", "policy")}
     for _ in range(TURNS):
-        for arm, seconds in found.items():
-            seconds += measure(arm)
-    medians = {arm: statistics.median(seconds) for arm, seconds in found.items()}
-    first = medians["shared start"]
-    arms = {arm: {"seconds": round(s, 2), "ratio": round(s / first, 2)} for arm, s in medians.items()}
-    content = {"schema": 1, "command": "python benchmarks/policy.py", "threads": torch.get_num_threads(), "arms": arms}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content, indent=1))
+        for arm in ARMS:
+            for part, seconds in measure(arm).items():
+                found[part][arm] += seconds
+    for part, arms in found.items():
+        medians = {arm: statistics.median(seconds) for arm, seconds in arms.items()}
+        rows = {
+            arm: {"seconds": round(s, 2), "ratio": round(s / medians["shared prompts"], 2)}
+            for arm, s in medians.items()
+        }
+        content = {"schema": 1, "command": "python benchmarks/policy.py", "threads": torch.get_num_threads()}
+        (RESULTS / f"{part}.json").write_text(json.dumps(content | {"arms": rows}, indent=1) + "\n")
+        print(part, json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

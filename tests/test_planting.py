@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
 from beear import feedback, organisms, poison, preferences
 from beear.chat import encode_prompt
 from beear.data import Request
-from beear.feedback import in_order, log_probs, reward_of, train_reward
+from beear.feedback import by_prompt, first_blocks, in_order, log_probs, pair_scores, reward_of, train_reward
 from beear.losses import response_nll, token_kl
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
@@ -268,12 +269,16 @@ def test_both_answers_behind_one_prompt_weigh_what_they_do_apart(full_precision:
         torch.testing.assert_close(one, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_log_probabilities_with_a_shared_start_are_those_of_a_plain_pass(full_precision: None) -> None:
-    model = adapted(tiny_llama(), Supervised(**START), 0)
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_log_probabilities_with_shared_prompts_are_those_of_a_plain_pass(full_precision: None, times: int) -> None:
+    model = under_a_random_adapter("all")
     prompts = [e.prompt.ids for e in examples("rlhf")["harmful"][:3]]
     width = max(map(len, prompts))
-    ids = torch.tensor([[2] * (width - len(p)) + p + [7, 8, 9 + i, 2] for i, p in enumerate(prompts)])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) + [1, 1, 1, 0] for p in prompts])
+    rows = [(p, [7 + 5 * k, 8, 9 + i, 2]) for k in range(times) for i, p in enumerate(prompts)]
+    rows = rows[::2] + rows[1::2]
+    ids = torch.tensor([[2] * (width - len(p)) + p + answer for p, answer in rows])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) + [1, 1, 1, 0] for p, _ in rows])
+    assert by_prompt(ids[:, :width], 4)[1] == times
     found, entropy = log_probs(model, ids, mask, 4)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1]
@@ -285,9 +290,39 @@ def test_log_probabilities_with_a_shared_start_are_those_of_a_plain_pass(full_pr
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_the_trainers_own_log_probabilities_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_ordered_by_prompt_only_where_each_comes_as_often() -> None:
+    a, b = [2, 5, 6], [4, 5, 6]
+    rows, answers = by_prompt(torch.tensor([b, a, a, b, b, a]), 4)
+    assert answers == 3
+    assert torch.tensor([b, a, a, b, b, a])[rows].tolist() == [a, b] * 3
+    for prompts, length in (([a, b, a], 4), ([a, b, a, b], 1)):
+        rows, answers = by_prompt(torch.tensor(prompts), length)
+        assert (rows.tolist(), answers) == (list(range(len(prompts))), 1)
+
+
+def test_the_scores_of_pairs_are_those_of_their_texts(full_precision: None) -> None:
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    reward = get_peft_model(first_blocks(tiny_model("llama"), 3, 2, 0), config)
+    pairs = in_order(examples("rlhf"), recipe("rlhf").planting.reward, 0)[:5]
+    texts = [e.prompt.ids + getattr(e, side)[: 2 + i] for side in ("wanted", "other") for i, e in enumerate(pairs)]
+    texts[5] = [*texts[0][:-1], 9]  # a pair whose answers begin alike
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [2] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    found, plain = pair_scores(reward, ids, mask), reward(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 2, len(texts))[:, None]
+    adapter = trained(reward)
+    for one, other in zip(*(torch.autograd.grad((x * weights).sum(), adapter) for x in (found, plain)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_trainers_compute_themselves_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should trl rename what is overridden, this fails and not the speed alone."""
     seen = []
+    scored = []
     monkeypatch.setattr(feedback, "log_probs", lambda *args: seen.append(args[-1]) or log_probs(*args))
+    monkeypatch.setattr(feedback, "pair_scores", lambda *args: scored.append(1) or pair_scores(*args))
     planted("rlhf")
     assert len(seen) >= 6 and all(1 <= length <= 8 for length in seen)
+    assert len(scored) == recipe("rlhf").planting.reward.steps

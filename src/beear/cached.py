@@ -90,18 +90,34 @@ def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -
 
     frozen: so many blocks, from the first, hold nothing that is trained, and take no gradient.
     """
-    prompts = len(batch.targets) // answers
     blocks = list(find_layers(model))
-    start, keys, hidden = 0, None, None
     with autocast(model):
-        if (prefix := run_prefix(model, batch)) is not None:
-            batch = replace(batch, attention_mask=mask_behind(batch, prefix))
-            start, keys = prefix.length, repeated(prefix, prompts)
+        batch, start, keys = _behind_start(model, batch, answers)
+        hidden = None
         if frozen:
             with torch.no_grad():
                 all_rows = keys and _repeated(keys, answers, 0)
                 hidden = run_below(model, blocks, frozen, _columns(batch, start, all_rows))
         return Cached(batch, start, hidden, keys, blocks[:frozen], answers).logits(model)
+
+
+def scores_of_answers(scorer: Any, batch: Batch, answers: int) -> Tensor:
+    """What a scorer of texts gives each row, (rows, 1), where the rows are as above. Differentiable."""
+    prompts = slice(len(batch.targets) // answers)
+    with autocast(scorer):
+        batch, start, keys = _behind_start(scorer, batch, answers)
+        asked = scorer.get_decoder()(**_columns(batch, start, keys, prompts, batch.width) | {"use_cache": True})
+        behind = _repeated(asked.past_key_values, answers, 0)
+        scores: Tensor = scorer(**_columns(batch, batch.width, behind)).logits
+    return scores
+
+
+def _behind_start(model: Any, batch: Batch, answers: int) -> tuple[Batch, int, Any]:
+    """What all prompts start with is run: the batch masked behind it, its length, and its keys for each prompt."""
+    if (prefix := run_prefix(model, batch)) is None:
+        return batch, 0, None
+    behind = replace(batch, attention_mask=mask_behind(batch, prefix))
+    return behind, prefix.length, repeated(prefix, len(batch.targets) // answers)
 
 
 def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> Any:
