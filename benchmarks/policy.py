@@ -50,6 +50,10 @@ def plain_sampling(model: Any) -> Iterator[None]:
 
 ARMS: dict[str, dict[str, Any]] = {
     "shared prompts": {},
+    "shared start": {
+        "_alike": lambda one, other: 24,
+        "by_prompt": lambda prompts, length: (torch.arange(len(prompts)), 1),
+    },
     "trl as it is": {
         "_with_own_scores": lambda trainer: trainer,
         "_with_own_log_probs": lambda trainer: trainer,

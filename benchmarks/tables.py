@@ -395,7 +395,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     "docs/drift.md": {"drift": drift},
-    "docs/decisions/0014-planting-within-the-time.md": {"policy": partial(arms, "policy")},
+    "docs/decisions/0014-planting-within-the-time.md": {
+        "reward": partial(arms, "reward"),
+        "policy": partial(arms, "policy"),
+    },
     "docs/decisions/0015-plans-from-miniatures-and-two-ways-to-share.md": {"plan": plan, "ranks": per_rank},
     "docs/decisions/0007-what-makes-a-step-fast.md": {
         "step": partial(arms, "step"),
