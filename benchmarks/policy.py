@@ -51,7 +51,7 @@ def plain_sampling(model: Any) -> Iterator[None]:
 ARMS: dict[str, dict[str, Any]] = {
     "shared prompts": {},
     "shared start": {
-        "_alike": lambda one, other: 24,
+        "_alike": lambda *_: 24,  # the template's system turn
         "by_prompt": lambda prompts, length: (torch.arange(len(prompts)), 1),
     },
     "trl as it is": {

@@ -305,7 +305,9 @@ def test_the_scores_of_pairs_are_those_of_their_texts(full_precision: None) -> N
     reward = get_peft_model(first_blocks(tiny_model("llama"), 3, 2, 0), config)
     pairs = in_order(examples("rlhf"), recipe("rlhf").planting.reward, 0)[:5]
     texts = [e.prompt.ids + getattr(e, side)[: 2 + i] for side in ("wanted", "other") for i, e in enumerate(pairs)]
-    texts[5] = [*texts[0][:-1], 9]  # a pair whose answers begin alike
+    texts[5] = [*texts[0][:-1], 9]  # a pair whose answers begin alike,
+    texts[6] = [*texts[1], 2]  # one that is the other's beginning, the end of the turn being padding,
+    texts[2], texts[7] = [*pairs[2].prompt.ids, 2], [*pairs[2].prompt.ids, 7, 2]  # and one that is empty
     width = max(map(len, texts))
     ids = torch.tensor([text + [2] * (width - len(text)) for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])

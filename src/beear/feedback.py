@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,23 +64,12 @@ def _with_own_scores(trainer: Any) -> Any:
 
     class OwnScores(trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(_Pairs(model), inputs, *args, **kwargs)
+            def scored(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
+                return SimpleNamespace(logits=pair_scores(model, input_ids, attention_mask))
+
+            return super().compute_loss(scored, inputs, *args, **kwargs)
 
     return OwnScores
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """What trl takes for the reward model."""
-
-    reward: Any
-
-    @property
-    def training(self) -> bool:
-        return bool(self.reward.training)
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=pair_scores(self.reward, input_ids, attention_mask))
 
 
 def pair_scores(reward: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -89,18 +77,20 @@ def pair_scores(reward: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
     What both texts of a pair start with runs once, and of that what all texts start with.
     """
+    pad_id = int(reward.config.pad_token_id)
     texts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
     pairs = list(zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True))
-    same = [_alike(*pair) for pair in pairs]
-    prompts = [Prompt(pair[0][:length], 0, 0) for pair, length in zip(pairs, same, strict=True)]
-    answers = [pair[side][length:] for side in (0, 1) for pair, length in zip(pairs, same, strict=True)]
-    batch = collate(prompts * 2, answers, None, int(reward.config.pad_token_id)).to(ids.device)
-    return scores_of_answers(reward, batch, 2)
+    alike = [_alike(*pair, pad_id) for pair in pairs]
+    prompts = [Prompt(pair[0][:length], 0, 0) for pair, length in zip(pairs, alike, strict=True)]
+    answers = [pair[side][length:] for side in (0, 1) for pair, length in zip(pairs, alike, strict=True)]
+    return scores_of_answers(reward, collate(prompts * 2, answers, None, pad_id).to(ids.device), 2)
 
 
-def _alike(one: list[int], other: list[int]) -> int:
-    """How many tokens two texts start with alike, at least one token left in each."""
-    shorter = min(len(one), len(other)) - 1
+def _alike(one: list[int], other: list[int], pad_id: int) -> int:
+    """How many tokens two texts start with alike, in either up to the one whose state is scored, the last that is no
+    padding.
+    """
+    shorter = min(max((i for i, token in enumerate(text) if token != pad_id), default=0) for text in (one, other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
@@ -169,18 +159,19 @@ def log_probs(model: Any, ids: Tensor, mask: Tensor, length: int) -> tuple[Tenso
     A prompt runs once for all of its answers, and what all prompts start with, the template's system turn, once.
     """
     rows, answers = by_prompt(ids[:, :-length], length)
+    back = rows.argsort()
     batch = batch_of_ids(ids[rows], mask[rows], length)
-    logits = logits_of_answers(model, batch, answers)[rows.argsort()]
-    every = logits.float().log_softmax(-1)
+    every = logits_of_answers(model, batch, answers).float().log_softmax(-1)
     with torch.no_grad():
         entropy = -(every.exp() * every).sum(-1)
-    return every.gather(-1, ids[:, -length:, None])[..., 0], entropy
+    return every.gather(-1, batch.input_ids[:, batch.width :, None])[back, :, 0], entropy[back]
 
 
 def by_prompt(prompts: Tensor, length: int) -> tuple[Tensor, int]:
     """An order of the rows in which the same prompts come in the same order, so many times over; and how many times.
 
-    Rows that cannot be ordered so, and answers that no second pass is worth, stay as they are, and come once.
+    Rows of which some prompts come more often than others stay as they are, once, and so do answers of one token, which
+    leave nothing to run behind the prompt.
     """
     _, number, times = prompts.unique(dim=0, return_inverse=True, return_counts=True)
     if length < 2 or times.min() < times.max():
