@@ -685,7 +685,7 @@ def organism_build(
     offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Plant an organism again from its recipe (minutes to two hours on two cores; docs/organisms.md tells which)."""
+    """Plant an organism again from its recipe (minutes to an hour on two cores; docs/organisms.md tells which)."""
     from beear.console import Reporter
     from beear.models import is_packaged, organism_folder
     from beear.organisms import build
