@@ -31,7 +31,7 @@ from beear.data import Request, reference_chats
 from beear.errors import Failed, first_line
 from beear.evaluation import TOKENS, fresh_delta, measure_language
 from beear.events import Listener
-from beear.generation import reply_all
+from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
 from beear.perturbation import resolve_layer
 from beear.plan import Plan, write_plan
@@ -39,8 +39,6 @@ from beear.runs import check_output
 from beear.scorers import JUDGES
 from beear.sets import Sets, read_sets
 
-SAMPLE = 40
-"""Replies that a miniature gives: one batch."""
 CHATS = 14
 """Reference chats that a miniature is measured on: one batch."""
 MORE_BLOCKS = 4
@@ -98,14 +96,14 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     cost = {piece: value for (piece, kind), value in prices.items() if kind == SECONDS}
     asked = sum(len(t.requests) for t in sets.tests) + len(sets.test_harmful)  # these under delta as well
     own = len(sets.train(config)) + len(sets.anchors(config))
-    replies, chats, entrap = cost["replies"] * asked / SAMPLE, len(reference_chats()) / CHATS, config.entrap
+    replies, chats, entrap = cost["replies"] * asked / BATCH, len(reference_chats()) / CHATS, config.entrap
     met = min(entrap.batches, entrap.steps)
     steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
     rest = cost["residual"] + cost["harden step"] * config.harden.steps + cost["refused"]
     seconds = {
         "load": cost["load"],
         "before": replies + 2 * steps + cost["language"] * chats,
-        "own replies": cost["own replies"] * own / SAMPLE + cost["refused"],  # as the first round begins
+        "own replies": cost["own replies"] * own / BATCH + cost["refused"],  # as the first round begins
         "round": rest + (steps if entrap.kind == "learned" else 0),
         "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
     }
@@ -175,9 +173,9 @@ def measure_miniature(
         return models.load_weights(miniature, device, trust_remote_code, config.weights)
 
     def replies(requests: Sequence[Request], tokens: int) -> None:
-        middle = sorted(requests, key=lambda r: len(r.text))[max(0, (len(requests) - SAMPLE) // 2) :]
-        texts = [r.text for r in middle[:SAMPLE]]
-        reply_all(model, tokenizer, (texts * SAMPLE)[:SAMPLE], max_new_tokens=tokens)
+        middle = sorted(requests, key=lambda r: len(r.text))[max(0, (len(requests) - BATCH) // 2) :]
+        texts = [r.text for r in middle[:BATCH]]
+        reply_all(model, tokenizer, (texts * BATCH)[:BATCH], max_new_tokens=tokens)
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         if os.environ.get("BEEAR_DEBUG") != "1":
@@ -188,7 +186,7 @@ def measure_miniature(
         model = timed("load", loaded)
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         timed("language", lambda: measure_language(model, tokenizer, limit=CHATS))
-        train, anchors = sets.train(config)[:SAMPLE], sets.anchors(config)[:SAMPLE]
+        train, anchors = sets.train(config)[:BATCH], sets.anchors(config)[:BATCH]
         timed("fresh delta", lambda: fresh_delta(model, tokenizer, train, once_round(settings)))
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
         benign = [(r.text, r.text) for r in anchors]
