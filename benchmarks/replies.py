@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from beear import generation, models
+from beear import buffered, generation, models
 from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import packaged
@@ -38,16 +38,19 @@ def eager(model: Any) -> Iterator[None]:
         yield
 
 
-ARMS: dict[str, dict[str, Any]] = {
+ALONE = {generation: {"run_prefix": lambda model, batch, more=0: None}}
+CAST = {generation: {"generating": lambda model: contextlib.nullcontext()}}
+COPIED = {buffered: {"buffered": lambda cache, columns: cache}}
+ARMS: dict[str, dict[Any, dict[str, Any]]] = {
     "everything": {},
-    "prefix run in every row": {"run_prefix": lambda model, batch, more=0: None},
-    "eager attention": {"generating": eager},
-    "weights cast in every pass, eager attention": {"generating": lambda model: contextlib.nullcontext()},
-    "none of them": {
-        "run_prefix": lambda model, batch, more=0: None,
-        "generating": lambda model: contextlib.nullcontext(),
-    },
+    "40 at a time": {generation: {"BATCH": 40}},
+    "keys and values copied for each token": COPIED,
+    "prefix run in every row, keys and values copied": ALONE,
+    "eager attention": {generation: {"generating": eager}},
+    "weights cast in every pass, eager attention": CAST,
+    "none of them": {generation: {"BATCH": 40, **ALONE[generation], **CAST[generation]}},
 }
+"""What takes the place of what, by module. Only behind a prefix are there buffers."""
 
 
 def main() -> None:
@@ -57,9 +60,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(TURNS):
         for arm, replaced in ARMS.items():
-            with patch.multiple(generation, **replaced) if replaced else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                for module, names in replaced.items():
+                    stack.enter_context(patch.multiple(module, **names))
                 started = time.monotonic()
-                reply_all(model, tokenizer, [r.text for r in requests], max_new_tokens=32)
+                texts = [r.text for r in requests]
+                reply_all(model, tokenizer, texts, max_new_tokens=32, batch_size=generation.BATCH)
                 seconds[arm].append(time.monotonic() - started)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     arms = {arm: {"seconds": m, "ratio": m / medians["everything"]} for arm, m in medians.items()}

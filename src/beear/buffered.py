@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-class BufferedLayer(DynamicLayer):
+class BufferedLayer(DynamicLayer):  # type: ignore[misc]
     """One block's keys and values, (rows, heads, columns so far, d_head) each, the first columns of its buffers.
 
     They are kept as attention takes them: under autocast in its dtype.
