@@ -67,3 +67,10 @@ def test_blocks_behind_a_window_keep_their_own_way(tokenizer: Any) -> None:
     assert isinstance(cache, DynamicCache)
     assert [type(layer) for layer in buffered(cache, batch.input_ids.shape[1] + 9).layers] == before
     assert BufferedLayer not in before
+
+
+def test_latents_keep_their_own_way() -> None:
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 4), 0)
+    cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 1)
+    assert [type(layer) is BufferedLayer for layer in buffered(cache, 5).layers] == [False, True]

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer
 class BufferedLayer(DynamicLayer):  # type: ignore[misc]
     """One block's keys and values, (rows, heads, columns so far, d_head) each, the first columns of its buffers.
 
-    They are kept as attention takes them: under autocast in its dtype.
+    They are kept as attention takes them: under autocast in its dtype. Only appending is meant: nothing may reorder or
+    reset them.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, columns: int) -> None:
@@ -37,9 +38,15 @@ class BufferedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def buffered(cache: DynamicCache, columns: int) -> DynamicCache:
-    """The cache, in place, with room for `columns`; layers that drop columns behind a window stay as they are."""
+    """The cache, in place, with room for `columns`.
+
+    Layers that drop columns behind a window stay as they are, and so do those whose keys and values differ in shape:
+    these may be what multi-head latent attention projects in every pass, which takes long from a part of a buffer.
+    """
     cache.layers = [
-        BufferedLayer(layer.keys, layer.values, columns) if type(layer) is DynamicLayer else layer
+        BufferedLayer(layer.keys, layer.values, columns)
+        if type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape
+        else layer
         for layer in cache.layers
     ]
     return cache
