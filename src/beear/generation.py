@@ -28,7 +28,7 @@ from beear.perturbation import Perturbation
 from beear.prefix import inputs_behind, run_prefix
 
 BATCH = 80
-"""Replies generated at a time, unless told otherwise: half as many take a quarter longer or more on a CPU, twice as many save little."""
+"""Replies generated at a time, unless told otherwise: on a CPU half as many take a quarter longer or more."""
 
 
 def reply_all(
