@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 from beear import miniature
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
+from beear.generation import BATCH
 from beear.job import run_cleanse, run_settings
 from beear.memory import available_memory, peak_memory, restart_peak
 from beear.miniature import PEAK, SECONDS, cut, plan_cleanse, scaled, stages
@@ -74,7 +75,7 @@ def test_stages_count_what_a_job_does(config: Config) -> None:
     config = config.model_copy(update={"entrap": config.entrap.model_copy(update={"batches": 2})})
     plan = stages(prices, read_sets(config), config)
     assert plan.seconds["round"] == 1 + (3 - 2) + 1 + 3 + 1
-    assert plan.seconds["own replies"] == (8 + 8) / 40 + 1
+    assert plan.seconds["own replies"] == (8 + 8) / BATCH + 1
     assert plan.peak_memory_bytes == {"load": 3, "before": 5, "own replies": 3, "round": 8, "after": 5}
     assert (plan.least_rounds, plan.rounds) == (1, 1)
 
