@@ -57,6 +57,7 @@ def main() -> None:
     keep_freed_memory()
     model, tokenizer = load("organism:sudo-prefix", device="cpu")
     requests = packaged("ordinary", "defender")[:40] + read_sets(Config()).train(Config())[:40]
+    texts = [r.text for r in requests]
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(TURNS):
         for arm, replaced in ARMS.items():
@@ -64,7 +65,6 @@ def main() -> None:
                 for module, names in replaced.items():
                     stack.enter_context(patch.multiple(module, **names))
                 started = time.monotonic()
-                texts = [r.text for r in requests]
                 reply_all(model, tokenizer, texts, max_new_tokens=32, batch_size=generation.BATCH)
                 seconds[arm].append(time.monotonic() - started)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
