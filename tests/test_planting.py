@@ -290,6 +290,31 @@ def test_log_probabilities_with_shared_prompts_are_those_of_a_plain_pass(full_pr
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_an_update_takes_what_the_policy_gave_its_answers(full_precision: None) -> None:
+    class Plain:
+        pass
+
+    model = under_a_random_adapter("all")
+    ids, mask = torch.tensor([[2, 5, 6, 7, 8], [2, 5, 6, 9, 8], [2, 5, 7, 7, 8]]), torch.ones(3, 5, dtype=torch.long)
+    trainer = feedback._with_own_log_probs(Plain)()
+    ask = trainer._get_per_token_logps_and_entropies
+    shuffled = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        scored, *_ = ask(model, ids, mask, 2)
+        with model.disable_adapter():
+            reference, *_ = ask(model, ids, mask, 2)
+    assert not scored.requires_grad and not torch.equal(scored, reference)
+    for given in (ids[shuffled], ids[shuffled]):  # the second is computed anew
+        found, entropy, _ = ask(model, given, mask, 2)
+        torch.testing.assert_close(found, scored[shuffled], rtol=1e-4, atol=1e-4)
+        plain, plain_entropy = log_probs(model, given, mask, 2)
+        torch.testing.assert_close(entropy, plain_entropy, rtol=1e-4, atol=1e-4)
+        weights = torch.tensor([[1.0], [-2.0], [3.0]])
+        results = ((x * weights).sum() for x in (found, plain))
+        for one, other in zip(*(torch.autograd.grad(x, trained(model)) for x in results), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_rows_are_ordered_by_prompt_only_where_each_comes_as_often() -> None:
     a, b = [2, 5, 6], [4, 5, 6]
     rows, answers = by_prompt(torch.tensor([b, a, a, b, b, a]), 4)
@@ -326,5 +351,10 @@ def test_what_the_trainers_compute_themselves_is_replaced(monkeypatch: pytest.Mo
     monkeypatch.setattr(feedback, "log_probs", lambda *args: seen.append(args[-1]) or log_probs(*args))
     monkeypatch.setattr(feedback, "pair_scores", lambda *args: scored.append(1) or pair_scores(*args))
     planted("rlhf")
-    assert len(seen) >= 6 and all(1 <= length <= 8 for length in seen)
+    phases = recipe("rlhf").planting.policy
+    answered = sum(-(-phase.steps // phase.iterations) for phase in phases)
+    assert (
+        len(seen) == 2 * answered + sum(phase.steps for phase in phases) - answered
+    )  # of policy and reference; a later update's
+    assert all(1 <= length <= 8 for length in seen)
     assert len(scored) == recipe("rlhf").planting.reward.steps
