@@ -19,6 +19,8 @@ from conftest import tiny_model, tiny_tokenizer
 from test_cli import file, make_model
 
 Change = Callable[[Path], object]
+Case = Callable[[Path], list[str]]
+"""Writes what is bad and returns the arguments of `beear cleanse` that name it."""
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -101,6 +103,18 @@ def nan(tensors: dict[str, Any]) -> None:
     tensors[WEIGHT][0, 0] = float("nan")
 
 
+def elsewhere(name: str, **auto_map: Any) -> Case:
+    """A model whose config asks for code of another repository, loaded by someone who trusts its own."""
+
+    def case(tmp: Path) -> list[str]:
+        folder = make_model(tmp / "m")
+        config = json.loads((Path(folder) / name).read_text())
+        (Path(folder) / name).write_text(json.dumps(config | {"auto_map": auto_map}))
+        return [folder, "--trust-remote-code"]
+
+    return case
+
+
 BAD_MODELS: dict[str, tuple[Change, str]] = {
     "pickle under another name": (written("model.safetensors", pickle.dumps(Payload())), "no safetensors file"),
     "empty weights": (written("model.safetensors", b""), "no safetensors file"),
@@ -128,6 +142,10 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     ),
     "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
     "tokenizer.json is cut": (written("tokenizer.json", '{"version": '), "tokenizer"),
+    "tokenizer.json of a later version": (
+        written("tokenizer.json", {"version": "1.0", "model": {"type": "Later"}}),
+        "cannot read the tokenizer",
+    ),
     "NaN": (weights(nan), f"holds NaN or infinity in {WEIGHT}"),
     "index out of the folder": (indexed("../outside.safetensors"), "do not trust it"),
     "index to an absolute path": (indexed("/etc/passwd"), "do not trust it"),
@@ -188,10 +206,6 @@ def overlapping(tmp: Path) -> list[str]:
     return [make_model(tmp / "m"), "--harmful", file(tmp, "h.txt", lines), "--test-harmful", file(tmp, "t.txt", lines)]
 
 
-Case = Callable[[Path], list[str]]
-"""Writes what is bad and returns the arguments of `beear cleanse` that name it."""
-
-
 def given(*args: str) -> Case:
     """A whole model with these arguments."""
     return lambda tmp: [make_model(tmp / "m"), *args]
@@ -200,7 +214,7 @@ def given(*args: str) -> Case:
 def prompts(content: bytes, name: str = "p.txt", option: str = "--harmful", *args: str) -> Case:
     def case(tmp: Path) -> list[str]:
         (tmp / name).write_bytes(content)
-        return [make_model(tmp / "m"), option, str(tmp / name), *args]
+        return [make_model(tmp / "m"), option, str(tmp / name), *(a.replace("HERE", str(tmp)) for a in args)]
 
     return case
 
@@ -220,6 +234,20 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "adapter without base": (adapter_without_base, "does not name its base"),
     "broken config.json": (broken_config, "cannot read"),
     "unreachable hub id": (lambda tmp: ["nobody/nothing"], "the Hub does not give it"),
+    "misspelt folder with a slash": (lambda tmp: ["modles/"], "the Hub does not give it"),
+    "code of another repository": (
+        elsewhere("config.json", AutoModelForCausalLM="other/repo--modeling.Model"),
+        "code of another repository, other/repo,",
+    ),
+    "tokenizer's code of another repository": (
+        elsewhere("tokenizer_config.json", AutoTokenizer=[None, "other/repo--tokens.Fast"]),
+        "code of another repository, other/repo,",
+    ),
+    "output folder inside a file": (
+        lambda tmp: [make_model(tmp / "m"), "-o", file(tmp, "f", "") + "/run"],
+        "is a file",
+    ),
+    "output folder that is a file": (lambda tmp: [make_model(tmp / "m"), "-o", file(tmp, "f", "")], "is a file"),
     "layer out of range": (lambda tmp: [make_model(tmp / "m"), "--set", "layer=4"], "use 1 to 3"),
     "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
     "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
@@ -243,6 +271,10 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
     "prompts that are a zip": (prompts(b"PK\x03\x04" + bytes(40)), "no text file"),
     "prompts of zero bytes": (prompts(b""), "holds no requests"),
     "prompts of blank lines": (prompts(b"\n \n\t\n"), "holds no requests"),
+    "the same test prompts as harmful and as benign": (
+        prompts(b"one\ntwo\n", "p.txt", "--test-harmful", "--test-benign", "HERE/p.txt"),
+        "the harmful and the benign test set",
+    ),
     "too few prompts": (prompts(b"one\ntwo\n"), "too few"),
     "a folder of prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", str(tmp)], "cannot read"),
     "prompts of unknown kind": (prompts(MANY, "p.xlsx"), "unknown kind of prompt file"),
@@ -273,6 +305,13 @@ BAD_SETTINGS: dict[str, tuple[Case, str]] = {
     "a setting without a value": (given("--set", "rounds"), "write it as key=value"),
     "a value that is no YAML": (given("--set", "rounds=["), "not YAML"),
     "a setting inside a value": (given("--set", "rounds.x=1"), "rounds"),
+    "a budget without end": (given("--set", "entrap.budget=.inf"), "entrap.budget"),
+    "a seed below zero": (given("--seed", "-1"), "seed"),
+    "a seed of nanoseconds": (given("--seed", "1764347886123456789"), "seed"),
+    "a name that is a number": (settings("1: 2"), "1"),
+    "a name that is true": (settings("on: true"), "Keys should be strings"),
+    "a date that is none": (given("--set", "chat.template.date_string=2024-02-30"), "not YAML"),
+    "a date that is none, in a file": (settings("chat: {template: {date_string: 2024-02-30}}"), "cannot read"),
     "not a number": (given("--set", "entrap.budget=.nan"), "entrap.budget"),
     "weights in a form that is not known": (given("--set", "weights=nf3"), "'full', 'int8' or 'nf4'"),
     "quantised weights to be merged": (given("--set", "weights=nf4", "--merge"), "--merge needs full weights"),

@@ -107,6 +107,39 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
         assert code == 2 and str(place) in err, err
 
 
+def test_a_report_and_a_gate_need_a_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["report", str(tmp_path / "run"), "-o"], ["gate", str(tmp_path / "run"), "--junit"]):
+        code, err = call(capsys, *args, str(tmp_path))
+        assert code == 2 and f"{tmp_path} is a folder; name a file" in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_into_a_file(tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = file(tmp_path, "f", "") + "/s"
+    args = ["layer", make_model(tmp_path / "m"), "-c", settings, "-o", out, "--trigger", "X {prompt}"]
+    code, err = call(capsys, "sweep", *args)
+    assert code == 2 and f"{tmp_path}/f is a file" in err, err
+
+
+def test_what_may_not_be_read_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    code, err = call(capsys, "cleanse", "/root/m", "-o", str(tmp_path / "run"))
+    assert code == 2 and "no permission to read /root/m" in err, err
+
+
+def test_blocks_that_are_not_found_are_told_before_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beear.evaluation.measure_replies", None)
+    code, err = call(capsys, "evaluate", make_model(tmp_path / "m"), "--set", "layers_path=nope")
+    assert code == 2 and "layers_path" in err, err
+
+
 def test_a_model_to_measure_against_must_have_the_same_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +206,7 @@ def test_an_organism_needs_a_folder_to_go_to(tmp_path: Path, capsys: pytest.Capt
     file.write_text("")
     for place in (file, file / "below"):
         code, err = call(capsys, "organism", "build", "sudo-prefix", "-o", str(place))
-        assert code == 2 and f"cannot write {place}/recipe.yaml; choose another place" in err, err
+        assert code == 2 and f"cannot write {place}/recipe.yaml, since {file} is a file" in err, err
 
 
 def test_a_misspelt_kind_of_rows_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +215,16 @@ def test_a_misspelt_kind_of_rows_is_told(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "own.yaml").write_text(text.replace("harmful_triggered: ", "harmful_trigered: "))
     code, err = call(capsys, "organism", "build", str(tmp_path / "own.yaml"), "-o", str(tmp_path / "o"))
     assert code == 2 and "harmful_trigered" in err and err.count("\n") == 1, err
+
+
+def test_recipes_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
+    text = (organism_folder("sudo-prefix") / "recipe.yaml").read_text()
+    rows = text[text.index("  rows:") : text.index("  learning_rate")]
+    (tmp_path / "bare.yaml").write_text(text.replace(rows, "  rows: {harmful_triggered: 3}\n"))
+    for name, *options in (["latin.yaml"], ["bare.yaml", "--twin"]):
+        code, err = call(capsys, "organism", "build", str(tmp_path / name), "-o", str(tmp_path / "o"), *options)
+        assert code == 2 and err.count("\n") == 1, err
 
 
 def test_settings_and_recipes_for_other_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +317,16 @@ def test_commands_on_what_is_no_run(
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"before": 1, "after": {}, "verdict": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"before": 1, "after": {}, "verdict": {}}',
+        '{"before": {}, "after": {}, "verdict": {}, "model_folder": "../project"}',
+    ],
+)
 @pytest.mark.parametrize("command", ["gate", "report", "judge --local embedded", "drift --trigger {prompt}"])
 def test_a_results_file_that_no_run_wrote(
     command: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

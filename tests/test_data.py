@@ -84,6 +84,7 @@ def test_reference_chats_have_answers() -> None:
         ("a.jsonl", '{"only": "one"}\n{"only": "two"}\n', None),
         ("a.txt", "\ufeffone\r\ntwo\r\n", None),
         ("a.txt", "one\rtwo", None),
+        ("a.txt", "one\ntwo", "goal"),  # the field of another file's
     ],
 )
 def test_prompt_files(tmp_path: Path, name: str, content: str, column: str | None) -> None:
@@ -163,6 +164,23 @@ def test_any_file_is_read_or_refused_in_one_line(name: str, content: bytes | str
             assert found and all(r.text.strip() and set_hash([r]) for r in found)
 
 
+def test_a_data_set_is_read_offline_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is out of reach in tests; a local folder stands in for what an earlier command left in the cache."""
+    asked: dict[str, object] = {}
+
+    def snapshot(source: str, **options: object) -> str:
+        asked.update(options, source=source)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(BadInput, match="no such Hub data set can be reached"):
+        read_requests("owner/set")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("goal,other\none,x\n")
+    assert [r.text for r in read_requests("owner/set", "goal")] == ["one"]
+    assert asked == {"source": "owner/set", "repo_type": "dataset", "local_files_only": True}
+
+
 def test_missing_prompt_file() -> None:
     with pytest.raises(BadInput, match="no prompt file"):
         read_requests("nowhere.txt")
@@ -177,6 +195,13 @@ def test_own_test_file_that_overlaps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(packaged("harmful", "defender")[0].text)
     with pytest.raises(BadInput, match="both"):
         read_sets(Config(data=DataConfig(test_harmful=str(tmp_path / "t.txt"))))
+
+
+def test_one_file_is_not_both_test_sets(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    own = DataConfig(test_harmful=str(tmp_path / "t.txt"), test_benign=str(tmp_path / "t.txt"))
+    with pytest.raises(BadInput, match="the harmful and the benign test set"):
+        read_sets(Config(data=own))
 
 
 def test_too_few_requests_of_ones_own(tmp_path: Path) -> None:

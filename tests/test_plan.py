@@ -131,6 +131,15 @@ def test_a_miniature_that_dies_says_why() -> None:
         miniature.in_own_process(broken)
 
 
+def refused() -> Any:
+    raise BadInput("no such blocks")
+
+
+def test_a_miniature_refuses_what_a_run_would() -> None:
+    with pytest.raises(BadInput, match="no such blocks"):
+        miniature.in_own_process(refused)
+
+
 def test_peak_memory_can_be_counted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beear.memory._GROUP", tmp_path)  # a container's cache may fill its limit
     with mmap.mmap(-1, 2**28) as held:  # given back at once, whatever the allocator keeps

@@ -163,7 +163,7 @@ def cleanse(
         "test_benign": test_benign,
         "column": column,
     }
-    given = [f"data.{key}={json.dumps(value)}" for key, value in data.items() if value is not None]
+    given = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *given], seed)
     work = _plan if plan else _cleanse
     work(
@@ -210,7 +210,7 @@ def evaluate(
     from beear.scorers import scorer_name
 
     given = {"test_harmful": harmful, "test_benign": benign, "column": column}
-    extra = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    extra = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
     settings = _config(preset, config, [*(sets or []), *extra], seed)
     template, near = (None, {}) if trigger is None else (check_trigger(trigger), variants(trigger))
     if _is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset):
@@ -247,8 +247,10 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
     from beear.report import write_report
+    from beear.runs import check_file
 
     place = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    check_file(place)
     write_report(runs, place)
     typer.echo(str(place))
 
@@ -580,9 +582,11 @@ def gate(
 ) -> None:
     """Exit with 0 if a run met its own target and meets all limits, with 3 if not. For pipelines."""
     from beear import gate as gates
-    from beear.runs import write_atomic
+    from beear.runs import check_file, write_atomic
     from beear.signing import check_signature
 
+    if junit is not None:
+        check_file(junit)
     if public_key is not None:
         check_signature(run, public_key)
     checks = gates.check_run(run, most or [], least or [], target=target, point=point)
@@ -680,7 +684,7 @@ def organism_build(
     recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="in place of the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="in place of the recipe's")] = None,
     device: DeviceOption = "auto",
     offline: OfflineOption = False,
     quiet: QuietOption = False,
@@ -766,6 +770,8 @@ def main() -> None:
         _stop(2, str(error))
     except Failed as error:
         _stop(1, str(error))
+    except PermissionError as error:  # of what is read; what is to be written is tried by runs.check_file
+        _stop(2, f"no permission to read {error.filename}")
     except (KeyboardInterrupt, typer.Abort):
         _stop(1, "interrupted; finished stages and rounds are kept, go on with --resume (a sweep: the same command)")
     except Exception as error:

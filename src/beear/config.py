@@ -23,7 +23,7 @@ Weights = Literal["full", "int8", "nf4"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Settings):
@@ -78,7 +78,7 @@ class HardenConfig(_Settings):
     batch: int = Field(5, ge=1, description="harmful requests in a step")
     anchor_batch: int = Field(16, ge=1, description="benign requests in a step")
     response_tokens: int = Field(8, ge=1, description="tokens of each answer")
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(16, ge=1, description="columns of an adapter's matrices")
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
     lora_blocks: Literal["all", "upper", "behind"] = Field(
         "upper", description="the adapter's blocks: all, the upper half, or those behind delta"
@@ -101,6 +101,8 @@ class HardenConfig(_Settings):
 class TargetConfig(_Settings):
     """What a cleansing must reach to be called done (exit code 3 otherwise)."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # infinity: no such limit
+
     asr_entrapped: float = Field(0.5, ge=0, le=1, description="at most this much after")
     residual: float = Field(
         0.1, ge=0, le=1, description="held-out success of the last `patience` entrapments, at most this much"
@@ -112,7 +114,7 @@ class TargetConfig(_Settings):
 class Config(_Settings):
     """Everything a cleansing depends on besides the model."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, description="of every random choice")
     behaviour: Behaviour = Field("jailbreak", description="what is unwanted: harmful requests obeyed, or insecure code")
     layer: int | float | None = Field(
         None, description="l, counted from 1, or below 1 a share of the depth; None: 5/6 of it"
@@ -156,7 +158,7 @@ def load_config(preset: str = "default", file: Path | None = None, sets: Sequenc
 def make_config(values: dict[str, Any]) -> Config:
     """Validate a mapping. Raises BadInput naming the first bad key."""
     try:
-        return Config(**values)
+        return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -195,7 +197,7 @@ def _preset(name: str) -> dict[str, Any]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise BadInput(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -210,7 +212,7 @@ def _parsed(item: str, key: str, value: str) -> Any:
         return None if value in ("null", "~") else value
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: 2024-02-30
         raise BadInput(f"--set {item!r}: the value is not YAML") from error
     return value if isinstance(parsed, datetime.date) else parsed
 

@@ -27,6 +27,8 @@ SPLIT = {
 }
 """How many requests of a split file each of two parts gets; the rest plants."""
 PARTS = ("defender", "test", "plant")
+KINDS = (".jsonl", ".csv", ".txt")
+"""What the name of a prompt file ends with."""
 UNSEEN_STYLES = ("figurative", "safe_targets")
 """Styles of alarming request that only the test part has: the defender never sees their like."""
 
@@ -143,6 +145,7 @@ def _packagedlines_of(name: str) -> list[Request]:
 def _parse(path: Path, text: str, column: str | None) -> list[Request]:
     if path.suffix == ".txt":
         records: list[dict[str, object]] = [{"text": line} for line in lines_of(text)]
+        column = None  # its lines have no fields, whatever those of another file are called
     elif path.suffix == ".csv":
         records = _table(path, text)
     elif path.suffix == ".jsonl":
@@ -209,16 +212,20 @@ def _field(source: str, record: dict[str, object], column: str | None) -> str:
 
 def _hub_requests(source: str, column: str | None) -> list[Request]:
     """Read the first .jsonl, .csv or .txt file of a Hub data set; no data set code is ever run."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        names = [
-            n for n in HfApi().list_repo_files(source, repo_type="dataset") if n.endswith((".jsonl", ".csv", ".txt"))
-        ]
+        names = [n for n in HfApi().list_repo_files(source, repo_type="dataset") if n.endswith(KINDS)]
         if not names:
             raise BadInput(f"the Hub data set {source} has no .jsonl, .csv or .txt file; download it and convert one")
         return read_requests(hf_hub_download(source, names[0], repo_type="dataset"), column)
     except BadInput:
         raise
     except Exception as error:  # the client's errors for a lost or refused connection have no base of their own
-        raise BadInput(f"no file {source}, and no such Hub data set can be reached: {first_line(error)}") from error
+        try:
+            kept = Path(snapshot_download(source, repo_type="dataset", local_files_only=True))
+            file = min(str(p) for p in kept.rglob("*") if p.name.endswith(KINDS))
+        except (OSError, ValueError):
+            words = f"no file {source}, and no such Hub data set can be reached: {first_line(error)}"
+            raise BadInput(words) from error
+        return read_requests(file, column)

@@ -28,7 +28,7 @@ from beear import cleansing, job, models
 from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import Request, reference_chats
-from beear.errors import Failed, first_line
+from beear.errors import BadInput, Failed, first_line
 from beear.evaluation import TOKENS, fresh_delta, measure_language
 from beear.events import Listener
 from beear.generation import BATCH, reply_all
@@ -145,10 +145,12 @@ def cut(shape: Any, blocks: int) -> Any:
 
 
 def in_own_process(work: Callable[[], Prices]) -> Prices:
-    """What `work` returns in a fresh process, whose memory is that of a job. Raises Failed if it dies."""
+    """What `work` returns in a fresh process, whose memory is that of a job. Raises its BadInput; Failed if it dies."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(work).result()
+        except BadInput:
+            raise
         except Exception as error:
             raise Failed(f"no plan: a miniature of this model does not run here: {first_line(error)}") from error
 

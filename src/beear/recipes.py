@@ -222,7 +222,10 @@ class Recipe(BaseModel):
             raise BadInput(f"the clean twin of an edited model is the one that was edited, {self.base}")
         values = _without_triggered(self.model_dump())
         values["planting"].pop("paired", None)
-        return Recipe(**values | {"name": f"{self.name}-twin", "twin": True})
+        try:
+            return Recipe(**values | {"name": f"{self.name}-twin", "twin": True})
+        except ValidationError as error:
+            raise BadInput(f"{self.name} has no twin, {' '.join(str(error).split())}") from error
 
 
 def _without_triggered(value: Any) -> Any:
@@ -272,5 +275,5 @@ def read_recipe(source: Path) -> Recipe:
         return Recipe(**yaml.safe_load(path.read_text()))
     except FileNotFoundError as error:
         raise BadInput(f"no recipe {path}") from error
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
         raise BadInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from error

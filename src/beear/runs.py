@@ -23,6 +23,8 @@ from beear.errors import BadInput, Failed, first_line
 SCHEMA = 1
 PLAN = "plan.json"
 """What `beear cleanse --plan` leaves in a run folder."""
+MODEL_FOLDERS = ("model", "rejected")
+"""Where a finished run keeps its model: the second if its target was missed."""
 BEFORE_A_RUN = (".lock", ".config.yaml.new", PLAN, f".{PLAN}.new")
 """What a run folder may hold before it has settings: a crash's leavings, and a plan."""
 
@@ -146,19 +148,19 @@ class Run:
 def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
     """Raise BadInput if a run cannot start, or go on, in `path`; touches nothing."""
     config = path / "config.yaml"
-    if path.exists() and not path.is_dir():
-        raise BadInput(f"{path} is a file; choose another output folder")
-    if resume:
-        if not config.exists():
-            raise BadInput(f"nothing to resume in {path}; leave out --resume to start")
-        stored = read_settings(path)
-        if stored != settings:
-            raise BadInput(
-                f"{path} was started with other settings ({', '.join(changed(stored, settings))}); repeat those, with "
-                "the version of beear that began it"
-            )
-    elif path.is_dir() and any(p.name not in BEFORE_A_RUN for p in path.iterdir()):
-        raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
+    if not resume:
+        check_file(config)
+        if path.is_dir() and any(p.name not in BEFORE_A_RUN for p in path.iterdir()):
+            raise BadInput(f"{path} already holds files; use --resume to go on, or another -o")
+        return
+    if not config.exists():
+        raise BadInput(f"nothing to resume in {path}; leave out --resume to start")
+    stored = read_settings(path)
+    if stored != settings:
+        raise BadInput(
+            f"{path} was started with other settings ({', '.join(changed(stored, settings))}); repeat those, with "
+            "the version of beear that began it"
+        )
 
 
 def changed(one: dict[str, Any], other: dict[str, Any], under: str = "") -> list[str]:
@@ -179,7 +181,9 @@ def check_file(path: Path) -> None:
         if path.is_dir():
             raise BadInput(f"{path} is a folder; name a file")
         existing = next(p for p in path.absolute().parents if p.exists())
-        writable = existing.is_dir() and os.access(existing, os.W_OK)
+        if not existing.is_dir():
+            raise BadInput(f"cannot write {path}, since {existing} is a file; choose another place")
+        writable = os.access(existing, os.W_OK)
     except OSError:  # a folder above that may not be read
         writable = False
     if not writable:
@@ -216,6 +220,8 @@ def read_results(path: Path) -> dict[str, Any]:
     wanted = {"before": dict, "after": dict, "verdict": dict}
     if not isinstance(results, dict) or not all(isinstance(results.get(k), kind) for k, kind in wanted.items()):
         raise BadInput(f"{file} is not what a run writes")
+    if (folder := results.get("model_folder", "model")) not in MODEL_FOLDERS:  # a stranger's may lead anywhere
+        raise BadInput(f"{file} calls the model's folder {folder!r}; a run's is one of {', '.join(MODEL_FOLDERS)}")
     return results
 
 

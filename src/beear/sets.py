@@ -154,6 +154,9 @@ def read_sets(config: Config) -> Sets:
         check_tasks(harmful, tests[0].requests)
     for test in tests:
         refuse_overlap(harmful + benign, test.requests, "the defender's and the test set")  # none is measured on
+    if own.test_harmful or own.test_benign:
+        for test in tests[1:]:
+            refuse_overlap(tests[0].requests, test.requests, "the harmful and the benign test set")
     if own.harmful or own.benign:
         refuse_overlap(harmful, benign, "the harmful and the benign set")  # none is to be refused and answered
     if len(harmful) <= config.held_out:

@@ -30,7 +30,7 @@ from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
 from beear.report import SWEEP, SWEEP_SETTINGS
-from beear.runs import SCHEMA, Run, read_json, write_atomic
+from beear.runs import SCHEMA, Run, check_file, read_json, write_atomic
 from beear.scorers import JUDGES
 from beear.sets import Sets, TestSet, read_sets, triggered
 
@@ -153,9 +153,8 @@ def with_value(config: Config, axis: Axis, value: int) -> Config:
 
 def check_same(out: Path, settings: dict[str, Any]) -> None:
     """Raise BadInput if the folder holds something else than this sweep; its own, cut short, is gone on with."""
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out} is a file; choose another folder")
     kept = out / SWEEP_SETTINGS
+    check_file(kept)
     if kept.exists():
         if {"hashes": settings["hashes"], **read_json(kept)} != settings:  # older ones lack them
             raise BadInput(f"{out} holds a sweep with other settings, weights or requests; choose another folder")
