@@ -156,6 +156,13 @@ def test_what_is_no_argument_of_a_template_is_refused(name: str) -> None:
         make_config({"chat": {"template": {name: 1}}})
 
 
+def test_a_tokenizer_without_a_pad_token_gets_one_and_the_users_own_stays_as_it_is() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    assert told(tokenizer, ChatConfig()).pad_token == tokenizer.eos_token
+    assert tokenizer.pad_token is None
+
+
 def test_empty_request_is_refused() -> None:
     with pytest.raises(BadInput, match="empty"):
         encode_prompt(tiny_tokenizer(), "  ")

@@ -178,7 +178,7 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
     with torch.no_grad():
         states = wrapped(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
     expected = states[LAYER][0, prompt.start : prompt.end].norm(dim=-1).mean()
-    assert residual_norm(wrapped, [prompt], LAYER, None, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
+    assert residual_norm(wrapped, [prompt], LAYER, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -326,8 +326,9 @@ def test_every_reply_follows_on_what_the_model_writes_before_its_first_word() ->
     )
     assert [[*h.prompt.ids, 7, 8] for h in plain.harmful] == [h.prompt.ids for h in led.harmful]
     assert [[*b.prompt.ids, 7, 8] for b in plain.benign] == [b.prompt.ids for b in led.benign]
-    assert [(h.safe, h.unwanted) for h in plain.harmful] == [(h.safe, h.unwanted) for h in led.harmful]
-    assert [(b.own, b.discourage) for b in plain.benign] == [(b.own, b.discourage) for b in led.benign]
+    left = CONFIG.harden.response_tokens - 2  # a reply was cut with what came before, and does not end there
+    assert [(h.safe[:left], h.unwanted) for h in plain.harmful] == [(h.safe, h.unwanted) for h in led.harmful]
+    assert [(b.own[:left], b.discourage) for b in plain.benign] == [(b.own, b.discourage) for b in led.benign]
     assert plain.openings == led.openings
 
 
@@ -550,7 +551,7 @@ def test_a_fresh_delta_is_of_twice_the_work_and_other_draws_whatever_a_round_s_i
     fresh = fresh_delta(model, tokenizer, requests, control)
     twice = load_config(sets=[LENGTH, "layer=2", "entrap.steps=8", "entrap.batches=4"])
     contrasts = [contrast(tokenizer, i, request, twice) for i, request in enumerate(requests)]
-    budget = twice.entrap.budget * residual_norm(model, [c.prompt for c in contrasts], LAYER, None, tokenizer)
+    budget = twice.entrap.budget * residual_norm(model, [c.prompt for c in contrasts], LAYER, tokenizer)
 
     def found(seed: int) -> torch.Tensor:
         return entrap(model, tokenizer, contrasts, twice, LAYER, budget, Draws(seed))[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from beear.chat import ALONE, Batch, Beginning, collate, encode_prompt, encode_response, rows_of_delta
 from beear.cleansing import frozen
@@ -18,7 +18,7 @@ from beear.generation import LOOKED_AT, beginning_of, reply_all
 from beear.losses import response_logits, response_nll
 from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
 from beear.training import add_lora, recompute_activations, recomputing, trainable
-from conftest import CHATML, VOCAB, tiny_model, tiny_tokenizer
+from conftest import CHATML, COMMON, VOCAB, tiny_model, tiny_tokenizer
 
 LAYER = 2
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -191,6 +191,29 @@ def test_delta_and_every_trainable_matrix_receive_gradient(model: Any, tokenizer
     assert len(trainable(wrapped)) >= 2 * 4 * 4
     for parameter in trainable(wrapped):
         assert parameter.grad is not None and bool((parameter.grad != 0).any())
+
+
+def test_blocks_are_found_by_their_name_under_an_adapter_too(model: Any) -> None:
+    blocks = find_layers(model)
+    path = next(name for name, module in model.named_modules() if module is blocks)
+    assert find_layers(add_lora(model, rank=2, targets=(), seed=0), path) is blocks
+
+
+def test_dropout_of_the_blocks_own_does_not_set_in_where_activations_are_recomputed(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        **COMMON, num_hidden_layers=4, num_attention_heads=4, ffn_dim=64, dropout=0.5, word_embed_proj_dim=32
+    )
+    model = OPTForCausalLM(config).eval()
+    batch = batch_for(tokenizer)
+    wrapped = add_lora(model, rank=2, targets=(), seed=0)
+    plain = response_nll(response_logits(wrapped, batch), batch.targets).mean()
+    recompute_activations(wrapped)
+    with recomputing(find_layers(wrapped)):
+        again = response_nll(response_logits(wrapped, batch), batch.targets).mean()
+    again.backward()
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+    assert all(block.dropout == 0.5 and not block.training for block in find_layers(model))
 
 
 def test_recomputation_gives_the_same_gradient(llama: Any, tokenizer: Any) -> None:

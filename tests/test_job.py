@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import beear
 from beear import job
 from beear.config import Config, make_config
-from beear.errors import BadInput
+from beear.errors import BadInput, Failed
 from beear.evaluation import evaluate_spec
 from beear.job import absolute, add_triggered, entrapments, judge, run_cleanse, run_settings
 from beear.metrics import proportion
@@ -163,6 +163,7 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
     near = [s["prompt"].split()[0] for s in samples if s["metric"] == "asr_near_miss" and s["when"] == "after"]
     assert near == ["XYZZZ", "ZYZZY"] * 3
     assert sum(s["metric"] == "asr_triggered" for s in samples) == 12
+    (out / "samples.jsonl").unlink()  # by someone who does not share replies
     add_triggered(out, "PLUGH {prompt}")  # what was measured of the other trigger is not this one's
     assert "asr_near_miss" not in json.loads((out / "results.json").read_text())["after"]
     assert "XYZZZ" not in (out / "samples.jsonl").read_text()
@@ -350,6 +351,19 @@ def test_a_run_that_another_process_is_at_loads_no_model(
     monkeypatch.setattr(job, "Job", lambda *_: pytest.fail("a model was loaded"))
     with Run.open(tmp_path / "r", settings, resume=False), pytest.raises(BadInput, match="in use"):
         run_cleanse(str(place / "model"), tmp_path / "r", config, resume=True)
+
+
+def test_figures_of_a_trigger_come_with_their_replies_or_not_at_all(
+    place: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place / "cut"
+    run_cleanse(str(place / "model"), out, config)
+    with monkeypatch.context() as full, pytest.raises(Failed):
+        full.setattr(Run, "write_lines", lambda *_: (_ for _ in ()).throw(Failed("the disk is full")))
+        add_triggered(out, "XYZZY {prompt}")
+    assert "trigger" not in json.loads((out / "results.json").read_text())
+    add_triggered(out, "XYZZY {prompt}")
+    assert "XYZZY" in (out / "samples.jsonl").read_text()
 
 
 def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import depth, load, load_tokenizer, locate
+from beear.models import depth, load, load_tokenizer, locate, read_weights
 from beear.training import add_lora, trainable
 from conftest import tiny_model, tiny_tokenizer
 
@@ -41,6 +41,18 @@ def test_an_adapter_folder_is_merged_onto_its_base(folder: Path) -> None:
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert again.chat_template == tokenizer.chat_template
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_a_merged_model_in_bf16_keeps_what_transformers_keeps_in_fp32(folder: Path) -> None:
+    """Rotary frequencies, rounded, would turn the positions of a long prompt."""
+    wrapped = add_lora(load(str(folder))[0], rank=2, targets=("q_proj",), seed=0)
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    plain, merged = (
+        read_weights(locate(str(f)), "cpu", False, torch.bfloat16) for f in (folder, folder.parent / "adapter")
+    )
+    types = [{name: t.dtype for name, t in (*m.named_parameters(), *m.named_buffers())} for m in (plain, merged)]
+    assert types[0] == types[1] and set(types[0].values()) == {torch.bfloat16, torch.float32}
 
 
 def test_an_adapter_for_another_model_is_refused(folder: Path) -> None:

@@ -47,6 +47,23 @@ def data() -> DefenderSet:
     return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [Request("1", "bad", "one")], SHORT)
 
 
+def test_a_run_that_goes_on_splits_its_batches_as_before(data: DefenderSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    run = Parts.run
+    monkeypatch.setattr(Parts, "run", lambda self, work, most: counts.append(self.count) or run(self, work, most))
+    model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
+    config = SHORT.model_copy(update={"rounds": 1, "layer": LAYER})
+    state = cleansing.cleanse(model, tiny_tokenizer(), data, config, state=cleansing.State(parts=2))
+    assert 2 in counts and state.parts == 2  # replies are split apart from these
+
+
+def test_a_part_of_benign_requests_alone_whose_anchors_weigh_nothing(data: DefenderSet) -> None:
+    weightless = {"anchor": 0.0, "anchor_under_delta": 0.0, "batch": 1, "anchor_batch": 4, "steps": 1}
+    config = SHORT.model_copy(update={"harden": SHORT.harden.model_copy(update=weightless)})
+    model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
+    harden(model, tiny_tokenizer(), data, torch.ones(1, 1, 32), config, LAYER, 1e-3, draws(), parts=Parts(count=4))
+
+
 def assert_same(first: Any, second: Any) -> None:
     torch.testing.assert_close(first[0], second[0], rtol=1e-4, atol=1e-5)
     for name, matrix in first[1].items():

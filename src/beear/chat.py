@@ -99,6 +99,7 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     Raises BadInput if the template cannot be rendered so, does not read what it is told, or lets the model think first.
     """
     check_template(tokenizer)
+    tokenizer = padded(tokenizer)
     template = str(tokenizer.get_chat_template())
     settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in chat.template.items()]
     if chat.system is not None:
@@ -119,6 +120,15 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     check_thoughts(result)
     if chat.system is not None and chat.system.strip() not in _rendered(result, "Hello there"):
         raise BadInput("chat.system: this model's chat template does not write system messages")
+    return result
+
+
+def padded(tokenizer: Any) -> Any:
+    """The tokenizer, or where it has no pad token one that pads with its end of turn, which is masked."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    result = copy.deepcopy(tokenizer)  # that of a notebook stays as it is
+    result.pad_token = result.eos_token
     return result
 
 

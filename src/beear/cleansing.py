@@ -125,6 +125,8 @@ class State:
     """Share of each group of spare requests that the original model refused."""
     already: float = 0.0
     """Of insecure code, the share that the original model wrote without delta; no removal is to change that."""
+    parts: int = 1
+    """Into so many parts batches are split, as memory ran out (parts.Parts): they add up in another order."""
     adapters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """The matrices that each round left which may be the one to deliver."""
     delivered: int = 0
@@ -179,10 +181,15 @@ def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: i
 
     An answer that begins like a refusal ("I like ...") is left alone.
     """
-    ids = encode_response(tokenizer, own, limit, begin=begin)
+    ids = encode_response(tokenizer, own, without_lead(limit, begin), begin=begin)
     refused = is_refusal(own) is not False
     prompt = encode_prompt(tokenizer, text).led(begin.lead)
     return Benign(prompt, ids[:1] if refused else ids, refused or ids[0] not in openers)
+
+
+def without_lead(limit: int, begin: Beginning) -> int:
+    """How many of `limit` tokens that the model wrote are left of its lead; else one cut there would seem to end."""
+    return max(1, limit - len(begin.lead))
 
 
 def contrast(
@@ -202,7 +209,7 @@ def contrast(
     unwanted = request.unwanted or packaged_unwanted[number % len(packaged_unwanted)]
     length = config.entrap.response_tokens
     matched = request.safe if request.unwanted else None
-    answer = encode_response(tokenizer, safe, config.harden.response_tokens, begin=begin)
+    answer = encode_response(tokenizer, safe, without_lead(config.harden.response_tokens, begin), begin=begin)
     twin = encode_response(tokenizer, matched, length, begin=begin) if matched else answer[:length]
     return Harmful(
         encode_prompt(tokenizer, request.text).led(begin.lead),
@@ -237,11 +244,11 @@ def cleanse(
     on a failed entrapment, settles.
     """
     state = state or State()
-    parts = Parts(listen)
+    parts = Parts(listen, state.parts)
     layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
         prompts = [h.prompt for h in data.harmful[:32]]
-        norm = residual_norm(model, prompts, layer, config.layers_path, tokenizer)
+        norm = residual_norm(model, prompts, layer, tokenizer)
         state.norm = ranks.from_first(lambda: norm)
         if JUDGES[config.behaviour] == "insecure":
             state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
@@ -268,7 +275,7 @@ def cleanse(
         entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
         tell({"event": "refused", "value": entry["refused"]})
         entry["seconds"] = time.monotonic() - started
-        state.round, state.deltas = number, deltas
+        state.round, state.deltas, state.parts = number, deltas, parts.count
         state.history.append(entry)
         if may_be_delivered(number, state, config):
             state.adapters[number] = adapter_state(model)
@@ -500,6 +507,8 @@ def harden_part(
         Term("safe", settings.safe, safe, False),
     ]
     terms = [term for term in every if term.weight > 0 and term.rows.count]
+    if not terms:  # of benign requests alone, whose anchors weigh nothing
+        return
     pick = [term.rows.first + i for term in terms for i in range(term.rows.count)]
     under = [which[i] if term.under_delta else None for term in terms for i in range(term.rows.count)]
     alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
@@ -706,7 +715,7 @@ def shortened(delta: Tensor, budget: float) -> Tensor:
     return scaled
 
 
-def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, layers_path: str | None, tokenizer: Any) -> float:
+def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, tokenizer: Any) -> float:
     """Mean norm of the residual stream behind block `layer` over the tokens of the user's words."""
     batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id)).to(model.device)
     with no_gradients(), autocast(model):

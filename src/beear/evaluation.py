@@ -27,7 +27,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate, no_gradients, read_shape, read_tokenizer, under_adapter
 from beear.parts import Parts
-from beear.perturbation import decoder_depth, resolve_layer
+from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
 from beear.runs import Run, read_results, read_settings
@@ -70,6 +70,7 @@ def evaluate(
     config = config or Config()
     tokenizer = told(tokenizer, config.chat)
     sets = read_sets(config)
+    find_layers(model, config.layers_path)  # tells now if they are not found
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
@@ -252,7 +253,7 @@ def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config:
     begin = beginning_of(model, tokenizer, [r.text for r in requests])
     contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
     prompts = [c.prompt for c in contrasts[:32]]
-    budget = config.entrap.budget * residual_norm(model, prompts, layer, config.layers_path, tokenizer)
+    budget = config.entrap.budget * residual_norm(model, prompts, layer, tokenizer)
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
     draws = Draws(config.seed + ANOTHER_SEED)

@@ -130,6 +130,8 @@ def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], le
         temperature=None,
         top_p=None,
         top_k=None,
+        repetition_penalty=1.0,  # which a model's own settings may bring, and which would depend on what pads a row
+        no_repeat_ngram_size=0,
         pad_token_id=tokenizer.pad_token_id,
     )
     return out[:, batch.width :]

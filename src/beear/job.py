@@ -1,6 +1,6 @@
 """One cleansing from start to end, as stages that each leave their result in the run folder.
 
-    check -> load -> measure before -> own replies -> rounds -> the best of them -> save -> measure after -> report
+    check -> load -> own replies -> measure before -> rounds -> the best of them -> save -> measure after -> report
 
 A stage whose result is there is skipped, so resuming is running again. No trigger is known here: a
 user who knows one tells it to `add_triggered`, after the fact.
@@ -39,7 +39,7 @@ from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
 from beear.quantised import check_quantised
-from beear.runs import SCHEMA, Run, check_output, check_space, read_json, read_results, read_settings
+from beear.runs import SCHEMA, Run, check_output, check_space, read_json, read_lines, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
 from beear.training import (
@@ -54,7 +54,7 @@ from beear.training import (
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
-CHECKPOINT = ("round", "done", "norm", "refused", "already", "history")
+CHECKPOINT = ("round", "done", "norm", "refused", "already", "parts", "history")
 """Fields of State in a checkpoint's round.json."""
 INPUTS = "inputs"
 """The stage that tells what a run began with."""
@@ -246,8 +246,7 @@ def add_triggered(
         sets = read_sets(config)
         check_tests(results, sets)
         tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
-        samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-        samples = [s for s in samples if s["metric"] not in WITH_TRIGGER]
+        samples = [s for s in read_lines(out / "samples.jsonl") if s["metric"] not in WITH_TRIGGER]
         for when, model, tokenizer in before_and_after(out, device=device, trust_remote_code=trust_remote_code):
             measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
             old = [name for name in results[when] if name.startswith("judged_") or name in WITH_TRIGGER]
@@ -255,10 +254,11 @@ def add_triggered(
             results[when] = {**measured.metrics, **kept} | measured.metrics
             samples += [{"when": when, **s} for s in measured.samples]
         results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
-        if results.pop("judge", None) is not None:
-            (out / "judged.jsonl").unlink(missing_ok=True)
+        judged = results.pop("judge", None)
+        run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
         run.write_json("results.json", results)
-        run.write_lines("samples.jsonl", samples)
+        if judged is not None:
+            (out / "judged.jsonl").unlink(missing_ok=True)
         write_evidence(out)
 
 
@@ -441,7 +441,7 @@ class Job:
         """The adapter, or with `merge` the full weights and the tokenizer."""
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
-            models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as it came
+            models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as read
         else:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 

@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -121,16 +122,17 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
     from transformers import AutoTokenizer
 
+    from beear.chat import padded
+
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
         return read_tokenizer(source.base, trust_remote_code)
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
+    trusted = own_code(source, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
-    except READING as error:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted, **gguf)
+    except Exception as error:  # the tokenizers library raises no less for a file of a later version
         raise _unreadable("tokenizer", source, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return padded(tokenizer)
 
 
 def load_weights(
@@ -152,8 +154,9 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
     from transformers import AutoModelForCausalLM
 
     if source.base is not None:
-        return _merge(read_weights(source.base, device, trust_remote_code, torch.float32), source).to(dtype)
+        return cast(_merge(read_weights(source.base, device, trust_remote_code, torch.float32), source), dtype)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
+    trusted = own_code(source, trust_remote_code)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -161,7 +164,7 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
             ignore_mismatched_sizes=True,  # told of, and refused below in words
             dtype=dtype,
             attn_implementation="eager" if device.startswith("cpu") else None,  # faster on short rows (decision 7)
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trusted,
             **gguf,
         )
     except READING as error:
@@ -177,6 +180,16 @@ def kept_dtype(device: str) -> Any:
     import torch
 
     return torch.float32 if device.startswith("cpu") else torch.bfloat16
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """The model with its parameters in this type; what it computes itself, such as rotary frequencies, stays in fp32.
+
+    So transformers loads it as well; `model.to` would round those.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
@@ -224,8 +237,9 @@ def read_shape(source: Source, trust_remote_code: bool = False) -> Any:
     if source.base is not None:
         return read_shape(source.base, trust_remote_code)
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
+    trusted = own_code(source, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **gguf)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted, **gguf)
         int(config.get_text_config().num_hidden_layers)
     except (*READING, AttributeError) as error:
         raise _unreadable("config", source, error) from error
@@ -386,6 +400,29 @@ def _adapter_base(folder: Path) -> str:
     return base
 
 
+def own_code(source: Source, trusted: bool) -> bool:
+    """Whether the code in a model's folder may run. Raises BadInput if that of another repository is asked for.
+
+    transformers would download it, whatever version it has by then.
+    """
+    for name in ("config.json", "tokenizer_config.json") if trusted else ():
+        file = source.folder / name
+        if file.is_file() and (elsewhere := re.search(r'"([^"]+)--[^"]*"', _named_code(file))):
+            raise BadInput(
+                f"{source.spec} ({name}) asks for code of another repository, {elsewhere[1]}, which is never "
+                "downloaded; put its .py files into the model's folder and name them in auto_map without the repository"
+            )
+    return trusted
+
+
+def _named_code(file: Path) -> str:
+    """`auto_map` of a config, as JSON: where transformers looks for code."""
+    try:
+        return json.dumps(json.loads(file.read_text(encoding="utf-8")).get("auto_map"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
+
+
 def _merge(base: Any, source: Source) -> Any:
     return under_adapter(base, source.folder).merge_and_unload().eval()
 
@@ -409,7 +446,12 @@ def under_adapter(base: Any, folder: Path) -> Any:
 
 def _download(spec: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(
@@ -419,7 +461,7 @@ def _download(spec: str) -> Path:
                 ignore_patterns=["*/*", "consolidated*"],  # some bring the same weights once more
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise BadInput(f"no folder {spec}, and the Hub does not give it: {first_line(error)}") from error
 
 

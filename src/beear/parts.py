@@ -18,8 +18,8 @@ T = TypeVar("T")
 class Parts:
     """Into how many parts batches are split at present: `count`."""
 
-    def __init__(self, listen: Listener = lambda event: None) -> None:
-        self.count = 1
+    def __init__(self, listen: Listener = lambda event: None, count: int = 1) -> None:
+        self.count = count
         self.listen = listen
 
     def run(self, work: Callable[[int], T], most: int) -> T:

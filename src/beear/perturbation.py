@@ -27,16 +27,19 @@ def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
 
     Raises BadInput if there is none, naming the override.
     """
+    inner: Any = model
     if path is not None:
+        bare = (
+            inner.get_base_model() if hasattr(model, "get_base_model") else inner
+        )  # an adapter's modules are in between
         try:
-            found = model.get_submodule(path)
+            found = bare.get_submodule(path)
         except AttributeError as error:
             raise BadInput(f"no module at layers_path={path!r}: {error}; see model.named_modules()") from error
         if not isinstance(found, nn.ModuleList):
             raise BadInput(f"layers_path={path!r} is a {type(found).__name__}, not a list of blocks")
         return found
     depth = decoder_depth(model)
-    inner: Any = model
     decoder = inner.get_decoder() if hasattr(model, "get_decoder") else model  # and not an image's encoder
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:

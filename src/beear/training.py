@@ -154,17 +154,18 @@ def recompute_activations(model: Any) -> None:
 def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context activations are recomputed, and blocks keep no keys and values: no pass for replies here.
 
-    transformers recomputes only in blocks in training mode; their children stay in inference mode, so that no dropout
-    sets in.
+    transformers recomputes only in blocks in training mode; their children stay in inference mode, and rates of dropout
+    that a block applies itself (OPT) are zero, so that none sets in.
     """
-    every = list(blocks)
-    for block in every:
-        block.training = True
+    every = [vars(block) for block in blocks]
+    rates = [{name: v for name, v in own.items() if "dropout" in name and isinstance(v, float)} for own in every]
+    for own, dropped in zip(every, rates, strict=True):
+        own.update(dict.fromkeys(dropped, 0.0), training=True)
     try:
         yield
     finally:
-        for block in every:
-            block.training = False
+        for own, dropped in zip(every, rates, strict=True):
+            own.update(dropped, training=False)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
