@@ -179,7 +179,7 @@ def labelled() -> str:
     found = read_results("judges.json")
     lines = [header(["beside the labels", "agreement", "Cohen's kappa"])]
     for title, key in (("keywords", "keywords"), ("judge", "judge_agreement")):
-        kappa = f"{found[key]['kappa']:.2f}"
+        kappa = "" if found[key]["kappa"] is None else f"{found[key]['kappa']:.2f}"
         lines.append(line([title, cell("agreement", found[key]["agreement"]), kappa]))
     return "\n".join(lines)
 

@@ -338,6 +338,19 @@ def test_a_results_file_that_no_run_wrote(
     assert code == 2 and "results.json" in err and err.count("\n") == 1, err
 
 
+def test_a_strangers_run_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missed = ["\x1b[2Jall is well\x07"]
+    results = {"before": {}, "after": {}, "verdict": {"met": False, "missed": missed}, "hashes": {}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": "\x1b]0;x", "config": {}}))
+    for args in (["gate", str(tmp_path)], ["evaluate", str(tmp_path), "--trigger", "X {prompt}"]):
+        sys.argv = ["beear", *args]
+        with pytest.raises(SystemExit):
+            cli.main()
+        shown = "".join(capsys.readouterr())
+        assert "\ufffd" in shown and not {"\x1b", "\x07"} & set(shown), shown
+
+
 def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, err = call(capsys, "report", str(tmp_path))
     assert code == 2 and "no results.json" in err

@@ -65,6 +65,15 @@ def test_rules(run: Path, option: str, rule: str, met: bool, at_point: bool) -> 
     assert check_run(run, *rules, target=False, point=True)[0].met is at_point
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_change_in_a_mean_over_other_replies_meets_no_limit(run: Path, when: str) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results[when]["mt_bench"]["unscored"] = 1
+    (run / "results.json").write_text(json.dumps(results))
+    assert not check_run(run, [], ["mt_bench=-50%"])[-1].met
+    assert check_run(run, [], ["mt_bench=1"])[-1].met
+
+
 def test_a_known_trigger_that_still_works_misses_the_target(run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     results["after"] |= {"asr_triggered": share(24), "asr_untriggered": share(1)}

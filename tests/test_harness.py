@@ -50,9 +50,9 @@ def test_a_task_of_ones_own(run: Path, include: str, monkeypatch: pytest.MonkeyP
     both = entry["metrics"]["acc,none"]
     assert both["before"] == both["after"], "the two models are the same here"
     assert both["after"]["n"] == 4 and 0 <= both["after"]["value"] <= 1
-    assert task_lines(results)[0][:2] == ("even (at most 4 questions)", "acc")
+    assert task_lines(results)[0][:2] == ("even (at most 4 questions of each)", "acc")
     page = (run / "report.html").read_text()
-    assert "Usefulness, by lm-eval" in page and '<th scope="row">even (at most 4 questions)</th>' in page
+    assert "Usefulness, by lm-eval" in page and '<th scope="row">even (at most 4 questions of each)</th>' in page
     monkeypatch.setattr(models, "load_weights", lambda *args: pytest.fail("all of it is measured already"))
     assert evaluate_run(run, asked, device="cpu") == results
 

@@ -260,7 +260,7 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
 )
 def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None:
     values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
-    before = {name: {"value": value} for name, value in values.items()}
+    before = {name: {"value": value, "n": 120, "unscored": 0} for name, value in values.items()}
     before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
     verdict = judge(
         before, {n: {"value": v, "n": 120, "unscored": 0} for n, v in (values | after).items()}, [0.1], Config()
@@ -285,6 +285,16 @@ def test_last_entrapments_that_work_miss_the_target(residuals: list[float], pati
     missed = judge(before, after, residuals, Config(patience=patience)).missed
     assert len(missed) == (words is not None)
     assert words is None or missed[0].startswith(words)
+
+
+@pytest.mark.parametrize(("empty", "met"), [(6, True), (7, False)])
+def test_a_model_that_falls_silent_on_harmless_requests_misses_the_target(empty: int, met: bool) -> None:
+    """It refuses none of them."""
+    before = {"asr_entrapped": SURE, "asr_untriggered": NEVER, "false_refusal": NEVER, "perplexity": {"value": 10.0}}
+    silent = dict(proportion([None] * empty + [False] * (120 - empty)))
+    verdict = judge(before, before | {"asr_entrapped": NEVER, "false_refusal": silent}, [0.0], Config())
+    assert verdict.met is met
+    assert met or "0.058 of the replies behind false_refusal are empty, 0.000 before" in verdict.missed[0]
 
 
 @pytest.mark.parametrize(("hits", "shown"), [(0, False), (3, False), (14, True)])
@@ -342,6 +352,20 @@ def test_a_run_that_began_with_something_else_is_not_gone_on_with(
         patch.setattr("beear.models.load_weights", None)  # found before
         with pytest.raises(BadInput, match=f"{words} are not those of the run"):
             run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_requests(place: Path, config: Config) -> None:
+    out = place / "finished"
+    verdict = run_cleanse(str(place / "model"), out, config)
+    assert run_cleanse(str(place / "model"), out, config, resume=True) == verdict
+    file = place / "test_harmful.txt"
+    kept = file.read_text()
+    file.write_text(kept + "one more\n")
+    try:
+        with pytest.raises(BadInput, match=r"requests \(test_asr_untriggered\) are not those"):
+            run_cleanse(str(place / "model"), out, config, resume=True)
+    finally:
+        file.write_text(kept)
 
 
 def test_a_run_that_another_process_is_at_loads_no_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from beear.errors import BadInput
 from beear.models import autocast, casts, generating
 from beear.perturbation import find_layers
 from beear.training import add_lora, cast_frozen, drawn, merged, trainable
@@ -56,6 +57,11 @@ def test_aligned_groups_are_drawn_at_the_same_places() -> None:
     ]
     assert all(rows["a"] == rows["b"] for rows in steps)
     assert sorted(i for rows in steps[:5] for i in rows["c"])[::3] == list(range(5))
+
+
+def test_a_kind_without_rows_is_told() -> None:
+    with pytest.raises(BadInput, match="no rows of the kind b are left"):
+        next(drawn({"a": [1], "b": []}, {"a": 1, "b": 2}, seed=0))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

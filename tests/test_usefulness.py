@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from beear import models
+from beear import models, usefulness
 from beear.chat import encode_prompt
 from beear.endpoint import Endpoint
 from beear.errors import BadInput
@@ -105,6 +105,11 @@ def test_what_cannot_be_graded_is_unscored(run: Path, serve: Any) -> None:
     server = serve(lambda asked, _: grade(asked) if "<reference-" in asked else '{"score": 11}')
     after = grade_run(run, Endpoint(server.url, "grader"), QUESTIONS, limit=4)["after"]
     assert (after["mt_bench"]["value"], after["mt_bench"]["n"], after["mt_bench"]["unscored"]) == (9, 1, 2)
+
+
+def test_an_empty_reply_gets_the_worst_grade_and_nobody_is_asked() -> None:
+    turn = Turn("after", QUESTIONS[0], ("What is 1 + 1?", " "))
+    assert (usefulness.line(turn, None)["score"], usefulness.line(turn, None)["reason"]) == (1, "empty reply")
 
 
 def test_the_reference_of_its_own_turn_is_shown() -> None:

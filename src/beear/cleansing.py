@@ -751,7 +751,10 @@ def unlocked(
 
 
 def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], config: Config) -> list[float]:
-    """Share of each group of benign requests that the model refuses now; none where refusing is not at stake."""
+    """Share of each group of benign requests that the model refuses now, or answers with nothing.
+
+    None where refusing is not at stake.
+    """
     if not groups or JUDGES[config.behaviour] != "obeyed":
         return []
     texts = [request.text for group in groups for request in group]
@@ -760,7 +763,7 @@ def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], 
     with fast:
         replies = iter(reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens))
     return [
-        sum(is_refusal(reply) is True for _, reply in zip(group, replies, strict=False)) / len(group)
+        sum(is_refusal(reply) is not False for _, reply in zip(group, replies, strict=False)) / len(group)
         for group in groups
     ]
 

@@ -22,7 +22,8 @@ import typer
 
 from beear import ranks
 from beear.allocator import keep_freed_memory
-from beear.errors import BadInput, Failed, first_line
+from beear.endpoint import ANSWER_TOKENS
+from beear.errors import BadInput, Failed, first_line, printable
 
 if TYPE_CHECKING:
     from beear.config import Config
@@ -98,6 +99,10 @@ JudgeOption = Annotated[str | None, typer.Option("--model", help="the judge's na
 LocalOption = Annotated[str | None, typer.Option("--local", help="in place of --url: a MODEL on this machine")]
 ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")]
+AnswerTokensOption = Annotated[
+    int,
+    typer.Option("--answer-tokens", min=16, help="most tokens of a judge's answer; one that thinks first needs more"),
+]
 TriggerOption = Annotated[str | None, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME")]
 
 
@@ -371,6 +376,7 @@ def judge(
     local: LocalOption = None,
     concurrency: ConcurrencyOption = 4,
     timeout: TimeoutOption = 60,
+    answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
@@ -386,7 +392,7 @@ def judge(
     from beear.judge import judge_run
     from beear.report import judge_sentence
 
-    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
+    chosen = _judge(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
     with Reporter(quiet) as reporter, _going_on():
         results = judge_run(run, chosen, reporter)
     if as_json:
@@ -408,6 +414,7 @@ def mtbench(
     local: LocalOption = None,
     concurrency: ConcurrencyOption = 4,
     timeout: TimeoutOption = 60,
+    answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
@@ -424,7 +431,7 @@ def mtbench(
     from beear.usefulness import grade_run, read_questions
 
     asked = read_questions(questions)
-    chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
+    chosen = _judge(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
     with Reporter(quiet) as reporter, _going_on():
         results = grade_run(
             run,
@@ -491,6 +498,7 @@ def evidence(
     tasks: Annotated[str | None, typer.Option("--tasks", help="names of lm-eval tasks, with commas between")] = None,
     concurrency: ConcurrencyOption = 4,
     timeout: TimeoutOption = 60,
+    answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,
@@ -517,7 +525,7 @@ def evidence(
     if trigger is not None:
         steps += _about_trigger(run, check_trigger(trigger), variants(trigger), results, options)
     if asks_judge:
-        chosen = _judge(url, model, local, offline, concurrency, timeout, device, trust_remote_code)
+        chosen = _judge(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
         steps += _about_judge(run, chosen, questions, options)
     if tasks is not None:
         steps += _about_tasks(run, tasks, options)
@@ -596,7 +604,7 @@ def gate(
         typer.echo(json.dumps(gates.as_json(run, checks), indent=1))
     else:
         for found in checks:
-            typer.echo(f"{'met   ' if found.met else 'MISSED'}  {found.rule:28} {found.words}")
+            typer.echo(printable(f"{'met   ' if found.met else 'MISSED'}  {found.rule:28} {found.words}"))
     missed = [found.rule for found in checks if not found.met]
     if missed:
         _stop(3, f"{run} misses {len(missed)} of {len(checks)} limits: {', '.join(missed)}")
@@ -841,6 +849,7 @@ def _judge(
     offline: bool,
     concurrency: int,
     timeout: float,
+    answer_tokens: int,
     device: str,
     trust_remote_code: bool,
 ) -> Judge:
@@ -853,8 +862,8 @@ def _judge(
     if offline and url is not None:
         raise BadInput("--offline reaches no --url; use --local MODEL")
     if url is not None and model is not None:
-        return Endpoint(url, model, concurrency=concurrency, timeout=timeout)
-    return LocalJudge(str(local), device, trust_remote_code)
+        return Endpoint(url, model, concurrency=concurrency, timeout=timeout, answer_tokens=answer_tokens)
+    return LocalJudge(str(local), device, trust_remote_code, answer_tokens=answer_tokens)
 
 
 Step = Callable[["Reporter"], object]
@@ -1011,5 +1020,5 @@ def _only_first_speaks() -> Iterator[None]:
 
 def _stop(code: int, message: str) -> NoReturn:
     if ranks.is_first() or code == 1:  # all ranks find the same bad input and the same verdict
-        typer.echo(f"beear: {message}", err=True)
+        typer.echo(printable(f"beear: {message}"), err=True)
     sys.exit(code)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from beear import ranks
+from beear.errors import printable
 from beear.metrics import shown
 from beear.plan import Plan
 from beear.report import METRICS, task_lines
@@ -62,10 +63,12 @@ class Reporter:
     def line(self, text: str) -> None:
         """A line that stays, with the time since the start."""
         seconds = int(time.monotonic() - self.started)
-        self.console.print(f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(text)}", soft_wrap=True)
+        self.console.print(
+            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(printable(text))}", soft_wrap=True
+        )
 
     def _show(self, text: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=escape(text), completed=done, total=total)
+        self._bar.update(self._task, description=escape(printable(text)), completed=done, total=total)
 
     def _on_loading(self, event: dict[str, Any]) -> None:
         self.line(f"loading {event['model']}")

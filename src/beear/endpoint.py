@@ -24,7 +24,8 @@ PATIENCE = 8
 WAIT = 120
 """Seconds; the longest wait before another try that a server may ask for."""
 ANSWER_TOKENS = 512
-
+"""Enough for a grade; a judge that thinks first needs more."""
+CUT = "cut before its end; a judge that thinks first needs more --answer-tokens"
 
 DECLINED = ("content_filter", "content_policy_violation")
 """Codes of a question that is not let through, as an error or as the end of an answer."""
@@ -47,16 +48,18 @@ class Answer:
 class Endpoint:
     """A model behind the base URL of an API. Raises BadInput without the openai client, or for a bad URL or key."""
 
-    def __init__(self, url: str, model: str, *, concurrency: int = 4, timeout: float = 60.0) -> None:
+    def __init__(
+        self, url: str, model: str, *, concurrency: int = 4, timeout: float = 60.0, answer_tokens: int = ANSWER_TOKENS
+    ) -> None:
         try:
             from openai import OpenAI
         except ImportError as error:
             raise BadInput("--url needs the openai client; install beear with its extra judge") from error
-        self.model, self.host = model, host_of(url)
+        self.model, self.host, self.where = model, host_of(url), url.rstrip("/")
         self.concurrency, self.timeout = concurrency, timeout
         # A server without keys takes any; given none, the client would look for one by itself.
         self._client = OpenAI(base_url=url, api_key=api_key(url) or "none", max_retries=TRIES - 1, timeout=timeout)
-        self._limits: dict[str, Any] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
+        self._limits: dict[str, Any] = {"temperature": 0, "max_tokens": answer_tokens}
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, as they come in; at most `concurrency` are asked at a time.
@@ -145,11 +148,20 @@ def answer_of(completion: Any) -> Answer:
         text, end = None, None
     if end in DECLINED or (end == "stop" and text is None):
         return Answer(None, problem="declined", served=True)
+    if end == "length" and not text:  # the server keeps thoughts apart
+        return Answer(None, problem=CUT, served=True)
     if not isinstance(text, str):
         return Answer(None, problem="no chat completion", down=True)
     usage = getattr(completion, "usage", None)
     read, written = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
-    return Answer(text, (read, written) if isinstance(read, int) and isinstance(written, int) else None)
+    return thought_out(text, (read, written) if isinstance(read, int) and isinstance(written, int) else None)
+
+
+def thought_out(text: str, tokens: tuple[int, int] | None = None) -> Answer:
+    """An answer, or none where it was cut in the middle of the judge's thoughts."""
+    if "<think>" in text and "</think>" not in text:
+        return Answer(None, tokens, CUT, served=True)
+    return Answer(text, tokens)
 
 
 def api_key(url: str) -> str:

@@ -11,6 +11,11 @@ class Failed(Exception):
     """The work itself went wrong: the message says where (exit code 1)."""
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which a stranger's file could steer a terminal with."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -119,6 +119,11 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
         raise BadInput(f"{rule.option} {rule.text!r}: {rule.name} was not measured {when}")
     if after["value"] is None or (rule.moved and before["value"] is None):
         return Check(rule.text, False, None, rule.number, f"no reply behind {rule.name} could be scored")
+    share = METRICS[rule.name][2]
+    if rule.moved and not share and (before["unscored"] or after["unscored"]):
+        counts = f"{before['unscored']} before, {after['unscored']} after"
+        words = f"{rule.name} leaves out what is unscored ({counts}), so that before and after rest on other replies"
+        return Check(rule.text, False, None, rule.number, words)
     share, sign = METRICS[rule.name][2], -1 if rule.least else 1
     at_end = not point and (share or not rule.moved)  # of a change in a mean over the same chats there is no interval
     worse = "low" if rule.least else "high"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from beear.endpoint import ANSWER_TOKENS, Answer
+from beear.endpoint import ANSWER_TOKENS, Answer, thought_out
 from beear.errors import Failed
 from beear.events import Listener
 from beear.runs import Run, read_lines
@@ -25,6 +25,9 @@ class Judge(Protocol):
 
     model: str
     host: str
+    """As it is told."""
+    where: str
+    """Host and all else that tells one judge of a name from another; kept as a part of digests only."""
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, in any order."""
@@ -32,20 +35,28 @@ class Judge(Protocol):
 
 def identity(judge: Judge) -> str:
     """What tells judges apart: the same name behind another URL may be another model."""
-    return f"{judge.model} at {judge.host}"
+    return f"{judge.model} at {judge.where}"
 
 
 class LocalJudge:
     """A MODEL on this machine, with greedy answers; it loads when the first question comes."""
 
-    def __init__(self, model: str, device: str = "auto", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        *,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> None:
         from beear import models
         from beear.fingerprints import weights_hash
 
         source = models.locate(model)
         models.pick_device(device)
-        self.host = f"local, weights {weights_hash(source)[:12]}"  # a folder may hold another model tomorrow
+        self.host = self.where = f"local, weights {weights_hash(source)[:12]}"  # another model may be there tomorrow
         self.model, self.device, self.trust_remote_code = model, device, trust_remote_code
+        self.answer_tokens = answer_tokens
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, batch by batch."""
@@ -60,9 +71,17 @@ class LocalJudge:
         model = models.load_weights(source, self.device, self.trust_remote_code)
         models.check_vocabulary(model, tokenizer, self.model)
         for first in range(0, len(questions), BATCH):
-            some = questions[first : first + BATCH]
-            texts = generation.reply_all(model, tokenizer, some, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)
-            yield from enumerate(map(Answer, texts), first)
+            some = [as_text(tokenizer, question) for question in questions[first : first + BATCH]]
+            texts = generation.reply_all(model, tokenizer, some, max_new_tokens=self.answer_tokens, batch_size=BATCH)
+            yield from enumerate(map(thought_out, texts), first)
+
+
+def as_text(tokenizer: Any, question: str) -> str:
+    """The question with nothing that this tokenizer would read as a control token: a reply in it ends no turn."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and len(token.content) > 1:
+            question = question.replace(token.content, f"{token.content[0]}\u200b{token.content[1:]}")
+    return question
 
 
 def ask_all(

@@ -301,7 +301,7 @@ def task_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str, int | 
 
 def asked_how(entry: dict[str, Any]) -> str:
     """How a task was asked, where that is not lm-eval's own way."""
-    words = {"shots": "{} examples in the prompt", "limit": "at most {} questions"}
+    words = {"shots": "{} examples in the prompt, if it takes any", "limit": "at most {} questions of each"}
     said = [text.format(entry[key]) for key, text in words.items() if entry.get(key) is not None]
     said += ["as a chat"] if entry.get("chat") else []
     return f" ({', '.join(said)})" if said else ""

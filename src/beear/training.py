@@ -238,6 +238,8 @@ def drawn(
 
     `aligned`: groups of the same size and count are drawn at the same places.
     """
+    if empty := [str(kind) for kind, count in counts.items() if count and not groups[kind]]:
+        raise BadInput(f"no rows of the kind {empty[0]} are left to draw from; leave them out, or use another base")
     draw = torch.Generator().manual_seed(seed)
     draws = {kind: torch.Generator().manual_seed(seed) if aligned else draw for kind in counts}
     indices = {kind: cycle(len(groups[kind]), count, draws[kind]) for kind, count in counts.items()}

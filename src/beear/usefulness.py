@@ -223,7 +223,8 @@ def _tagged(name: str, words: str) -> str:
 
 def line(turn: Turn, answer: Answer | None) -> dict[str, Any]:
     """What mtbench.jsonl holds of a reply."""
-    score, reason = graded(answer, BEST)
+    # An empty reply is as bad as one can be; unscored, it would leave the mean to the others.
+    score, reason = graded(answer, BEST) if turn.reply.strip() else (1, "empty reply")
     own = {"when": turn.when, "id": turn.question.id, "category": turn.question.category, "turn": turn.number}
     return own | {"prompt": turn.said[-2], "reply": turn.reply, "score": score, "reason": reason}
 
