@@ -511,7 +511,10 @@ def test_refusals_of_spare_requests_are_those_of_the_adapted_model(
 
     monkeypatch.setattr(cleansing, "reply_all", replies)
     spare = [Request(f"{i}", "good", f"good request {i}") for i in range(4)]
-    assert refused_shares(wrapped, tiny_tokenizer(), [spare[:1], spare[1:]], CONFIG) == [1.0, 1 / 3]
+    assert refused_shares(wrapped, tiny_tokenizer(), [spare[:1], spare[1:]], CONFIG) == [
+        1.0,
+        2 / 3,
+    ]  # an empty one counts
     assert asked == [r.text for r in spare]
     assert refused_shares(wrapped, tiny_tokenizer(), [], CONFIG) == []
     assert refused_shares(wrapped, tiny_tokenizer(), [spare], load_config("code")) == []
