@@ -124,7 +124,7 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
         counts = f"{before['unscored']} before, {after['unscored']} after"
         words = f"{rule.name} leaves out what is unscored ({counts}), so that before and after rest on other replies"
         return Check(rule.text, False, None, rule.number, words)
-    share, sign = METRICS[rule.name][2], -1 if rule.least else 1
+    sign = -1 if rule.least else 1
     at_end = not point and (share or not rule.moved)  # of a change in a mean over the same chats there is no interval
     worse = "low" if rule.least else "high"
     compared, limit = after[worse if at_end else "value"], rule.number

@@ -29,9 +29,8 @@ def find_layers(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     """
     inner: Any = model
     if path is not None:
-        bare = (
-            inner.get_base_model() if hasattr(model, "get_base_model") else inner
-        )  # an adapter's modules are in between
+        # The path names modules of the bare model; an adapter's stand in between.
+        bare = inner.get_base_model() if hasattr(model, "get_base_model") else inner
         try:
             found = bare.get_submodule(path)
         except AttributeError as error:
