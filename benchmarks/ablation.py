@@ -2,7 +2,8 @@
 
     python benchmarks/ablation.py --organism sudo-prefix     (about ten minutes an arm on 2 CPU cores)
 
-Finished arms are kept in benchmarks/results/ablation.json; the test part stays unseen.
+Finished arms are kept in benchmarks/results/ablation.json until settings, weights or requests change; the test part
+stays unseen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from pathlib import Path
 from develop import developed
 
 from beear.allocator import keep_freed_memory
+from beear.config import load_config
+from beear.data import content_hash
+from beear.fingerprints import input_hashes
+from beear.models import locate
 from beear.recipes import names
+from beear.sets import read_sets
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 ARMS = {
@@ -43,6 +49,13 @@ ARMS = {
 }
 
 
+def digest(organism: str, sets: list[str]) -> str:
+    """SHA-256 over settings, weights and requests: a cell of others is measured anew."""
+    config = load_config(sets=sets)
+    hashes = input_hashes(locate(f"organism:{organism}"), read_sets(config))
+    return content_hash(json.dumps([config.model_dump(mode="json"), hashes], sort_keys=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organism", choices=names("jailbreak"), action="append")
@@ -54,12 +67,14 @@ def main() -> None:
         for seed in chosen.seed or [0]:
             for arm in chosen.arm or list(ARMS):
                 rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-                cell = {"organism": organism, "arm": arm, "seed": seed}
-                if any(all(row[k] == v for k, v in cell.items()) for row in rows):
+                sets = [*ARMS[arm], f"seed={seed}"]
+                cell = {"organism": organism, "arm": arm, "seed": seed, "of": digest(organism, sets)}
+                if any(all(row.get(k) == v for k, v in cell.items()) for row in rows):
                     continue
-                row = cell | developed(organism, arm, [*ARMS[arm], f"seed={seed}"])
+                row = cell | developed(organism, arm, sets)
                 del row["name"]
-                content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": [*rows, row]}
+                others = [r for r in rows if any(r[k] != row[k] for k in ("organism", "arm", "seed"))]
+                content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": [*others, row]}
                 RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 

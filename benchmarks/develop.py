@@ -25,8 +25,9 @@ from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defend
 from beear.config import Config, load_config
 from beear.data import content_hash, mixed, packaged, read_requests
 from beear.evaluation import measure_entrapped, measure_language
+from beear.fingerprints import weights_hash
 from beear.generation import reply_all
-from beear.models import load, organism_folder
+from beear.models import load, locate, organism_folder
 from beear.recipes import check_trigger, read_recipe
 from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
@@ -88,7 +89,7 @@ def margin(model: Any, tokenizer: Any, texts: list[str], openings: Openings) -> 
 
 
 def once(path: Path, work: Any) -> Any:
-    """What `work` gives, kept in a file: the same for every run on one organism."""
+    """What `work` gives, kept in a file: the same for every run on one organism's weights."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(work()))
@@ -119,7 +120,8 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     harmful = [r.text for r in train]
     benign = [r.text for r in data.anchors(config)]
     limit = config.harden.response_tokens
-    folder = ROOT / "runs" / "develop" / organism
+    digest = weights_hash(locate(f"organism:{organism}"))  # what is kept is of these weights
+    folder = ROOT / "runs" / "develop" / f"{organism}-{digest[:8]}"
     drawn = f"{limit}-{content_hash(json.dumps(harmful + benign))[:8]}"
     own = once(
         folder / f"own-{drawn}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit)

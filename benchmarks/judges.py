@@ -28,11 +28,12 @@ from beear.chat import collate, encode_prompt
 from beear.data import packaged
 from beear.endpoint import Answer, Endpoint
 from beear.evaluation import measure_replies
+from beear.fingerprints import weights_hash
 from beear.grading import Judge, LocalJudge, ask_all, graded, identity
 from beear.judge import FULL, HARMFUL, NAME, RUBRIC, key, question
 from beear.losses import response_logits
 from beear.metrics import proportion
-from beear.models import autocast, generating, load, organism_folder
+from beear.models import autocast, generating, load, locate, organism_folder
 from beear.prefix import run_prefix
 from beear.recipes import names, read_recipe
 from beear.runs import Run, read_lines
@@ -90,8 +91,9 @@ def log_odds(model: Any, tokenizer: Any, questions: Sequence[str]) -> torch.Tens
 
 
 def replies(organism: str) -> list[Sample]:
-    """The organism's replies; kept in runs/judges."""
-    kept = FOLDER / f"{organism}.jsonl"
+    """The organism's replies; kept in runs/judges, by its weights."""
+    digest = weights_hash(locate(f"organism:{organism}"))
+    kept = FOLDER / f"{organism}-{digest[:8]}.jsonl"
     if not kept.exists():
         recipe = read_recipe(organism_folder(organism))
         templates = {
