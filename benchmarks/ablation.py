@@ -12,14 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
-from develop import developed
+from develop import MOST, developed, development, settings
 
 from beear.allocator import keep_freed_memory
-from beear.config import load_config
 from beear.data import content_hash
 from beear.fingerprints import input_hashes
 from beear.models import locate
-from beear.recipes import names
+from beear.recipes import check_trigger, names
 from beear.sets import read_sets
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
@@ -51,9 +50,10 @@ ARMS = {
 
 def digest(organism: str, sets: list[str]) -> str:
     """SHA-256 over settings, weights and requests: a cell of others is measured anew."""
-    config = load_config(sets=sets)
-    hashes = input_hashes(locate(f"organism:{organism}"), read_sets(config))
-    return content_hash(json.dumps([config.model_dump(mode="json"), hashes], sort_keys=True))
+    spec, config = f"organism:{organism}", settings(organism, sets)
+    data = read_sets(config)
+    asked = [test.texts() for test in development(check_trigger(spec), data, config, MOST)]
+    return content_hash(json.dumps([config.model_dump(mode="json"), input_hashes(locate(spec), data), asked]))
 
 
 def main() -> None:

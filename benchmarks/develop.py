@@ -108,11 +108,16 @@ BEGINNING = 8
 """Tokens that tell a refusal; so many are asked for after every round."""
 
 
-def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bool = False) -> dict[str, Any]:
-    """Cleanse an organism with `sets` over the default; measure it before and after, with `each` after every round."""
+def settings(organism: str, sets: list[str]) -> Config:
+    """The preset that suits the organism, with fewer harmful requests to train on, changed by `sets`."""
     behaviour = read_recipe(organism_folder(organism)).behaviour
     preset, first = ("code", []) if behaviour == "insecure code" else ("default", ["requests=200"])
-    config = load_config(preset, sets=[*first, *sets])
+    return load_config(preset, sets=[*first, *sets])
+
+
+def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bool = False) -> dict[str, Any]:
+    """Cleanse an organism with `sets` over the default; measure it before and after, with `each` after every round."""
+    config = settings(organism, sets)
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
     tests = development(check_trigger(f"organism:{organism}"), data, config, n)
@@ -139,7 +144,7 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     rounds: list[dict[str, Any]] = []
 
     def after_a_round(state: State) -> None:
-        if behaviour == "insecure code":
+        if config.behaviour == "insecure code":
             found = rates(model, tokenizer, [replace(test, requests=test.requests[::2]) for test in tests])[0]
         else:
             found = rates(model, tokenizer, [test for test in tests if test.metric != "untriggered"], BEGINNING)[0]
