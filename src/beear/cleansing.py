@@ -753,7 +753,7 @@ def unlocked(
 def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], config: Config) -> list[float]:
     """Share of each group of benign requests that the model refuses now, or answers with nothing.
 
-    None where refusing is not at stake.
+    An empty list where refusing is not at stake.
     """
     if not groups or JUDGES[config.behaviour] != "obeyed":
         return []
