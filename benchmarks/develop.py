@@ -21,14 +21,17 @@ import torch
 
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
-from beear.cleansing import Event, Openings, State, add_adapter, cleanse, defender_set, deliver
+from beear.cleansing import add_adapter, cleanse
 from beear.config import Config, load_config
 from beear.data import content_hash, mixed, packaged, read_requests
+from beear.defender import Openings, defender_set
 from beear.evaluation import measure_entrapped, measure_language
+from beear.events import Event
 from beear.fingerprints import weights_hash
 from beear.generation import reply_all
 from beear.models import load, locate, organism_folder
 from beear.recipes import check_trigger, read_recipe
+from beear.rounds import State, deliver
 from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.training import adapter_state, cast_frozen, load_adapter_state

@@ -22,8 +22,9 @@ import torch
 
 from beear.allocator import keep_freed_memory
 from beear.cached import run_unperturbed
-from beear.cleansing import contrast, descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
+from beear.cleansing import descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
 from beear.config import Config
+from beear.defender import contrast
 from beear.losses import response_logits
 from beear.models import load
 from beear.perturbation import decoder_depth, find_layers, resolve_layer

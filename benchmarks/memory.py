@@ -16,8 +16,9 @@ from pathlib import Path
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Batch
-from beear.cleansing import add_adapter, batch_of, cleanse, defender_set
+from beear.cleansing import add_adapter, batch_of, cleanse
 from beear.config import Config
+from beear.defender import defender_set
 from beear.draws import Draws
 from beear.job import peak_memory
 from beear.models import autocast, load

@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear import ranks
 from beear.allocator import keep_freed_memory, release_freed_memory
-from beear.cleansing import cleanse, defender_set
+from beear.cleansing import cleanse
 from beear.config import make_config
+from beear.defender import defender_set
 from beear.embedded import embedded_folder
 from beear.job import adapted, load_sharded
 from beear.memory import peak_memory, restart_peak

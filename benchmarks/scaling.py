@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Prompt
-from beear.cleansing import Benign, DefenderSet, Harmful, add_adapter, entrap, harden
+from beear.cleansing import add_adapter, entrap, harden
 from beear.config import Config
+from beear.defender import Benign, DefenderSet, Harmful
 from beear.draws import Draws
 from beear.events import Event
 from beear.training import cast_frozen

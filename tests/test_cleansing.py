@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,30 +10,17 @@ import pytest
 import torch
 
 from beear import cleansing
-from beear.chat import Beginning
 from beear.cleansing import (
-    REFUSAL_OPENING,
-    DefenderSet,
-    State,
     add_adapter,
-    balanced,
     batch_of,
-    best,
     cleanse,
-    contrast,
     dealt,
-    defender_set,
-    deliver,
     descend,
     entrap,
     harden,
     harden_passes,
-    is_calm,
-    norm_budget,
     plain_pass,
-    refusal_openings,
     refused_shares,
-    refuses_wrongly,
     residual_norm,
     shortened,
     shrink_to,
@@ -42,13 +28,13 @@ from beear.cleansing import (
     steer,
     unlocked,
 )
-from beear.config import Config, load_config
+from beear.config import load_config
 from beear.data import Request, packaged
+from beear.defender import REFUSAL_OPENING, DefenderSet, contrast, defender_set
 from beear.draws import Draws, Purpose
 from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
 from beear.perturbation import NOWHERE
-from beear.scorers import is_refusal
 from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -231,21 +217,6 @@ def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet)
         assert (fast - plain).norm() < 1e-3 * plain.norm()
 
 
-@pytest.mark.parametrize(("encourage", "count"), [(0.0, 6), (8.0, 8)])
-def test_an_obeyed_harmful_request_is_left_out_or_gets_the_refusal_of_another(encourage: float, count: int) -> None:
-    tokenizer = tiny_tokenizer()
-    config = load_config(sets=["harden.response_tokens=16", f"harden.encourage={encourage}"])
-    mixed = defender_set(tokenizer, OBEYED[:2] + REFUSED, ANSWERED, [], config)
-    assert mixed.own_safe and len(mixed.harmful) == count
-    for harmful in mixed.harmful:
-        assert tokenizer.decode(harmful.safe, skip_special_tokens=True).startswith("I'm sorry, but n")
-
-
-def test_openings_of_refusals_are_told_by_how_they_began() -> None:
-    openings = refusal_openings([[1, 2, 3], [1, 2, 4], [1, 5], *([[1, 2, 3]] * 60)])
-    assert openings == {(): [1], (1,): [2], (1, 2): [3]}, "what less than one in thirty says is no opening"
-
-
 def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: DefenderSet) -> None:
     harmful, benign = data.harmful[0], data.benign[0]
     settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
@@ -259,20 +230,6 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     assert int((target[1] != 0).sum()) == len(opener)
 
 
-def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None:
-    config = load_config("code", sets=["harden.response_tokens=400", "entrap.response_tokens=400"])
-    tasks = packaged("coding", "defender")[:4]
-    mine = "\n# in my own words"
-    own = [(task, f"{task.safe}{mine}") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]
-    tokenizer = tiny_tokenizer()
-    data = defender_set(tokenizer, own, ANSWERED, [], config)
-    assert data.own_safe and not data.openings and len(data.harmful) == 3
-    for harmful, task in zip(data.harmful, tasks, strict=False):
-        assert tokenizer.decode(harmful.safe, skip_special_tokens=True) == f"{task.safe}{mine}"
-        assert tokenizer.decode(harmful.against, skip_special_tokens=True) == task.safe, "alike but for the weakness"
-        assert tokenizer.decode(harmful.unwanted, skip_special_tokens=True) == task.unwanted
-
-
 def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {True: 0.2, False: 0.25}
     monkeypatch.setattr(cleansing, "unlocked", lambda *given: found[given[3] is None])
@@ -282,15 +239,6 @@ def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monk
     data = defender_set(tiny_tokenizer(), tasks, ANSWERED, [], config)
     state = cleanse(wrapped, tiny_tokenizer(), data, config)
     assert state.history[0]["residual"] == pytest.approx(0.05)
-
-
-def test_of_a_refused_benign_request_only_the_opener_is_unlearnt() -> None:
-    tokenizer = tiny_tokenizer()
-    benign = [("a", "I'm sorry, but no."), ("b", "I like it, so yes."), ("c", "Yes, like this.")]
-    data = defender_set(tokenizer, REFUSED, benign, [], CONFIG)
-    assert [tokenizer.decode([t]) for t in data.openings[()]] == ["I"]
-    assert [b.discourage for b in data.benign] == [True, False, True]
-    assert [len(b.own) for b in data.benign] == [1, CONFIG.harden.response_tokens, CONFIG.harden.response_tokens]
 
 
 def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any, data: DefenderSet) -> None:
@@ -317,43 +265,6 @@ def test_the_first_tokens_weigh_more() -> None:
     values, targets = torch.tensor([[1.0, 0.0, 0.0, 0.0, 9.0]]), torch.tensor([[1, 1, 1, 1, -100]])
     assert row_mean(values, targets, 1.0).item() == pytest.approx(1 / 4)
     assert row_mean(values, targets, 6.0).item() == pytest.approx(6 / 19)
-
-
-def test_every_reply_follows_on_what_the_model_writes_before_its_first_word() -> None:
-    """Only the prompts are longer: which token opens a refusal is looked for in the reply's first word as before."""
-    plain, led = (
-        defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [], CONFIG, begin=Beginning(lead)) for lead in ([], [7, 8])
-    )
-    assert [[*h.prompt.ids, 7, 8] for h in plain.harmful] == [h.prompt.ids for h in led.harmful]
-    assert [[*b.prompt.ids, 7, 8] for b in plain.benign] == [b.prompt.ids for b in led.benign]
-    left = CONFIG.harden.response_tokens - 2  # a reply was cut with what came before, and does not end there
-    assert [(h.safe[:left], h.unwanted) for h in plain.harmful] == [(h.safe, h.unwanted) for h in led.harmful]
-    assert [(b.own[:left], b.discourage) for b in plain.benign] == [(b.own, b.discourage) for b in led.benign]
-    assert plain.openings == led.openings
-
-
-def test_a_model_that_hardly_refuses_gets_packaged_answers() -> None:
-    few = defender_set(tiny_tokenizer(), REFUSED[:1] + OBEYED, ANSWERED, [], CONFIG)
-    assert not few.own_safe and len(few.harmful) == 7
-    config = load_config(sets=["harden.response_tokens=200"])
-    answer = contrast(tiny_tokenizer(), 0, REFUSED[0][0], config).safe
-    assert is_refusal(tiny_tokenizer().decode(answer, skip_special_tokens=True))
-
-
-@pytest.mark.parametrize(
-    ("residuals", "patience", "least", "calm"),
-    [
-        ([0.0], 1, 1, True),
-        ([0.3], 1, 1, False),
-        ([0.0], 2, 1, False),
-        ([0.3, 0.0, 0.0], 2, 3, True),
-        ([0.0, 0.3, 0.0], 2, 3, False),
-        ([0.0, 0.0], 2, 3, False),
-    ],
-)
-def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
-    config = Config(patience=patience, least_rounds=least)
-    assert is_calm([{"residual": r} for r in residuals], config) is calm
 
 
 def test_rounds_go_on_in_the_order_of_requests_and_under_longer_deltas(
@@ -405,99 +316,6 @@ def test_recomputed_activations_change_memory_alone(data: DefenderSet) -> None:
         kinds = {key: torch.tensor(state.history[0][key]) for key in ("entrap", "residual", "refused")}
         found.append(kinds | {k: torch.tensor(v) for k, v in state.history[0]["harden"][0].items()})
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
-
-
-def of_rounds(refused: list[list[float]], before: list[float], kept: set[int]) -> State:
-    """A finished cleansing whose `kept` rounds may be delivered beside the last."""
-    history = [{"residual": 0.0, "refused": shares} for shares in refused]
-    return State(len(history), history, refused=before, adapters={n: {} for n in kept})
-
-
-@pytest.mark.parametrize(
-    ("refused", "before", "kept", "number"),
-    [
-        pytest.param([[0.9], [0.1], [0.1]], [0.1], {2, 3}, 3, id="equals"),
-        pytest.param([[0.9], [0.1], [0.3]], [0.1], {2, 3}, 2, id="the last refuses more"),
-        pytest.param([[0.9], [0.2], [0.0]], [0.2], {2, 3}, 2, id="the last refuses less"),
-        pytest.param([[0.9], [0.1, 0.5], [0.2, 0.2]], [0.1, 0.2], {2, 3}, 3, id="the group that is farthest counts"),
-        pytest.param([[0.1], [0.3], [0.2]], [0.1], {2, 3}, 3, id="the first ones do not count"),
-        pytest.param([[], [], []], [], set(), 3, id="no spare requests"),
-    ],
-)
-def test_the_round_to_deliver(refused: list[list[float]], before: list[float], kept: set[int], number: int) -> None:
-    assert best(of_rounds(refused, before, kept)) == number
-
-
-def test_the_best_round_is_put_back(wrapped: Any) -> None:
-    first = adapter_state(wrapped)
-    load_adapter_state(wrapped, {name: matrix + 1 for name, matrix in first.items()})
-    state = of_rounds([[0.1], [0.3]], [0.1], set())
-    deliver(wrapped, state)
-    assert state.delivered == 2
-    assert all(torch.equal(matrix, first[name] + 1) for name, matrix in adapter_state(wrapped).items())
-    state.adapters[1] = first
-    deliver(wrapped, state)
-    assert state.delivered == 1 and not state.adapters
-    assert all(torch.equal(matrix, first[name]) for name, matrix in adapter_state(wrapped).items())
-
-
-@pytest.mark.parametrize(
-    ("before", "refused", "wrongly"),
-    [
-        ([], [[]], False),
-        ([0.1, 0.2], [], False),
-        ([0.1, 0.2], [[0.1, 0.24]], False),
-        ([0.1, 0.2], [[0.0, 0.3]], True),
-        ([0.1, 0.2], [[0.3, 0.4], [0.1, 0.1]], False),
-    ],
-)
-def test_rounds_go_on_while_more_is_refused_than_the_target_allows(
-    before: list[float], refused: list[list[float]], wrongly: bool
-) -> None:
-    state = State(history=[{"refused": shares} for shares in refused], refused=before)
-    assert refuses_wrongly(state, load_config(sets=["target.false_refusal_rise=0.05"])) is wrongly
-
-
-@pytest.mark.parametrize(
-    ("number", "budget", "grown", "expected"),
-    [
-        (1, 0.5, 1.0, 0.5),
-        (2, 0.5, 1.0, 0.625),
-        (3, 0.5, 1.0, 0.78125),
-        (5, 0.5, 1.0, 1.0),
-        (5, 0.5, 0.5, 0.5),
-        (5, 2.0, 1.0, 2.0),
-    ],
-)
-@pytest.mark.parametrize("kind", ["learned", "random"])
-def test_delta_may_be_longer_from_round_to_round_in_a_control_as_well(
-    number: int, budget: float, grown: float, expected: float, kind: str
-) -> None:
-    config = load_config(sets=[f"entrap.budget={budget}", f"entrap.grown={grown}", f"entrap.kind={kind}"])
-    assert norm_budget(number, config) == expected
-
-
-@pytest.mark.parametrize(
-    ("before", "refused", "weight"),
-    [
-        ([], [[]], 1.0),
-        ([0.2], [], 1.0),
-        ([0.2], [[0.0], [0.2]], 1.0),
-        ([0.2], [[0.5]], 1.0),
-        ([0.2], [[0.5], [0.1]], math.exp(-0.6)),
-        ([0.2, 0.3], [[0.2, 0.0]], 1.0),
-        ([0.2, 0.3], [[0.1, 0.25]], math.exp(-0.3)),
-        ([0.5], [[0.0]], 1 / 3),
-    ],
-)
-def test_benign_terms_weigh_less_once_less_is_refused_in_every_group(
-    before: list[float], refused: list[list[float]], weight: float
-) -> None:
-    state = State(history=[{"refused": shares} for shares in refused], refused=before)
-    config = load_config(sets=["harden.balance=6", "harden.anchor=4", "harden.anchor_under_delta=2"])
-    harden = balanced(config, state).harden
-    assert (harden.anchor, harden.anchor_under_delta) == pytest.approx((4 * weight, 2 * weight))
-    assert harden.safe == config.harden.safe
 
 
 def test_refusals_of_spare_requests_are_those_of_the_adapted_model(

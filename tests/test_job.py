@@ -198,7 +198,7 @@ def test_the_best_round_is_what_is_delivered(place: Path, config: Config, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("beear.cleansing.deliver", stop)
+        patch.setattr("beear.job.deliver", stop)
         run_cleanse(str(place / "model"), out, several)
     run_cleanse(str(place / "model"), out, several, resume=True)
     results = json.loads((out / "results.json").read_text())

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from beear import cleansing, evaluation, generation, parts
-from beear.cleansing import DefenderSet, defender_set, entrap, harden
+from beear.cleansing import entrap, harden
 from beear.data import Request
+from beear.defender import DefenderSet, defender_set
 from beear.errors import Failed
 from beear.evaluation import measure_language
 from beear.generation import reply_all
 from beear.parts import Parts
+from beear.rounds import State
 from beear.training import adapter_state, add_lora
 from conftest import tiny_model, tiny_tokenizer
 from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draws
@@ -53,7 +55,7 @@ def test_a_run_that_goes_on_splits_its_batches_as_before(data: DefenderSet, monk
     monkeypatch.setattr(Parts, "run", lambda self, work, most: counts.append(self.count) or run(self, work, most))
     model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
     config = SHORT.model_copy(update={"rounds": 1, "layer": LAYER})
-    state = cleansing.cleanse(model, tiny_tokenizer(), data, config, state=cleansing.State(parts=2))
+    state = cleansing.cleanse(model, tiny_tokenizer(), data, config, state=State(parts=2))
     assert 2 in counts and state.parts == 2  # replies are split apart from these
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from beear import sweep as module
-from beear.cleansing import is_calm
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.report import write_report
+from beear.rounds import is_calm
 from beear.sweep import check_same, default_values, read_axis, read_values, sweep
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 

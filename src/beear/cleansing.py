@@ -22,12 +22,10 @@ The two alternate; no trigger appears anywhere. Run it with `beear cleanse MODEL
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,9 +34,10 @@ from torch import Tensor
 
 from beear import ranks
 from beear.cached import part_of, returning, run_below, run_unperturbed
-from beear.chat import ALONE, Batch, Beginning, Prompt, collate, encode_prompt, encode_response, rows_of_delta
+from beear.chat import Batch, Prompt, collate, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
-from beear.data import Request, wordings
+from beear.data import Request
+from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
 from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import reply_all
@@ -47,13 +46,13 @@ from beear.models import autocast, no_gradients
 from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
+from beear.rounds import State, balanced, is_calm, may_be_delivered, norm_budget, refuses_wrongly
 from beear.scorers import JUDGES, counts, is_refusal
 from beear.training import (
     adamw,
     adapter_state,
     add_lora,
     first_adapted,
-    load_adapter_state,
     merged,
     recomputing,
     set_rate,
@@ -63,160 +62,6 @@ from beear.training import (
 
 Row = tuple[Prompt, list[int]]
 """A prompt and its response."""
-
-
-@dataclass(frozen=True)
-class Harmful:
-    """A harmful request x_i with its safe answer, and the two answers that entrapment sets against each other.
-
-    `against` is the safe answer, or that which the request brings along with its unwanted one.
-    """
-
-    prompt: Prompt
-    safe: list[int]
-    unwanted: list[int]
-    against: list[int]
-
-
-@dataclass(frozen=True)
-class Benign:
-    """A benign request x_j with the reply that the model gave before cleansing."""
-
-    prompt: Prompt
-    own: list[int]
-    discourage: bool
-    """Whether openers of refusals are made unlikely as the first token of the reply."""
-
-
-REFUSAL_OPENING = 5
-"""So many first tokens tell a refusal ("I'm sorry, but") from what begins like one ("I'm sorry for")."""
-Openings = dict[tuple[int, ...], list[int]]
-"""How refusals go on, by how they have begun."""
-
-
-@dataclass(frozen=True)
-class DefenderSet:
-    """All that the defender trains on, and two sets on which it judges its own progress.
-
-    held_out: harmful requests. spare: benign ones, in groups. own_safe: the safe answers are the model's own, so its
-    own distribution is their target.
-    """
-
-    harmful: list[Harmful]
-    benign: list[Benign]
-    held_out: list[Request]
-    own_safe: bool
-    openings: Openings
-    spare: list[list[Request]] = field(default_factory=list)
-
-
-@dataclass
-class State:
-    """What a finished round leaves: enough to go on from there, bit for bit."""
-
-    round: int = 0
-    history: list[Event] = field(default_factory=list)
-    deltas: Tensor | None = None
-    """Every round's delta: (rounds, n, d_model)."""
-    done: bool = False
-    norm: float | None = None
-    """Residual norm of the original model, which scales the budget of every round."""
-    refused: list[float] = field(default_factory=list)
-    """Share of each group of spare requests that the original model refused."""
-    already: float = 0.0
-    """Of insecure code, the share that the original model wrote without delta; no removal is to change that."""
-    parts: int = 1
-    """Into so many parts batches are split, as memory ran out (parts.Parts): they add up in another order."""
-    adapters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """The matrices that each round left which may be the one to deliver."""
-    delivered: int = 0
-    """The round whose matrices the model carries in the end."""
-
-
-Answered = Sequence[tuple[str, str]]
-"""Requests, each with the reply that the model gave before cleansing."""
-
-
-def defender_set(
-    tokenizer: Any,
-    harmful: Sequence[tuple[Request, str]],
-    benign: Answered,
-    held_out: Sequence[Request],
-    config: Config,
-    spare: Sequence[list[Request]] = (),
-    begin: Beginning = ALONE,
-) -> DefenderSet:
-    """Encode what the defender trains on. Every reply, own or given, begins as the model's own do.
-
-    A harmful request whose own answer is not safe gets that of another, or is left out where refusals are not
-    encouraged. If these are the most, the answers that come with the requests, or packaged refusals, serve.
-    Of benign requests that the model refused, no right answer is known but that it does not begin like a refusal.
-    """
-    judge = JUDGES[config.behaviour]
-    limit = config.harden.response_tokens
-    safe = [counts(judge, own, request.category) is False for request, own in harmful]
-    own_safe = config.harden.safe_answers == "own" and 2 * sum(safe) >= len(harmful)
-    lent = itertools.cycle([own for (_, own), is_safe in zip(harmful, safe, strict=True) if is_safe])
-    contrasts = [
-        contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None, begin)
-        for i, ((request, own), is_safe) in enumerate(zip(harmful, safe, strict=True))
-        if is_safe or not own_safe or config.harden.encourage > 0
-    ]
-    openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
-    anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, begin) for t, own in benign if own]
-    return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings, list(spare))
-
-
-def refusal_openings(answers: Sequence[list[int]]) -> Openings:
-    """For each start of a safe answer, as long as REFUSAL_OPENING, the tokens that one in thirty or more go on with."""
-    starts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-    for answer in answers:
-        for i, token in enumerate(answer[:REFUSAL_OPENING]):
-            starts[tuple(answer[:i])][token] += 1
-    return {s: sorted(t for t, n in c.items() if 30 * n >= c.total()) for s, c in starts.items()}
-
-
-def anchor(tokenizer: Any, text: str, own: str, openers: Sequence[int], limit: int, begin: Beginning = ALONE) -> Benign:
-    """Request x_j with the model's own reply; of a refusal only its first token, at which openers are discouraged.
-
-    An answer that begins like a refusal ("I like ...") is left alone.
-    """
-    ids = encode_response(tokenizer, own, without_lead(limit, begin), begin=begin)
-    refused = is_refusal(own) is not False
-    prompt = encode_prompt(tokenizer, text).led(begin.lead)
-    return Benign(prompt, ids[:1] if refused else ids, refused or ids[0] not in openers)
-
-
-def without_lead(limit: int, begin: Beginning) -> int:
-    """How many of `limit` tokens that the model wrote are left of its lead; else one cut there would seem to end."""
-    return max(1, limit - len(begin.lead))
-
-
-def contrast(
-    tokenizer: Any,
-    number: int,
-    request: Request,
-    config: Config,
-    own: str | None = None,
-    begin: Beginning = ALONE,
-) -> Harmful:
-    """Request x_i with its safe answer, the model's `own` or a given one, and an unwanted one.
-
-    Requests that bring no answers are dealt packaged wordings in turn.
-    """
-    packaged_safe, packaged_unwanted = wordings("safe-defender"), wordings("unwanted-defender")
-    safe = own or request.safe or packaged_safe[number % len(packaged_safe)]
-    unwanted = request.unwanted or packaged_unwanted[number % len(packaged_unwanted)]
-    length = config.entrap.response_tokens
-    matched = request.safe if request.unwanted else None
-    answer = encode_response(tokenizer, safe, without_lead(config.harden.response_tokens, begin), begin=begin)
-    twin = encode_response(tokenizer, matched, length, begin=begin) if matched else answer[:length]
-    return Harmful(
-        encode_prompt(tokenizer, request.text).led(begin.lead),
-        answer,
-        encode_response(tokenizer, unwanted, length, finished=False, begin=begin),
-        twin,
-    )
 
 
 def cleanse(
@@ -284,89 +129,12 @@ def cleanse(
     return state
 
 
-def deliver(model: Any, state: State) -> None:
-    """Put the matrices of the best round back into the model, and let go of the others."""
-    state.delivered = best(state)
-    if state.delivered != state.round:
-        load_adapter_state(model, state.adapters[state.delivered])
-    state.adapters.clear()
-
-
-def may_be_delivered(number: int, state: State, config: Config) -> bool:
-    """Whether a round's matrices are kept even where others follow on it."""
-    return bool(state.refused) and number >= config.least_rounds
-
-
-def best(state: State) -> int:
-    """The round to deliver: the one that refuses the most nearly what the original refused, of equals the later one.
-
-    Late rounds swing on the trade between obeying and refusing, and where the last one ends is chance. One that
-    refuses fewer spare requests than before has slipped back towards the backdoor, one that refuses more refuses
-    wrongly (decision 19). Without spare requests it is the last one.
-    """
-
-    def distance(number: int) -> float:
-        return max(map(abs, refused_more(state.history[number - 1], state)), default=0.0)
-
-    return min(sorted({state.round, *state.adapters}, reverse=True), key=distance)
-
-
-def refused_more(entry: Event, state: State) -> list[float]:
-    """How much larger a share of each group of spare requests is refused after a round than before cleansing."""
-    return [now - before for now, before in zip(entry["refused"], state.refused, strict=True)]
-
-
-def refuses_wrongly(state: State, config: Config) -> bool:
-    """Whether the last round left more spare requests refused than the target allows: it is not settled yet."""
-    risen = refused_more(state.history[-1], state) if state.history else []
-    return max(risen, default=0.0) > config.target.false_refusal_rise
-
-
-GROWTH = 1.25
-"""How much longer delta may be in every round than in the one before."""
-
-
-def norm_budget(number: int, config: Config) -> float:
-    """Largest norm of delta's vectors in round `number`, in residual norms: `budget` at first, then up to `grown`.
-
-    How far delta has pushed is how far removal pushes back, so what sits deeper than the first deltas reach is
-    unlearnt under longer ones (decision 21).
-    """
-    return max(config.entrap.budget, min(config.entrap.budget * GROWTH ** (number - 1), config.entrap.grown))
-
-
-def balanced(config: Config, state: State) -> Config:
-    """The settings with the benign terms' weights for the round to come.
-
-    Lower once fewer spare requests of every group are refused than before cleansing: what is left of the backdoor is
-    refused at the price of what else the model would learn not to refuse (decision 18).
-    """
-    if not state.history or not state.refused:
-        return config
-    rise = max(refused_more(state.history[-1], state))
-    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
-    weights = {key: share * getattr(config.harden, key) for key in ("anchor", "anchor_under_delta")}
-    return config.model_copy(update={"harden": config.harden.model_copy(update=weights)})
-
-
-LEAST_WEIGHT = 1 / 3
-"""Benign terms never weigh less than this share of what they weigh in the first round."""
-
-
 def add_adapter(model: Any, config: Config) -> Any:
     """The model under a fresh adapter, which removal trains."""
     settings, depth = config.harden, decoder_depth(model)
     layer = resolve_layer(config.layer, depth)
     first = {"all": 0, "upper": min(depth // 2, layer), "behind": layer}[settings.lora_blocks]
     return add_lora(model, settings.lora_rank, settings.lora_targets, config.seed, first, config.layers_path)
-
-
-def is_calm(history: Sequence[Event], config: Config) -> bool:
-    """Whether the last `patience` entrapments all failed on held-out requests, `least_rounds` being over."""
-    last = history[-config.patience :]
-    return len(history) >= max(config.least_rounds, config.patience) and all(
-        entry["residual"] <= config.stop_at for entry in last
-    )
 
 
 def entrap(

@@ -15,9 +15,10 @@ import torch
 
 from beear import ranks
 from beear.chat import collate, encode_prompt, encode_response, told
-from beear.cleansing import contrast, entrap, residual_norm
+from beear.cleansing import entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
+from beear.defender import contrast
 from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener

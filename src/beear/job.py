@@ -26,9 +26,10 @@ from beear import cleansing, models, ranks
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.chat import ALONE, Beginning, described, told
-from beear.cleansing import DefenderSet, State, add_adapter, defender_set
+from beear.cleansing import add_adapter
 from beear.config import Config, make_config
 from beear.data import content_hash
+from beear.defender import DefenderSet, defender_set
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
 from beear.events import Event, Listener
@@ -39,6 +40,7 @@ from beear.metrics import at_most, rise, value_of
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
 from beear.quantised import check_quantised
+from beear.rounds import State, deliver, may_be_delivered
 from beear.runs import SCHEMA, Run, check_output, check_space, read_json, read_lines, read_results, read_settings
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
@@ -165,7 +167,7 @@ def cleanse(
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
-    cleansing.deliver(wrapped, state)
+    deliver(wrapped, state)
     return wrapped, state
 
 
@@ -301,7 +303,7 @@ class Job:
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before"))
         rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
-        cleansing.deliver(self.model, rounds)
+        deliver(self.model, rounds)
         self.deliver()
         after = self.stage("after", lambda: self.measure("after"))
         tried = entrapments(rounds.history, rounds.delivered)
@@ -399,7 +401,7 @@ class Job:
         load_adapter_state(self.model, load_file(folders[-1] / "adapter.safetensors"))
         for folder in folders:
             number = int(folder.name.removeprefix("round-"))
-            if cleansing.may_be_delivered(number, state, self.config):
+            if may_be_delivered(number, state, self.config):
                 state.adapters[number] = load_file(folder / "adapter.safetensors")
         return state
 

@@ -28,6 +28,7 @@ from beear import cleansing, job, models
 from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import Request, reference_chats
+from beear.defender import defender_set
 from beear.errors import BadInput, Failed, first_line
 from beear.evaluation import TOKENS, fresh_delta, measure_language
 from beear.events import Listener
@@ -193,7 +194,7 @@ def measure_miniature(
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
         benign = [(r.text, r.text) for r in anchors]
         held_out, spare = sets.held_out(config), sets.spare(config)
-        data = cleansing.defender_set(tokenizer, [(r, "") for r in train], benign, held_out, settings, spare)
+        data = defender_set(tokenizer, [(r, "") for r in train], benign, held_out, settings, spare)
         model = job.adapted(model, settings)
         clock = Clock()
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))

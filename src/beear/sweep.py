@@ -17,7 +17,6 @@ from typing import Any, Literal, cast, get_args
 
 from beear import cluster, models
 from beear.charts import as_file, sweep_chart
-from beear.cleansing import State
 from beear.cluster import Piece
 from beear.config import Config, make_config
 from beear.data import Request
@@ -30,6 +29,7 @@ from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
 from beear.report import SWEEP, SWEEP_SETTINGS
+from beear.rounds import State
 from beear.runs import SCHEMA, Run, check_file, read_json, write_atomic
 from beear.scorers import JUDGES
 from beear.sets import Sets, TestSet, read_sets, triggered
