@@ -409,9 +409,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     TABLES[page] = {"residual": partial(residual, file)}
+    known = [*list(DEFAULTS)[:number], *([ONCE_SHIPPED] if number == len(DEFAULTS) else [])]
     if number > 1:
-        TABLES[page]["pooled"] = partial(pooled, *list(DEFAULTS)[:number])
-TABLES[DEFAULTS["removal.json"]]["pooled"] = partial(pooled, *DEFAULTS, ONCE_SHIPPED)
+        TABLES[page]["pooled"] = partial(pooled, *known)
 TABLES[DEFAULTS["decision-10/removal.json"]]["revival"] = partial(revival, "decision-10/revival.json")
 for file in list(DEFAULTS)[1:-1]:  # today's stands in results.md, the first page tells its own
     TABLES[DEFAULTS[file]]["removal"] = partial(removal, file)
