@@ -1,6 +1,6 @@
 """Figure 3 for the organisms: what trigger and delta do to hidden states, before and after their default cleansing.
 
-    python benchmarks/drift.py                (a minute an organism on 2 CPU cores; needs benchmarks/removal.py's runs)
+    python benchmarks/drift.py --seed 1       (a minute an organism on 2 CPU cores; needs benchmarks/removal.py's runs)
 
 Writes benchmarks/results/drift.json: numbers of every block, and the last block's points, which
 `python benchmarks/tables.py` draws as docs/figures/drift-NAME.svg.
@@ -35,16 +35,23 @@ def layers(drift: dict[str, Any], when: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organism", choices=names(), action="append")
+    parser.add_argument("--seed", type=int, default=0, help="of the cleansing")
     chosen = parser.parse_args()
     keep_freed_memory()
     for name in chosen.organism or names():
         with Reporter() as reporter:
-            drift = drift_of_run(RUNS / f"{name}-default-0", check_trigger(f"organism:{name}"), listen=reporter)
+            drift = drift_of_run(
+                RUNS / f"{name}-default-{chosen.seed}", check_trigger(f"organism:{name}"), listen=reporter
+            )
         found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
-        found[name] = {"layer": drift["layer"], **{when: layers(drift, when) for when in ("before", "after")}}
+        found[name] = {
+            "layer": drift["layer"],
+            "seed": chosen.seed,
+            **{when: layers(drift, when) for when in ("before", "after")},
+        }
         content = {
             "schema": 1,
-            "command": "python benchmarks/drift.py",
+            "command": "python benchmarks/drift.py --seed SEED",
             "organisms": {name: found[name] for name in names() if name in found},
         }
         RESULTS.write_text(json.dumps(content) + "\n")
