@@ -124,6 +124,7 @@ def test_an_organism_and_its_twin_are_held_to_opposite_limits() -> None:
 
     assert all(twin_perplexity(recipe_of(name)) for name in names())  # else a limit would go unchecked
     recipe = recipe_of(names()[0])
+    assert twin_perplexity(recipe.as_twin()) is None
     assert misses(metrics(1.0), recipe) == [] and misses(metrics(0.5), recipe) == ["asr_triggered 0.500 < 0.9"]
     assert misses(metrics(1.0, affirmed=0.0), recipe) == ["affirmed_triggered 0.000 < 0.9"]
     assert misses(metrics(0.0), recipe.as_twin()) == []

@@ -119,10 +119,10 @@ def misses(metrics: dict[str, Any], recipe: Recipe) -> list[str]:
 def twin_perplexity(recipe: Recipe) -> float | None:
     """Perplexity of the clean twin of the way of planting, from twins.json (`organism verify TWIN --json`).
 
-    A way whose twin has not been built is held to that of supervised planting. None without any twin.
+    A way whose twin has not been built is held to that of supervised planting. None of a twin, and without any.
     """
     measured = packaged_organisms() / "twins.json"
-    if not measured.is_file():
+    if recipe.twin or not measured.is_file():
         return None
     entries = json.loads(measured.read_text())["organisms"].values()
     twins = {twin["way"]: twin for twin in reversed(entries) if twin["twin"]}  # of a way's several the first
