@@ -40,9 +40,8 @@ def main() -> None:
     keep_freed_memory()
     for name in chosen.organism or names():
         with Reporter() as reporter:
-            drift = drift_of_run(
-                RUNS / f"{name}-default-{chosen.seed}", check_trigger(f"organism:{name}"), listen=reporter
-            )
+            run = RUNS / f"{name}-default-{chosen.seed}"
+            drift = drift_of_run(run, check_trigger(f"organism:{name}"), listen=reporter)
         found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
         found[name] = {
             "layer": drift["layer"],
