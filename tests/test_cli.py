@@ -426,6 +426,8 @@ def test_evidence_is_added_to_a_finished_run(
     assert code == 2 and "give a --trigger to add" in err
     code, err = call(capsys, "evidence", str(run))
     assert code == 2 and "nothing is asked for" in err
+    code, err = call(capsys, "evidence", str(run), "--trigger", "X {prompt}", "--include", str(tmp_path))
+    assert code == 2 and "give --tasks as well" in err
     every = ("evidence", str(run), "--trigger", "X {prompt}", "--local", model)
     code, err = call(capsys, *every, "--questions", str(tmp_path / "none.jsonl"))
     assert code == 2 and "none.jsonl" in err and not (run / "drift.json").exists(), "all is checked first"

@@ -99,6 +99,18 @@ def test_the_command(run: Path, include: str, capsys: pytest.CaptureFixture[str]
     assert json.loads((run / "results.json").read_text())["lm_eval"]["even"]["chat"] is True
 
 
+def test_as_evidence_the_example_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    options = ["--tasks", "facts", "--include", "examples/lm-eval", "--device", "cpu", "--offline"]
+    code, err = call(capsys, "evidence", str(run), *options)
+    assert code == 0, err
+    entry = json.loads((run / "results.json").read_text())["lm_eval"]["facts"]["metrics"]["acc,none"]
+    assert entry["after"]["n"] == 100 and entry["before"] == entry["after"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

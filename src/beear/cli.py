@@ -103,6 +103,10 @@ AnswerTokensOption = Annotated[
     int,
     typer.Option("--answer-tokens", min=16, help="most tokens of a judge's answer; one that thinks first needs more"),
 ]
+IncludeOption = Annotated[
+    str | None,
+    typer.Option("--include", help="folder of lm-eval's task files of your own; they may bring Python code"),
+]
 TriggerOption = Annotated[str | None, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME")]
 
 
@@ -453,9 +457,7 @@ def mtbench(
 def lm_eval(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     tasks: Annotated[str, typer.Option("--tasks", help="names of lm-eval tasks or groups, with commas between")],
-    include: Annotated[
-        str | None, typer.Option("--include", help="folder of task files of your own; they may bring Python code")
-    ] = None,
+    include: IncludeOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first so many items of a task")] = None,
     shots: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="worked examples before an item")] = None,
     chat: Annotated[
@@ -496,6 +498,7 @@ def evidence(
     local: LocalOption = None,
     questions: Annotated[Path | None, typer.Option("--questions", help="MT-Bench's question.jsonl")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="names of lm-eval tasks, with commas between")] = None,
+    include: IncludeOption = None,
     concurrency: ConcurrencyOption = 4,
     timeout: TimeoutOption = 60,
     answer_tokens: AnswerTokensOption = ANSWER_TOKENS,
@@ -519,6 +522,8 @@ def evidence(
     asks_judge = (url, model, local) != (None, None, None)
     if questions is not None and not asks_judge:
         raise BadInput("--questions needs a judge; give --url with --model, or --local")
+    if include is not None and tasks is None:
+        raise BadInput("--include needs the names of its tasks; give --tasks as well")
     if trigger is None and tasks is None and not asks_judge:
         raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
     steps: list[Step] = []  # all are checked before the first begins
@@ -528,7 +533,7 @@ def evidence(
         chosen = _judge(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
         steps += _about_judge(run, chosen, questions, options)
     if tasks is not None:
-        steps += _about_tasks(run, tasks, options)
+        steps += _about_tasks(run, tasks, include, options)
     with Reporter(quiet) as reporter, _going_on("what is finished is kept"):
         for add in steps:
             add(reporter)
@@ -902,10 +907,10 @@ def _about_judge(run: Path, chosen: Judge, questions: Path | None, options: dict
     return steps
 
 
-def _about_tasks(run: Path, tasks: str, options: dict[str, Any]) -> list[Step]:
+def _about_tasks(run: Path, tasks: str, include: str | None, options: dict[str, Any]) -> list[Step]:
     from beear.harness import Asked, evaluate_run, read_tasks, task_manager
 
-    asked = Asked(read_tasks(tasks))
+    asked = Asked(read_tasks(tasks), include)
     task_manager(asked)
     return [lambda listen: evaluate_run(run, asked, listen=listen, **options)]
 
