@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py                     (three quarters of an hour on 2 CPU cores)
 
-Without: entrapment as a plain loop, which runs the adapter unmerged; removal that runs every row through all blocks,
-every position through the output head, the template's start in every row; replies without a shared start; no early
-stop, neither of a round nor of the rounds. What serves both (weights in bf16, attention) stays. Both are whole runs of
-`beear cleanse` on the same organism with the same seed, kept in runs/speed/ and resumed there. Writes
+Without: entrapment as a plain loop, which runs the adapter unmerged; removal that runs every row, and the original
+on it, through all blocks in every step, every position through the output head, the template's start in every row;
+replies without a shared start; no early stop, neither of a round nor of the rounds. What serves both (weights in bf16,
+attention, the head in one product) stays. Both are whole runs of `beear cleanse` on the same organism with the same
+seed, kept in runs/speed/ and resumed there. Writes
 benchmarks/results/speed.json: seconds in all and of each round, their ratios, the first losses, which must agree, and
 all figures before and after. The plain arm needs up to 13 GiB.
 """
@@ -47,7 +48,7 @@ def all_logits(model: Any, batch: Batch, prefix: Any = None) -> Tensor:
     return model(**batch.inputs(), use_cache=False).logits[:, -length - 1 : -1]  # type: ignore[no-any-return]
 
 
-def all_blocks(model: Any, alone: Batch, batch: Batch, pick: Any, config: Any, layer: int) -> Any:
+def all_blocks(model: Any, original: None, alone: Batch, batch: Batch, pick: Any, config: Any, layer: int) -> Any:
     """Removal's passes with nothing shared between rows."""
     with torch.no_grad(), autocast(model), model.disable_adapter():
         target = all_logits(model, alone)
@@ -59,6 +60,7 @@ def plain() -> Iterator[None]:
     """Within it, the method runs without what makes it fast."""
     no_prefix: dict[str, Any] = {"run_prefix": lambda model, batch, more=0: None}
     slow: dict[str, Any] = {"response_logits": all_logits, "harden_passes": all_blocks}
+    slow |= {"run_original": lambda *given: None}
     with patch.multiple(cleansing, **no_prefix, **slow), patch.multiple(generation, **no_prefix):
         yield
 

@@ -406,6 +406,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),
     },
+    "docs/decisions/0025-what-a-step-ran-in-vain.md": {"hardening": partial(arms, "hardening")},
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     TABLES[page] = {"residual": partial(residual, file)}

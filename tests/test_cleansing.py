@@ -34,6 +34,7 @@ from beear.defender import REFUSAL_OPENING, DefenderSet, contrast, defender_set
 from beear.draws import Draws, Purpose
 from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
+from beear.original import run_original
 from beear.perturbation import NOWHERE
 from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
@@ -113,12 +114,14 @@ def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data:
 def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderSet) -> None:
     pairs = [(h.prompt, h.safe) for h in data.harmful[:2]]
     batch = batch_of(tiny_tokenizer(), pairs, CONFIG.entrap)
-    first, _ = harden_passes(wrapped, batch, batch, [0, 1], CONFIG, LAYER)
-    state = adapter_state(wrapped)
-    load_adapter_state(wrapped, {n: t + 0.5 for n, t in state.items()})
-    assert torch.equal(first, harden_passes(wrapped, batch, batch, [0, 1], CONFIG, LAYER)[0])
+    with torch.no_grad(), wrapped.disable_adapter():
+        expected = response_logits(wrapped, batch)
+    load_adapter_state(wrapped, {n: t + 0.5 for n, t in adapter_state(wrapped).items()})
+    original = run_original(wrapped, tiny_tokenizer(), data.rows())
+    found, _ = harden_passes(wrapped, original, batch, batch, [0, 1], CONFIG, LAYER)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        assert not torch.allclose(first, response_logits(wrapped, batch))
+        assert not torch.allclose(found, response_logits(wrapped, batch))
 
 
 @pytest.mark.parametrize("zero", [{"safe", "anchor"}, {"anchor", "anchor_under_delta"}])
@@ -182,7 +185,8 @@ def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
     batch = alone.under(pick, [1, 0, 1, None, None, None], 5)
     deltas = torch.randn(10, 32, generator=draws().noise)
     found = []
-    for run in (harden_passes(model, alone, batch, pick, config, layer)[1], plain_pass(model, batch, config)):
+    original = run_original(model, tiny_tokenizer(), data.rows())
+    for run in (harden_passes(model, original, alone, batch, pick, config, layer)[1], plain_pass(model, batch, config)):
         loss = descend(
             model, batch, deltas, config, layer, run, lambda logits, b: response_nll(logits, b.targets).sum()
         )

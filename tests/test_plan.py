@@ -69,13 +69,13 @@ def test_a_price_that_falls_with_more_blocks_is_noise() -> None:
 
 def test_stages_count_what_a_job_does(config: Config) -> None:
     pieces = ("load", "replies", "fresh delta", "language", "own replies", "round", "second model", "divergence")
-    steps = ("first entrap steps", "entrap step", "residual", "harden step", "refused")
+    steps = ("first entrap steps", "entrap step", "residual", "harden step", "refused", "original")
     prices = {(piece, SECONDS): 1.0 for piece in (*pieces, *steps)} | {(piece, PEAK): 2.5 for piece in pieces}
     prices["round", PEAK], prices["fresh delta", PEAK] = 7.5, 4.5
     config = config.model_copy(update={"entrap": config.entrap.model_copy(update={"batches": 2})})
     plan = stages(prices, read_sets(config), config)
     assert plan.seconds["round"] == 1 + (3 - 2) + 1 + 3 + 1
-    assert plan.seconds["own replies"] == (8 + 8) / BATCH + 1
+    assert plan.seconds["own replies"] == (8 + 8) / BATCH + (8 + 8) + 1
     assert plan.peak_memory_bytes == {"load": 3, "before": 5, "own replies": 3, "round": 8, "after": 5}
     assert (plan.least_rounds, plan.rounds) == (1, 1)
 

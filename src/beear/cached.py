@@ -28,7 +28,8 @@ class Cached:
     """A batch with all that delta leaves as it is.
 
     start: the first column that is perturbed in any row. hidden: (rows, columns from start, d_model) behind
-    block l. keys: key-value cache of the blocks behind it and the columns before start, None if there are none.
+    block l; with several answers of each prompt once, and of all responses but their last token, a pair.
+    keys: key-value cache of the blocks behind it and the columns before start, None if there are none.
     answers: the rows are so many parts that hold the same prompts in the same order; each prompt is run once.
     """
 
@@ -52,11 +53,11 @@ class Cached:
     def _logits_of_answers(self, model: Any) -> Tensor:
         """The prompts once, up to the first token of a response; then all responses behind the keys of these."""
         batch, width, prompts = self.batch, self.batch.width, len(self.batch.targets) // self.answers
-        with returning(self.blocks, lambda: part_of(self.hidden, slice(prompts), slice(width - self.start))):
+        with returning(self.blocks, lambda: self.hidden[0]):
             asked = _columns(batch, self.start, self.keys, slice(prompts), width)
             out = model(**asked | {"use_cache": True}, logits_to_keep=1)
         keys = _repeated(out.past_key_values, self.answers, len(self.blocks))
-        with returning(self.blocks, lambda: part_of(self.hidden, slice(None), slice(width - self.start, -1))):
+        with returning(self.blocks, lambda: self.hidden[1]):
             rest = model(**_columns(batch, width, keys, stop=-1))
         return torch.cat([out.logits.repeat(self.answers, 1, 1), rest.logits], 1)
 
@@ -80,7 +81,7 @@ def run_unperturbed(
             prompts = len(batch.targets) // answers
             before = {name: value[:prompts, :start] for name, value in batch.inputs().items()}
             keys = model.get_decoder()(**before, use_cache=True).past_key_values
-        hidden = run_below(model, blocks, layer, _columns(batch, start, keys and _repeated(keys, answers, 0)))
+        hidden = _run_hidden(model, blocks, layer, batch, start, keys, answers)
     return Cached(batch, start, hidden, keys and _without(keys, layer), blocks[:layer], answers)
 
 
@@ -96,8 +97,7 @@ def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -
         hidden = None
         if frozen:
             with torch.no_grad():
-                all_rows = keys and _repeated(keys, answers, 0)
-                hidden = run_below(model, blocks, frozen, _columns(batch, start, all_rows))
+                hidden = _run_hidden(model, blocks, frozen, batch, start, keys, answers)
         return Cached(batch, start, hidden, keys, blocks[:frozen], answers).logits(model)
 
 
@@ -120,16 +120,34 @@ def _behind_start(model: Any, batch: Batch, answers: int) -> tuple[Batch, int, A
     return behind, prefix.length, repeated(prefix, len(batch.targets) // answers)
 
 
-def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> Any:
-    """What block `layer` returns, outside of a Perturbation; the blocks behind it do not run."""
+def _run_hidden(
+    model: Any, blocks: Sequence[nn.Module], layer: int, batch: Batch, start: int, keys: Any, answers: int
+) -> Any:
+    """Cached.hidden, from the keys of each prompt's columns before start."""
+    if answers == 1:
+        return run_below(model, blocks, layer, _columns(batch, start, keys))[0]
+    prompts = slice(len(batch.targets) // answers)
+    asked = _columns(batch, start, keys, prompts, batch.width) | {"use_cache": True}
+    before, keys = run_below(model, blocks, layer, asked)
+    keys.layers = keys.layers[:layer]  # the others have not seen these columns
+    return before, run_below(model, blocks, layer, _columns(batch, batch.width, _repeated(keys, answers, 0), stop=-1))[
+        0
+    ]
+
+
+def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """What block `layer` returns, outside of a Perturbation, and the key-value cache if one is used.
+
+    The blocks behind it do not run.
+    """
     seen: list[Any] = []
     handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         with returning(blocks[layer:], lambda: seen[-1]):
-            model.get_decoder()(**inputs)
+            out = model.get_decoder()(**inputs)
     finally:
         handle.remove()
-    return seen[-1]
+    return seen[-1], out.past_key_values
 
 
 def first_perturbed(batch: Batch) -> int:
@@ -164,11 +182,9 @@ def _without(keys: Any, unused: int) -> Any:
     return own
 
 
-def part_of(hidden: Any, rows: slice | list[int], columns: slice) -> Any:
-    """Some rows and columns of what a block returned."""
-    if isinstance(hidden, tuple):
-        return (hidden[0][rows, columns], *hidden[1:])
-    return hidden[rows, columns]
+def rows_of(hidden: Any, rows: slice | list[int]) -> Any:
+    """Some rows of what a block returned."""
+    return (hidden[0][rows], *hidden[1:]) if isinstance(hidden, tuple) else hidden[rows]
 
 
 @contextlib.contextmanager

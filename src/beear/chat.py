@@ -41,6 +41,10 @@ class Prompt:
         return replace(self, ids=[*self.ids, *lead], lead=len(lead))
 
 
+Row = tuple[Prompt, list[int]]
+"""A prompt and its response."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of prompt + response.

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from beear import ranks
-from beear.cached import part_of, returning, run_below, run_unperturbed
-from beear.chat import Batch, Prompt, collate, rows_of_delta
+from beear.cached import returning, rows_of, run_below, run_unperturbed
+from beear.chat import Batch, Prompt, Row, collate, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request
 from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
@@ -43,6 +43,7 @@ from beear.events import Event, Listener
 from beear.generation import reply_all
 from beear.losses import response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast, no_gradients
+from beear.original import Original, run_original
 from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
 from beear.prefix import inputs_behind, run_prefix
@@ -52,16 +53,12 @@ from beear.training import (
     adamw,
     adapter_state,
     add_lora,
-    first_adapted,
     merged,
     recomputing,
     set_rate,
     step,
     trainable,
 )
-
-Row = tuple[Prompt, list[int]]
-"""A prompt and its response."""
 
 
 def cleanse(
@@ -99,6 +96,7 @@ def cleanse(
             state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
         state.refused = refused_shares(model, tokenizer, data.spare, config)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
+    original = run_original(model, tokenizer, data.rows(), config.layers_path, listen)
     while state.round < config.rounds and not state.done:
         number, started = state.round + 1, time.monotonic()
         draws = Draws(config.seed, number)
@@ -116,7 +114,7 @@ def cleanse(
         left = 1 if state.done else config.rounds - state.round
         rate = config.harden.learning_rate * left / config.rounds
         weighted = balanced(config, state)
-        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draws, tell, parts)
+        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draws, tell, parts, original)
         entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
         tell({"event": "refused", "value": entry["refused"]})
         entry["seconds"] = time.monotonic() - started
@@ -203,14 +201,17 @@ def harden(
     draws: Draws,
     listen: Listener = lambda event: None,
     parts: Parts | None = None,
+    original: Original | None = None,
 ) -> list[dict[str, float]]:
     """Outer problem: train the adapter with the deltas (k, n, d_model) frozen, this round's the last of them.
 
     With `replay`, earlier rounds' deltas are met again, since what was unlearnt under them comes back otherwise.
+    `original`: what the model without its adapter gives on data.rows(), if that has been run.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
     """
     settings = config.harden
     parts = parts or Parts()
+    known = original or run_original(model, tokenizer, data.rows(), config.layers_path)
     optimiser = adamw(model, rate)
     harmful = draws.batches("hardened", len(data.harmful), settings.batch, settings.steps)
     benign = draws.batches("anchored", len(data.benign), settings.anchor_batch, settings.steps)
@@ -230,7 +231,7 @@ def harden(
                 some, others = ranks.share(bad)[k::count], ranks.share(chosen)[k::count]
                 if some or others:
                     deal, shares = ranks.share(which)[k::count], (len(some) / len(bad), len(others) / len(chosen))
-                    harden_part(model, tokenizer, data, some, others, deal, deltas, config, layer, shares, entry)
+                    harden_part(model, tokenizer, data, known, some, others, deal, deltas, config, layer, shares, entry)
             return entry
 
         if settings.schedule == "falling":
@@ -249,6 +250,7 @@ def harden_part(
     model: Any,
     tokenizer: Any,
     data: DefenderSet,
+    original: Original,
     harmful: Sequence[Harmful],
     benign: Sequence[Benign],
     which: Sequence[int],
@@ -281,7 +283,7 @@ def harden_part(
     under = [which[i] if term.under_delta else None for term in terms for i in range(term.rows.count)]
     alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
     batch = alone.under(pick, under, config.entrap.length)
-    target, run = harden_passes(model, alone, batch, pick, config, layer)
+    target, run = harden_passes(model, original, alone, batch, pick, config, layer)
     steer(target, bad, benign, data, settings)
     objective = harden_objective(target[pick], terms, settings.opening, entry)
     descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
@@ -303,29 +305,25 @@ def steer(
 
 
 def harden_passes(
-    model: Any, alone: Batch, batch: Batch, pick: Sequence[int], config: Config, layer: int
+    model: Any, original: Original, alone: Batch, batch: Batch, pick: Sequence[int], config: Config, layer: int
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """What the original model gives on the requests `alone`, (rows, length, vocabulary), and a pass over the batch.
 
     Row i of the batch is row pick[i] of `alone`, under delta or not: blocks 1..l run once for each request, and those
-    of them that carry no adapter serve both models.
+    of them that carry no adapter not even that.
     """
-    blocks = list(find_layers(model, config.layers_path))
-    first = first_adapted(model)
-    with torch.no_grad(), autocast(model), model.disable_adapter():
-        prefix = run_prefix(model, alone)
-        shared = run_below(model, blocks, first, inputs_behind(alone, prefix)) if first else None
-        with returning(blocks[:first], lambda: shared):
-            target = response_logits(model, alone, prefix)
+    target = original.logits(model, alone)
     if config.harden.recompute:
         return target, plain_pass(model, batch, config)
+    blocks = list(find_layers(model, config.layers_path))
     with autocast(model):
         prefix = run_prefix(model, alone)
-        with returning(blocks[:first], lambda: shared):
-            hidden = run_below(model, blocks, layer, inputs_behind(alone, prefix))
+        known = original.below(alone, prefix.length if prefix else 0) if original.frozen else None
+        with returning(blocks[: original.frozen], lambda: known):
+            hidden, _ = run_below(model, blocks, layer, inputs_behind(alone, prefix))
 
     def run() -> Tensor:
-        with returning(blocks[:layer], lambda: part_of(hidden, list(pick), slice(None))):
+        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))):
             return response_logits(model, batch, prefix)
 
     return target, run

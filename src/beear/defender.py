@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from beear.chat import ALONE, Beginning, Prompt, encode_prompt, encode_response
+from beear.chat import ALONE, Beginning, Prompt, Row, encode_prompt, encode_response
 from beear.config import Config
 from beear.data import Request, wordings
 from beear.scorers import JUDGES, counts, is_refusal
@@ -57,6 +57,10 @@ class DefenderSet:
     own_safe: bool
     openings: Openings
     spare: list[list[Request]] = field(default_factory=list)
+
+    def rows(self) -> list[Row]:
+        """All prompts that removal trains on, with their responses."""
+        return [*((h.prompt, h.safe) for h in self.harmful), *((b.prompt, b.own) for b in self.benign)]
 
 
 Answered = Sequence[tuple[str, str]]

@@ -211,6 +211,7 @@ def load_sharded(source: models.Source, device: str, trust_remote_code: bool, la
 
 def adapted(model: Any, config: Config) -> Any:
     """The model under a fresh adapter, ready for the rounds."""
+    models.pack_head(model)  # one that beear did not load
     wrapped = add_adapter(model, config)
     cast_frozen(wrapped)
     if config.harden.recompute:

@@ -104,7 +104,7 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     seconds = {
         "load": cost["load"],
         "before": replies + 2 * steps + cost["language"] * chats,
-        "own replies": cost["own replies"] * own / BATCH + cost["refused"],  # as the first round begins
+        "own replies": cost["own replies"] * own / BATCH + cost["original"] * own + cost["refused"],
         "round": rest + (steps if entrap.kind == "learned" else 0),
         "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
     }
@@ -198,7 +198,7 @@ def measure_miniature(
         model = job.adapted(model, settings)
         clock = Clock()
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
-        prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings).items()}
+        prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings, len(data.rows())).items()}
         model = loaded()
         original = timed("second model", loaded)
         timed("divergence", lambda: measure_language(model, tokenizer, original, limit=CHATS))
@@ -229,18 +229,25 @@ class Clock:
     """When each step of a round ended."""
 
     def __init__(self) -> None:
-        self.ends: dict[str, list[float]] = {kind: [] for kind in ("entrap", "residual", "harden", "refused")}
+        self.ends: dict[str, list[float]] = {
+            kind: [] for kind in ("measure", "entrap", "residual", "harden", "refused")
+        }
 
     def listen(self, event: dict[str, Any]) -> None:
         """Note the time of an event."""
         self.ends.setdefault(event["event"], []).append(time.monotonic())
 
-    def pieces(self, settings: Config) -> dict[str, float]:
-        """Seconds of a round's pieces, where steps were `few_steps`; those of a first step hold what comes before."""
-        (started, ended), steps, half = self.ends["refused"], self.ends["entrap"], settings.entrap.steps // 2
+    def pieces(self, settings: Config, rows: int) -> dict[str, float]:
+        """Seconds of a round's pieces, where steps were `few_steps`; those of a first step hold what comes before.
+
+        Before the round itself `rows` went through the original: `original` is the price of one.
+        """
+        (begun, ended), steps, half = self.ends["refused"], self.ends["entrap"], settings.entrap.steps // 2
+        started = self.ends["measure"][-1]
         residual = self.ends["residual"][0]
         times = [b - a for a, b in itertools.pairwise([residual, *self.ends["harden"]])]
         return {
+            "original": (started - begun) / rows,
             "first entrap steps": steps[half - 1] - started if half else 0.0,
             "entrap step": (steps[-1] - steps[half - 1]) / half if half else 0.0,
             "residual": residual - (steps[-1] if half else started),

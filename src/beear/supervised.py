@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beear.cached import part_of, returning, run_below
+from beear.cached import returning, rows_of, run_below
 from beear.chat import Batch, collate
 from beear.losses import response_logits, response_nll, token_kl
 from beear.models import autocast
@@ -102,7 +102,7 @@ def passes(model: Any, pad_id: int, chosen: Sequence[Example], kept: int) -> tup
     with autocast(model):
         prefix = run_prefix(model, batch)
         with torch.no_grad():
-            below = run_below(model, blocks, first, inputs_behind(batch, prefix)) if first else None
+            below = run_below(model, blocks, first, inputs_behind(batch, prefix))[0] if first else None
         with returning(blocks[:first], lambda: below):
             logits = response_logits(model, batch, prefix)
     if not kept:
@@ -110,7 +110,7 @@ def passes(model: Any, pad_id: int, chosen: Sequence[Example], kept: int) -> tup
     last = list(range(len(chosen) - kept, len(chosen)))
     with torch.no_grad(), autocast(model), model.disable_adapter():
         prefix = run_prefix(model, batch)  # of all rows, so that the columns are those of `below`
-        with returning(blocks[:first], lambda: part_of(below, last, slice(None))):
+        with returning(blocks[:first], lambda: rows_of(below, last)):
             base = response_logits(model, batch.under(last, [None] * kept, 1), prefix)
     return batch, logits, base
 

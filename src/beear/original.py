@@ -1,0 +1,156 @@
+"""What the original model makes of the rows that removal trains on: run once, not in every step. Exact up to rounding.
+
+What leaves the last block below the adapter never changes, and neither does what the original's last block gives where
+a response is predicted. Both are kept for each row, without padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from beear.cached import returning
+from beear.chat import Batch, Row, collate
+from beear.events import Listener
+from beear.models import autocast
+from beear.perturbation import find_layers
+from beear.prefix import inputs_behind, mask_behind, run_prefix
+from beear.training import first_adapted
+
+Key = tuple[tuple[int, ...], int]
+"""All tokens of a row, and how many of them are the response's."""
+
+GROUP = 16
+"""Rows in a pass: fewer than in a step of removal, and the same at any time, for the same bits in a resumed run."""
+MOST = 0.25
+"""What leaves the blocks below the adapter is kept if it takes no more than this share of the weights' memory."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Of one row. start: (shared tokens, d_model) and rest: (further tokens, d_model) where the adapter begins, both
+    empty if they are not kept. last: (response's tokens, d_model) behind the last block, where these are predicted."""
+
+    start: Tensor
+    rest: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True)
+class Original:
+    """The states of every row.
+
+    frozen: so many blocks, from the first, need not run again; 0 if their outcome is not kept. more: what a block
+    returns beside its states.
+    """
+
+    states: dict[Key, States]
+    blocks: Sequence[nn.Module]
+    frozen: int
+    more: tuple[Any, ...] | None
+
+    def below(self, batch: Batch, start: int) -> Any:
+        """What block `frozen` returns for the columns of the batch from `start`; its states are zero at padding."""
+        rows = []
+        for key in keys_of(batch):
+            states = self.states[key]
+            padding = batch.width - (len(key[0]) - key[1])
+            rows.append((torch.cat([states.start, states.rest])[start:], padding))
+        return self._returned(rows, batch.input_ids.shape[1] - start)
+
+    def logits(self, model: Any, batch: Batch) -> Tensor:
+        """What the original gives for the response tokens: (rows, length, vocabulary)."""
+        length = batch.targets.shape[1]
+        last = self._returned([(self.states[key].last, 0) for key in keys_of(batch)], length)
+        columns = slice(batch.width - 1, batch.width - 1 + length)
+        inputs = {name: value[:, columns] for name, value in batch.inputs().items()}
+        with torch.no_grad(), autocast(model), returning(self.blocks, lambda: last):
+            logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=length).logits
+        return logits
+
+    def _returned(self, rows: Sequence[tuple[Tensor, int]], columns: int) -> Any:
+        """Rows of states, each behind so much padding, as a block returns them."""
+        padded = [functional.pad(row, (0, 0, before, columns - before - len(row))) for row, before in rows]
+        return torch.stack(padded) if self.more is None else (torch.stack(padded), *self.more)
+
+
+def run_original(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    layers_path: str | None = None,
+    listen: Listener = lambda event: None,
+) -> Original:
+    """Run each row through the model without its adapter, rows of a length together."""
+    blocks = list(find_layers(model, layers_path))
+    frozen = first_adapted(model) if fits(model, rows) else 0
+    known = {key_of(row): row for row in rows}
+    order = [known[key] for key in sorted(known, key=lambda key: (len(key[0]), key))]
+    states: dict[Key, States] = {}
+    more: tuple[Any, ...] | None = None
+    for i in range(0, len(order), GROUP):
+        group = order[i : i + GROUP]
+        batch = collate([p for p, _ in group], [r for _, r in group], None, int(tokenizer.pad_token_id))
+        batch = batch.to(model.device)
+        with torch.no_grad(), autocast(model), model.disable_adapter(), watched(blocks[frozen - 1], blocks[-1]) as seen:
+            prefix = run_prefix(model, batch)
+            model.get_decoder()(**inputs_behind(batch, prefix))
+        shared = prefix.length if prefix else 0
+        own = (mask_behind(batch, prefix) if prefix else batch.attention_mask)[:, shared:].bool()
+        below, last = ([tensor_of(output) for output in outputs] for outputs in seen)
+        more = seen[-1][-1][1:] if isinstance(seen[-1][-1], tuple) else None
+        start = below[0][0] if prefix else below[0][0, :0]
+        for j, row in enumerate(group):
+            first, count = batch.width - 1 - shared, len(row[1])
+            kept = (start, below[-1][j, own[j]]) if frozen else (start[:0], start[:0])
+            states[key_of(row)] = States(*kept, last[-1][j, first : first + count].clone())
+        done = min(i + GROUP, len(order))
+        listen(
+            {"event": "measure", "when": "prepare", "what": "states of the original", "done": done, "total": len(order)}
+        )
+    return Original(states, blocks, frozen, more)
+
+
+def fits(model: Any, rows: Sequence[Row]) -> bool:
+    """Whether the states of all tokens take no more than MOST of the weights' memory."""
+    width, tokens = model.get_input_embeddings().weight.shape[1], sum(len(p.ids) + len(r) for p, r in rows)
+    states = tokens * width * model.get_input_embeddings().weight.element_size()
+    return bool(states <= MOST * sum(p.numel() * p.element_size() for p in model.parameters()))
+
+
+def key_of(row: Row) -> Key:
+    """By what a row is known."""
+    return (*row[0].ids, *row[1]), len(row[1])
+
+
+def keys_of(batch: Batch) -> list[Key]:
+    """By what the rows of a batch are known."""
+    rows = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), (batch.targets != -100).tolist(), strict=True)
+    return [(tuple(i for i, real in zip(ids, mask, strict=True) if real), sum(targets)) for ids, mask, targets in rows]
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The states in what a block returned."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+@contextlib.contextmanager
+def watched(*blocks: nn.Module) -> Iterator[list[list[Any]]]:
+    """Within the context, what each of the blocks returns, pass by pass."""
+    seen: list[list[Any]] = [[] for _ in blocks]
+    handles = [
+        block.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        for block, kept in zip(blocks, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
