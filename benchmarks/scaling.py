@@ -56,11 +56,11 @@ class Case:
     depth: float = 5 / 6
 
     def sizes(self) -> tuple[int, int, int, int]:
-        """Parameters of the blocks up to l and behind it, of the output head, and l."""
+        """Parameters of the blocks under the adapter up to l, of those behind it, of the output head, and l."""
         width, inner, blocks = SHAPES[self.shape]
         layer = round(self.depth * blocks)
         block = 4 * width * width + 3 * width * inner
-        return layer * block, (blocks - layer) * block, VOCABULARY * width, layer
+        return (layer - min(blocks // 2, layer)) * block, (blocks - layer) * block, VOCABULARY * width, layer
 
 
 def operations(case: Case, below: int, behind: int, head: int, config: Config) -> dict[str, float]:
@@ -73,7 +73,7 @@ def operations(case: Case, below: int, behind: int, head: int, config: Config) -
     bad, good = config.harden.batch, config.harden.anchor_batch
     alone, under = bad + good, 2 * (bad + good)
     tokens = case.prompt + case.reply
-    outer = alone * tokens * (4 * below + 2 * (below + behind)) + under * tokens * 4 * behind
+    outer = 4 * tokens * (alone * below + under * behind)  # what the original gives was run before
     outer += (2 * alone + 4 * under) * case.reply * head
     return {"inner": float(inner), "outer": float(outer)}
 
@@ -146,12 +146,14 @@ def fit(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
 def seven_billion(config: Config) -> dict[str, float]:
     """Seconds of a default round of a 7B Llama on one H100, without replies: 32 blocks of width 4096."""
     block, layer = 4 * 4096**2 + 3 * 4096 * 11008, 5 * 32 // 6
-    counted = operations(Case(), layer * block, (32 - layer) * block, 32000 * 4096, config)
+    counted = operations(Case(), (layer - 16) * block, (32 - layer) * block, 32000 * 4096, config)
+    original = 2 * (config.requests + config.anchors) * (Case().prompt + Case().reply) * 32 * block
     entrap, short = config.entrap, Case(reply=config.entrap.response_tokens)
-    once = entrap.batches * 2 * 2 * entrap.batch * (short.prompt + short.reply) * layer * block
-    inner = operations(short, layer * block, (32 - layer) * block, 32000 * 4096, config)["inner"]
+    once = entrap.batches * 2 * entrap.batch * (short.prompt + 2 * short.reply) * layer * block
+    inner = operations(short, 0, (32 - layer) * block, 32000 * 4096, config)["inner"]
     total = once + entrap.steps * inner + config.harden.steps * counted["outer"]
-    return {"operations": total, "seconds_a_round": total / H100, "seconds": config.rounds * total / H100}
+    seconds = (original + config.rounds * total) / H100
+    return {"operations": total, "seconds_a_round": total / H100, "seconds": seconds}
 
 
 def main() -> None:
