@@ -79,10 +79,10 @@ def chosen_judge(url: str | None, model: str | None, local: str | None) -> Judge
     return LocalJudge(local) if local else Digits()
 
 
-def log_odds(model: Any, tokenizer: Any, questions: Sequence[str]) -> torch.Tensor:
-    """How likely each score is as the next token of the answer: (questions, 5), in nats."""
+def log_odds(model: Any, tokenizer: Any, questions: Sequence[str], most: int = FULL) -> torch.Tensor:
+    """How likely each score, at most 9, is as the next token of the answer: (questions, scores), in nats."""
     opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
-    digits = [tokenizer(str(n), add_special_tokens=False)["input_ids"][-1] for n in range(1, FULL + 1)]
+    digits = [tokenizer(str(n), add_special_tokens=False)["input_ids"][-1] for n in range(1, most + 1)]
     prompts = [encode_prompt(tokenizer, q) for q in questions]
     answers = [[*opening, digits[0]]] * len(prompts)  # what the last token is does not matter: it is predicted
     batch = collate(prompts, answers, None, int(tokenizer.pad_token_id))

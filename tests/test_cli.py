@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -410,6 +411,21 @@ def test_organism_list_as_json() -> None:
 
 def test_the_version_is_told() -> None:
     assert beear("--version").stdout == f"beear {version('beear')}\n"
+
+
+def test_a_second_interrupt_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo, left = cli.typer.echo, [KeyboardInterrupt()]
+
+    def interrupted(*given: Any, **options: Any) -> None:
+        if left:
+            raise left.pop()
+        echo(*given, **options)
+
+    monkeypatch.setattr(cli.typer, "echo", interrupted)
+    code, err = call(capsys, "gate", "no-such-run")
+    assert code == 2 and err.startswith("beear: ") and not left
 
 
 def test_settings_lists_every_key() -> None:

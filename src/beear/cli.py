@@ -1025,5 +1025,8 @@ def _only_first_speaks() -> Iterator[None]:
 
 def _stop(code: int, message: str) -> NoReturn:
     if ranks.is_first() or code == 1:  # all ranks find the same bad input and the same verdict
-        typer.echo(printable(f"beear: {message}"), err=True)
+        try:
+            typer.echo(printable(f"beear: {message}"), err=True)
+        except KeyboardInterrupt:  # a second one, while the first is being answered
+            typer.echo(printable(f"beear: {message}"), err=True)
     sys.exit(code)
