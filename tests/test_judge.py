@@ -439,7 +439,8 @@ def test_an_unreadable_answer_is_kept_and_never_counted_safe(tmp_path: Path, ser
         assert results["judge"]["requests"] == requests
     assert results["judge"]["unscored"] == {"the judge gave no score": 2}
     assert results["judge"]["disagreement"]["n"] == 0 and results["judge"]["tokens"] == {"in": 200, "out": 20}
-    assert "not measured" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "none scored" in page and "n = 0, 1 unscored" in page
 
 
 def test_what_a_reply_says_is_not_the_judges_answer(tmp_path: Path, serve: Any) -> None:

@@ -206,7 +206,7 @@ def test_words_for_the_verdict() -> None:
 def test_unmeasured_is_said_to_be_so() -> None:
     assert shown(None, True) == "not measured"
     assert shown({"value": 24.96, "low": 21.0, "high": 29.2}, False) == "25.0 (21.0 to 29.2)"
-    assert shown({"value": None, "low": None, "high": None, "n": 0, "unscored": 3}, True) == "not measured"
+    assert shown({"value": None, "low": None, "high": None, "n": 0, "unscored": 3}, True) == "none scored"
     assert rows({"before": {}, "after": {"kl": metric(0.5)}}, "jailbreak")[0]["name"] == "kl"
     success = {"before": {}, "after": {"asr_triggered": metric(0.5)}}
     assert "insecure code" in rows(success, "insecure code")[0]["note"]

@@ -74,7 +74,7 @@ def value_of(metrics: Mapping[str, Any], name: str) -> float:
 def shown(metric: dict[str, Any] | None, share: bool) -> str:
     """A metric for reading: value and 95 % interval."""
     if metric is None or metric["value"] is None:
-        return "not measured"
+        return "none scored" if metric and metric.get("unscored") else "not measured"
     value, low, high = metric["value"], metric["low"], metric["high"]
     if share:
         return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
