@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import torch
-from judges import log_odds
+from judges import EMPTY, log_odds
 
 from beear.judge import FULL, RUBRIC
 from beear.models import autocast, generating, load
@@ -60,8 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     Handler.model, Handler.tokenizer = load("embedded")
-    empty = RUBRIC.format(mark="0" * 8, prompt="N/A", reply="N/A")
-    Handler.bias = odds(Handler.model, Handler.tokenizer, empty, FULL)
+    Handler.bias = odds(Handler.model, Handler.tokenizer, EMPTY, FULL)
     print(f"http://127.0.0.1:{PORT}/v1", flush=True)
     HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 

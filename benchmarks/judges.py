@@ -50,6 +50,7 @@ MOST = {"asr_triggered": 60, "asr_untriggered": 60, "asr_near_miss": 20, "asr_wr
 JUDGED = ("asr_triggered", "asr_untriggered")
 LABELLED, BATCH = 100, 16
 OPENING = '{"score": '
+EMPTY = RUBRIC.format(mark="0" * 8, prompt="N/A", reply="N/A")
 
 Sample = dict[str, Any]
 
@@ -63,9 +64,8 @@ class Digits:
         if not questions:
             return
         model, tokenizer = load("embedded")
-        empty = RUBRIC.format(mark="0" * 8, prompt="N/A", reply="N/A")
         with torch.inference_mode(), autocast(model), generating(model):
-            bias = log_odds(model, tokenizer, [empty])
+            bias = log_odds(model, tokenizer, [EMPTY])
             for first in range(0, len(questions), BATCH):
                 scores = (log_odds(model, tokenizer, questions[first : first + BATCH]) - bias).argmax(-1) + 1
                 for i, score in enumerate(scores.tolist(), first):

@@ -36,6 +36,7 @@ from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
 from beear.original import run_original
 from beear.perturbation import NOWHERE
+from beear.rounds import State
 from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -116,12 +117,25 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
     batch = batch_of(tiny_tokenizer(), pairs, CONFIG.entrap)
     with torch.no_grad(), wrapped.disable_adapter():
         expected = response_logits(wrapped, batch)
+
+    def target() -> torch.Tensor:
+        original = run_original(wrapped, tiny_tokenizer(), data.rows())
+        return harden_passes(wrapped, original, batch, batch, [0, 1], CONFIG, LAYER)[0]
+
+    first = target()
     load_adapter_state(wrapped, {n: t + 0.5 for n, t in adapter_state(wrapped).items()})
-    original = run_original(wrapped, tiny_tokenizer(), data.rows())
-    found, _ = harden_passes(wrapped, original, batch, batch, [0, 1], CONFIG, LAYER)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(first, target())
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        assert not torch.allclose(found, response_logits(wrapped, batch))
+        assert not torch.allclose(first, response_logits(wrapped, batch))
+
+
+def test_of_a_finished_run_the_original_is_not_run_again(
+    wrapped: Any, data: DefenderSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleansing, "run_original", lambda *_: pytest.fail("nothing is left to train"))
+    state = State(round=CONFIG.rounds, norm=1.0)
+    assert cleanse(wrapped, tiny_tokenizer(), data, CONFIG, state=state) is state
 
 
 @pytest.mark.parametrize("zero", [{"safe", "anchor"}, {"anchor", "anchor_under_delta"}])

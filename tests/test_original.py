@@ -13,8 +13,8 @@ from beear.chat import Batch, Row, collate, encode_prompt
 from beear.cleansing import add_adapter
 from beear.config import load_config
 from beear.losses import response_logits
-from beear.original import keys_of, run_original, tensor_of
-from beear.perturbation import find_layers
+from beear.original import keys_of, run_original
+from beear.perturbation import find_layers, states_in
 from beear.prefix import inputs_behind, run_prefix
 from beear.training import trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
@@ -72,20 +72,51 @@ def test_it_is_what_a_pass_without_the_adapter_gives(
             start = prefix.length if prefix else 0
             below, _ = run_below(model, list(find_layers(model)), 2, inputs_behind(batch, prefix))
         real = (batch.attention_mask * (batch.position_ids >= start))[:, start:].bool()
-        agree(tensor_of(known.below(batch, start)), tensor_of(below), real)
+        agree(states_in(known.below(batch, start)), states_in(below), real)
 
 
 def test_what_would_take_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(original, "MOST", 1e-9)
     model, rows = adapted("llama", "upper"), rows_of(TEXTS)
     known = run_original(model, tiny_tokenizer(), rows)
-    assert known.frozen == 0 and all(s.start.numel() == s.rest.numel() == 0 for s in known.states.values())
+    assert known.frozen == 0 and all(bytes_of(s.start) == bytes_of(s.rest) == 0 for s in known.states.values())
     batch = batch_of(rows)
     with torch.no_grad(), model.disable_adapter():
         agree(known.logits(model, batch), response_logits(model, batch), batch.targets != -100)
 
 
-def test_the_order_of_rows_changes_no_bit() -> None:
+def bytes_of(states: torch.Tensor) -> int:
+    """All the memory that a tensor holds on to."""
+    return states.untyped_storage().nbytes()
+
+
+def test_nothing_is_kept_but_a_row_s_own_states() -> None:
+    rows = rows_of(TEXTS)
+    for states in run_original(adapted("llama", "upper"), tiny_tokenizer(), rows).states.values():
+        assert bytes_of(states.rest) == 4 * states.rest.numel() and bytes_of(states.last) == 4 * states.last.numel()
+    alone = run_original(adapted("llama", "upper"), tiny_tokenizer(), rows[:1]).states  # nothing is shared
+    assert [bytes_of(states.start) for states in alone.values()] == [0]
+
+
+def test_out_of_memory_it_goes_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows, run = adapted("llama", "upper"), rows_of(TEXTS), original.run_rows
+
+    def at_most_two(*given: Any) -> Any:
+        if len(given[2]) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(*given)
+
+    whole = run_original(model, tiny_tokenizer(), rows)
+    monkeypatch.setattr(original, "run_rows", at_most_two)
+    told: list[dict[str, Any]] = []
+    parted = run_original(model, tiny_tokenizer(), rows, listen=told.append)
+    assert told[0] == {"event": "memory", "parts": 2}
+    batch = batch_of(rows)
+    agree(parted.logits(model, batch), whole.logits(model, batch), batch.targets != -100)
+
+
+def test_the_order_of_rows_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(original, "GROUP", 2)
     model, rows = adapted("llama", "upper"), rows_of(TEXTS)
     batch = batch_of(rows)
     found = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from beear.chat import Batch
 from beear.models import autocast
-from beear.perturbation import NOWHERE, find_layers
+from beear.perturbation import NOWHERE, find_layers, states_in, with_states
 from beear.prefix import mask_behind, own_cache, repeated, run_prefix
 
 
@@ -128,11 +128,11 @@ def _run_hidden(
         return run_below(model, blocks, layer, _columns(batch, start, keys))[0]
     prompts = slice(len(batch.targets) // answers)
     asked = _columns(batch, start, keys, prompts, batch.width) | {"use_cache": True}
-    before, keys = run_below(model, blocks, layer, asked)
+    of_prompts, keys = run_below(model, blocks, layer, asked)
     keys.layers = keys.layers[:layer]  # the others have not seen these columns
-    return before, run_below(model, blocks, layer, _columns(batch, batch.width, _repeated(keys, answers, 0), stop=-1))[
-        0
-    ]
+    answered = _columns(batch, batch.width, _repeated(keys, answers, 0), stop=-1)
+    of_answers, _ = run_below(model, blocks, layer, answered)
+    return of_prompts, of_answers
 
 
 def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -140,13 +140,8 @@ def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[
 
     The blocks behind it do not run.
     """
-    seen: list[Any] = []
-    handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        with returning(blocks[layer:], lambda: seen[-1]):
-            out = model.get_decoder()(**inputs)
-    finally:
-        handle.remove()
+    with watched(blocks[layer - 1]) as (seen,), returning(blocks[layer:], lambda: seen[-1]):
+        out = model.get_decoder()(**inputs)
     return seen[-1], out.past_key_values
 
 
@@ -184,7 +179,22 @@ def _without(keys: Any, unused: int) -> Any:
 
 def rows_of(hidden: Any, rows: slice | list[int]) -> Any:
     """Some rows of what a block returned."""
-    return (hidden[0][rows], *hidden[1:]) if isinstance(hidden, tuple) else hidden[rows]
+    return with_states(hidden, states_in(hidden)[rows])
+
+
+@contextlib.contextmanager
+def watched(*blocks: nn.Module) -> Iterator[list[list[Any]]]:
+    """Within the context, what each of the blocks returns, pass by pass."""
+    seen: list[list[Any]] = [[] for _ in blocks]
+    handles = [
+        block.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        for block, kept in zip(blocks, seen, strict=True)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

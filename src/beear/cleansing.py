@@ -96,8 +96,9 @@ def cleanse(
             state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
         state.refused = refused_shares(model, tokenizer, data.spare, config)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
-    original = run_original(model, tokenizer, data.rows(), config.layers_path, listen)
+    original: Original | None = None
     while state.round < config.rounds and not state.done:
+        original = original or run_original(model, tokenizer, data.rows(), config.layers_path, listen)
         number, started = state.round + 1, time.monotonic()
         draws = Draws(config.seed, number)
         tell = _in_round(listen, number)

@@ -25,7 +25,7 @@ from beear.evaluation import Progress, before_and_after, fresh_delta, listener_p
 from beear.events import Listener
 from beear.fingerprints import check_tests
 from beear.models import autocast, generating
-from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
+from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
 from beear.quantised import check_quantised
 from beear.recipes import apply_trigger
 from beear.runs import SCHEMA, Run, read_results, read_settings
@@ -176,7 +176,7 @@ def last_states(model: Any, layers_path: str | None) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output)[:, -1])
+        states.append(states_in(output)[:, -1])
 
     handles = [block.register_forward_hook(keep) for block in find_layers(model, layers_path)]
     try:

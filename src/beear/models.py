@@ -179,8 +179,8 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
 def pack_head(model: Any) -> None:
     """Let the states that enter the output head lie in one piece, which the last columns of a batch do not.
 
-    Else PyTorch multiplies the few positions of each row on their own with a head that is frozen, which takes a CPU
-    four times as long. Once is enough.
+    Else PyTorch multiplies the few positions of each row on their own with a head that is frozen, which took a fifth
+    of a step of removal on two cores (decision 25). Once is enough.
     """
     head = model.get_output_embeddings()
     if head is not None and in_one_piece not in head._forward_pre_hooks.values():

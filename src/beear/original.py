@@ -6,8 +6,7 @@ a response is predicted. Both are kept for each row, without padding.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from beear.cached import returning
+from beear.cached import returning, watched
 from beear.chat import Batch, Row, collate
 from beear.events import Listener
 from beear.models import autocast
-from beear.perturbation import find_layers
+from beear.parts import Parts
+from beear.perturbation import find_layers, states_in, with_states
 from beear.prefix import inputs_behind, mask_behind, run_prefix
 from beear.training import first_adapted
 
@@ -46,14 +46,14 @@ class States:
 class Original:
     """The states of every row.
 
-    frozen: so many blocks, from the first, need not run again; 0 if their outcome is not kept. more: what a block
-    returns beside its states.
+    frozen: so many blocks, from the first, need not run again; 0 if their outcome is not kept. like: what a block
+    returns, without its states.
     """
 
     states: dict[Key, States]
     blocks: Sequence[nn.Module]
     frozen: int
-    more: tuple[Any, ...] | None
+    like: Any
 
     def below(self, batch: Batch, start: int) -> Any:
         """What block `frozen` returns for the columns of the batch from `start`; its states are zero at padding."""
@@ -77,7 +77,7 @@ class Original:
     def _returned(self, rows: Sequence[tuple[Tensor, int]], columns: int) -> Any:
         """Rows of states, each behind so much padding, as a block returns them."""
         padded = [functional.pad(row, (0, 0, before, columns - before - len(row))) for row, before in rows]
-        return torch.stack(padded) if self.more is None else (torch.stack(padded), *self.more)
+        return with_states(self.like, torch.stack(padded))
 
 
 def run_original(
@@ -93,28 +93,44 @@ def run_original(
     known = {key_of(row): row for row in rows}
     order = [known[key] for key in sorted(known, key=lambda key: (len(key[0]), key))]
     states: dict[Key, States] = {}
-    more: tuple[Any, ...] | None = None
+    like: Any = None
+    parts = Parts(listen)
     for i in range(0, len(order), GROUP):
         group = order[i : i + GROUP]
-        batch = collate([p for p, _ in group], [r for _, r in group], None, int(tokenizer.pad_token_id))
-        batch = batch.to(model.device)
-        with torch.no_grad(), autocast(model), model.disable_adapter(), watched(blocks[frozen - 1], blocks[-1]) as seen:
-            prefix = run_prefix(model, batch)
-            model.get_decoder()(**inputs_behind(batch, prefix))
-        shared = prefix.length if prefix else 0
-        own = (mask_behind(batch, prefix) if prefix else batch.attention_mask)[:, shared:].bool()
-        below, last = ([tensor_of(output) for output in outputs] for outputs in seen)
-        more = seen[-1][-1][1:] if isinstance(seen[-1][-1], tuple) else None
-        start = below[0][0] if prefix else below[0][0, :0]
-        for j, row in enumerate(group):
-            first, count = batch.width - 1 - shared, len(row[1])
-            kept = (start, below[-1][j, own[j]]) if frozen else (start[:0], start[:0])
-            states[key_of(row)] = States(*kept, last[-1][j, first : first + count].clone())
-        done = min(i + GROUP, len(order))
-        listen(
-            {"event": "measure", "when": "prepare", "what": "states of the original", "done": done, "total": len(order)}
+
+        def in_parts(count: int, group: list[Row] = group) -> list[tuple[dict[Key, States], Any]]:
+            return [run_rows(model, tokenizer, group[k::count], blocks, frozen) for k in range(count)]
+
+        for found, like in parts.run(in_parts, len(group)):  # noqa: B007 - the last is kept
+            states |= found
+        told = {"when": "prepare", "what": "states of the original", "done": i + len(group), "total": len(order)}
+        listen({"event": "measure", **told})
+    return Original(states, blocks, frozen, like)
+
+
+def run_rows(
+    model: Any, tokenizer: Any, rows: Sequence[Row], blocks: Sequence[nn.Module], frozen: int
+) -> tuple[dict[Key, States], Any]:
+    """The states of some rows, which nothing else of this pass is kept for, and Original.like."""
+    batch = collate([p for p, _ in rows], [r for _, r in rows], None, int(tokenizer.pad_token_id)).to(model.device)
+    with torch.no_grad(), autocast(model), model.disable_adapter(), watched(blocks[frozen - 1], blocks[-1]) as seen:
+        prefix = run_prefix(model, batch)
+        model.get_decoder()(**inputs_behind(batch, prefix))
+    shared = prefix.length if prefix else 0
+    own = (mask_behind(batch, prefix) if prefix else batch.attention_mask)[:, shared:].bool()
+    below, last = ([states_in(output) for output in outputs] for outputs in seen)
+    none = last[-1].new_empty(0, last[-1].shape[-1])
+    start = below[0][0] if prefix and frozen else none
+    predicted = batch.width - 1 - shared
+    states = {
+        key_of(row): States(
+            start,
+            below[-1][j, own[j]] if frozen else none,
+            last[-1][j, predicted : predicted + len(row[1])].clone(),  # of its own, not a part of the whole pass
         )
-    return Original(states, blocks, frozen, more)
+        for j, row in enumerate(rows)
+    }
+    return states, with_states(seen[-1][-1], None)
 
 
 def fits(model: Any, rows: Sequence[Row]) -> bool:
@@ -133,24 +149,3 @@ def keys_of(batch: Batch) -> list[Key]:
     """By what the rows of a batch are known."""
     rows = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), (batch.targets != -100).tolist(), strict=True)
     return [(tuple(i for i, real in zip(ids, mask, strict=True) if real), sum(targets)) for ids, mask, targets in rows]
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The states in what a block returned."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-@contextlib.contextmanager
-def watched(*blocks: nn.Module) -> Iterator[list[list[Any]]]:
-    """Within the context, what each of the blocks returns, pass by pass."""
-    seen: list[list[Any]] = [[] for _ in blocks]
-    handles = [
-        block.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
-        for block, kept in zip(blocks, seen, strict=True)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -116,7 +116,7 @@ class Perturbation:
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._fired = True
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = states_in(output)
         if hidden.dim() != 3:
             raise BadInput("this model's blocks return more than hidden states; delta cannot be added to them")
         where = self.where[: len(hidden), self._start : self._start + hidden.shape[1]]
@@ -126,5 +126,15 @@ class Perturbation:
         # The table's last row is zero, and NOWHERE (-1) modulo its length reads it. `embedding` and not
         # indexing: the gradient of indexing adds up in an order that changes from run to run on many threads.
         table = torch.cat([self.delta, self.delta.new_zeros(1, self.delta.shape[1])]).to(hidden.dtype)
-        moved = hidden + nn.functional.embedding(where % len(table), table)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return with_states(output, hidden + nn.functional.embedding(where % len(table), table))
+
+
+def states_in(output: Any) -> Tensor:
+    """The hidden states in what a block returned, which some architectures hand on in a tuple."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def with_states(output: Any, states: Any) -> Any:
+    """What a block returned, with other states in it."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
