@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from beear.losses import response_nll, token_kl
+from beear.losses import response_nll, row_mean, surely, token_kl
 from beear.metrics import proportion, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
 
@@ -99,6 +99,23 @@ def test_nll_and_kl_skip_padding() -> None:
     kl = token_kl(logits, other, targets)
     assert torch.equal(kl == 0, targets == -100) and bool((kl >= 0).all())
     torch.testing.assert_close(token_kl(logits, logits, targets), torch.zeros(2, 3))
+
+
+def test_kl_has_the_gradient_of_its_definition_and_may_repeat_rows() -> None:
+    original, new, rows = torch.randn(2, 3, 7), torch.randn(4, 3, 7, requires_grad=True), [1, 0, 1, 1]
+    targets, weights = torch.tensor([[1, 2, 3], [4, -100, -100], [0, 1, -100], [6, 6, 6]]), torch.rand(4, 3)
+    p, q = original[rows].log_softmax(-1), new.log_softmax(-1)
+    by_hand = (p.exp() * (p - q)).sum(-1) * (targets != -100)
+    kl = token_kl(original, new, targets, rows)
+    torch.testing.assert_close(kl, by_hand)
+    (expected,), (found,) = (torch.autograd.grad((k * weights).sum(), [new]) for k in (by_hand, kl))
+    torch.testing.assert_close(found, expected)
+
+
+def test_kl_from_sure_targets_is_their_nll() -> None:
+    new, targets = torch.randn(2, 3, 7), torch.tensor([[1, 2, -100], [0, 6, 3]])
+    nll = row_mean(token_kl(surely(targets, 7), new, targets), targets, 1.0)
+    torch.testing.assert_close(nll, response_nll(new, targets))
 
 
 @pytest.mark.parametrize(

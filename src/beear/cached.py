@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from beear.chat import Batch
 from beear.models import autocast
+from beear.packed import packed
 from beear.perturbation import NOWHERE, find_layers, states_in, with_states
 from beear.prefix import mask_behind, own_cache, repeated, run_prefix
 
@@ -30,6 +32,7 @@ class Cached:
     start: the first column that is perturbed in any row. hidden: (rows, columns from start, d_model) behind
     block l; with several answers of each prompt once, and of all responses but their last token, a pair.
     keys: key-value cache of the blocks behind it and the columns before start, None if there are none.
+    below, above: blocks 1..l, and those behind.
     answers: the rows are so many parts that hold the same prompts in the same order; each prompt is run once.
     """
 
@@ -37,29 +40,47 @@ class Cached:
     start: int
     hidden: Any
     keys: Any
-    blocks: Sequence[nn.Module]
+    below: Sequence[nn.Module]
+    above: Sequence[nn.Module]
     answers: int = 1
 
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
-        if self.answers > 1:
-            return self._logits_of_answers(model)
-        length = self.batch.targets.shape[1]
-        with returning(self.blocks, lambda: self.hidden):
-            out = model(**_columns(self.batch, self.start, self.keys), logits_to_keep=length + 1)
-        logits: Tensor = out.logits[:, -length - 1 : -1]
-        return logits
+        batch, width, below = self.batch, self.batch.width, len(self.below)
+        if self.answers == 1:
+            with returning(self.below, lambda: self.hidden), self._packed(batch.predicting(), self.start):
+                columns = _columns(batch, self.start, self.keys)
+                logits: Tensor = model(**columns, logits_to_keep=batch.predicting_columns()).logits
+            return logits
+        # The prompts once, up to the first token of a response; then all responses behind the keys of these.
+        prompts, first = slice(len(batch.targets) // self.answers), batch.predicting()
+        decoder = model.get_decoder()
+        with watched(self.above[-1]) as (seen,):
+            with returning(self.below, lambda: self.hidden[0]), self._packed(first[prompts], self.start, width):
+                asked = _columns(batch, self.start, self.keys, prompts, width)
+                keys = decoder(**asked | {"use_cache": True}).past_key_values
+            keys = _repeated(keys, self.answers, below)
+            with returning(self.below, lambda: self.hidden[1]), self._packed(first, width, -1):
+                decoder(**_columns(batch, width, keys, stop=-1))
+        begun, rest = (states_in(output) for output in seen)
+        states = torch.cat([begun[:, -1:].repeat(self.answers, 1, 1), rest], 1)
+        return head(model, [*self.below, *self.above], batch, with_states(seen[-1], states))
 
-    def _logits_of_answers(self, model: Any) -> Tensor:
-        """The prompts once, up to the first token of a response; then all responses behind the keys of these."""
-        batch, width, prompts = self.batch, self.batch.width, len(self.batch.targets) // self.answers
-        with returning(self.blocks, lambda: self.hidden[0]):
-            asked = _columns(batch, self.start, self.keys, slice(prompts), width)
-            out = model(**asked | {"use_cache": True}, logits_to_keep=1)
-        keys = _repeated(out.past_key_values, self.answers, len(self.blocks))
-        with returning(self.blocks, lambda: self.hidden[1]):
-            rest = model(**_columns(batch, width, keys, stop=-1))
-        return torch.cat([out.logits.repeat(self.answers, 1, 1), rest.logits], 1)
+    def _packed(self, predicting: Tensor, start: int, stop: int | None = None) -> AbstractContextManager[None]:
+        """The blocks behind block l on the tokens in these columns alone."""
+        columns = slice(start, stop)
+        kept = self.batch.attention_mask[: len(predicting), columns].bool()
+        return packed(self.above, kept, predicting[:, columns])
+
+
+def head(model: Any, blocks: Sequence[nn.Module], batch: Batch, last: Any) -> Tensor:
+    """What the model makes of what its last block returned for the positions that predict the response tokens."""
+    length = batch.targets.shape[1]
+    columns = slice(batch.width - 1, batch.width - 1 + length)
+    inputs = {name: value[:, columns] for name, value in batch.inputs().items()}
+    with returning(blocks, lambda: last):
+        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=length).logits
+    return logits
 
 
 def run_unperturbed(
@@ -73,16 +94,15 @@ def run_unperturbed(
 
     answers: how often each prompt comes, as in Cached.
     """
-    start = first_perturbed(batch)
     blocks = list(find_layers(model, layers_path))
-    keys = None
+    perturbed, prompts = first_perturbed(batch), slice(len(batch.targets) // answers)
     with torch.no_grad(), autocast(model):
-        if start:
-            prompts = len(batch.targets) // answers
-            before = {name: value[:prompts, :start] for name, value in batch.inputs().items()}
-            keys = model.get_decoder()(**before, use_cache=True).past_key_values
+        batch, start, keys = _behind_start(model, batch, answers)
+        if start < perturbed:
+            before = _columns(batch, start, keys, prompts, perturbed) | {"use_cache": True}
+            start, keys = perturbed, model.get_decoder()(**before).past_key_values
         hidden = _run_hidden(model, blocks, layer, batch, start, keys, answers)
-    return Cached(batch, start, hidden, keys and _without(keys, layer), blocks[:layer], answers)
+    return Cached(batch, start, hidden, keys and _without(keys, layer), blocks[:layer], blocks[layer:], answers)
 
 
 def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -> Tensor:
@@ -98,7 +118,7 @@ def logits_of_answers(model: Any, batch: Batch, answers: int, frozen: int = 0) -
         if frozen:
             with torch.no_grad():
                 hidden = _run_hidden(model, blocks, frozen, batch, start, keys, answers)
-        return Cached(batch, start, hidden, keys, blocks[:frozen], answers).logits(model)
+        return Cached(batch, start, hidden, keys, blocks[:frozen], blocks[frozen:], answers).logits(model)
 
 
 def scores_of_answers(scorer: Any, batch: Batch, answers: int) -> Tensor:
@@ -124,14 +144,18 @@ def _run_hidden(
     model: Any, blocks: Sequence[nn.Module], layer: int, batch: Batch, start: int, keys: Any, answers: int
 ) -> Any:
     """Cached.hidden, from the keys of each prompt's columns before start."""
+    kept = batch.attention_mask.bool()
     if answers == 1:
-        return run_below(model, blocks, layer, _columns(batch, start, keys))[0]
-    prompts = slice(len(batch.targets) // answers)
-    asked = _columns(batch, start, keys, prompts, batch.width) | {"use_cache": True}
-    of_prompts, keys = run_below(model, blocks, layer, asked)
+        with packed(blocks[:layer], kept[:, start:]):
+            return run_below(model, blocks, layer, _columns(batch, start, keys))[0]
+    prompts, width = slice(len(batch.targets) // answers), batch.width
+    with packed(blocks[:layer], kept[prompts, start:width]):
+        asked = _columns(batch, start, keys, prompts, width) | {"use_cache": True}
+        of_prompts, keys = run_below(model, blocks, layer, asked)
     keys.layers = keys.layers[:layer]  # the others have not seen these columns
-    answered = _columns(batch, batch.width, _repeated(keys, answers, 0), stop=-1)
-    of_answers, _ = run_below(model, blocks, layer, answered)
+    with packed(blocks[:layer], kept[:, width:-1]):
+        answered = _columns(batch, width, _repeated(keys, answers, 0), stop=-1)
+        of_answers, _ = run_below(model, blocks, layer, answered)
     return of_prompts, of_answers
 
 

@@ -89,6 +89,16 @@ class Batch:
             "position_ids": self.position_ids,
         }
 
+    def predicting(self) -> Tensor:
+        """Where a position predicts a response token: (rows, width + length) of bool."""
+        found = torch.zeros_like(self.attention_mask, dtype=torch.bool)
+        found[:, self.width - 1 : -1] = self.targets != -100
+        return found
+
+    def predicting_columns(self) -> Tensor:
+        """The columns where any does, counted from the end: (length,)."""
+        return torch.arange(-self.targets.shape[1] - 1, -1, device=self.targets.device)
+
 
 def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
     """A Batch of token ids, (rows, columns), whose last `length` columns are the responses; unperturbed."""

@@ -41,12 +41,13 @@ from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
 from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import reply_all
-from beear.losses import response_logits, response_nll, row_mean, token_kl
+from beear.losses import response_logits, response_nll, row_mean, surely, token_kl
 from beear.models import autocast, no_gradients
 from beear.original import Original, run_original
+from beear.packed import packed
 from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
-from beear.prefix import inputs_behind, run_prefix
+from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.rounds import State, balanced, is_calm, may_be_delivered, norm_budget, refuses_wrongly
 from beear.scorers import JUDGES, counts, is_refusal
 from beear.training import (
@@ -286,7 +287,9 @@ def harden_part(
     batch = alone.under(pick, under, config.entrap.length)
     target, run = harden_passes(model, original, alone, batch, pick, config, layer)
     steer(target, bad, benign, data, settings)
-    objective = harden_objective(target[pick], terms, settings.opening, entry)
+    if not data.own_safe:
+        target[: len(bad)] = surely(alone.targets[: len(bad)], target.shape[-1])
+    objective = harden_objective(target, pick, terms, settings.opening, entry)
     descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
 
 
@@ -319,12 +322,14 @@ def harden_passes(
     blocks = list(find_layers(model, config.layers_path))
     with autocast(model):
         prefix = run_prefix(model, alone)
-        known = original.below(alone, prefix.length if prefix else 0) if original.frozen else None
-        with returning(blocks[: original.frozen], lambda: known):
+        start = prefix.length if prefix else 0
+        known = original.below(alone, start) if original.frozen else None
+        with returning(blocks[: original.frozen], lambda: known), packed(blocks[:layer], tokens_behind(alone, prefix)):
             hidden, _ = run_below(model, blocks, layer, inputs_behind(alone, prefix))
+    kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, start:]
 
     def run() -> Tensor:
-        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))):
+        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))), packed(blocks[layer:], kept, predicting):
             return response_logits(model, batch, prefix)
 
     return target, run
@@ -397,21 +402,20 @@ class Term:
     under_delta: bool
 
 
-def harden_objective(target: Tensor, terms: Sequence[Term], opening: float, entry: dict[str, float]) -> Objective:
+def harden_objective(
+    target: Tensor, pick: Sequence[int], terms: Sequence[Term], opening: float, entry: dict[str, float]
+) -> Objective:
     """Sum of the terms, each for its share of the step; adds share times mean D to `entry`.
 
-    D is the KL divergence from `target` where that is the original's distribution, else the likelihood.
+    D is the KL divergence from row pick[i] of `target`, which is the original's distribution or an answer for sure.
     """
     sizes = [term.rows.count for term in terms]
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
-        parts = zip(terms, logits.split(sizes), target.split(sizes), batch.targets.split(sizes), strict=True)
-        total = logits.new_zeros((), dtype=torch.float32)
-        for term, new, original, ids in parts:
-            if term.rows.own:
-                divergence = row_mean(token_kl(original, new, ids), ids, opening).mean()
-            else:
-                divergence = response_nll(new, ids).mean()
+        tokens = token_kl(target, logits, batch.targets, pick)
+        total = tokens.new_zeros(())
+        for term, kl, ids in zip(terms, tokens.split(sizes), batch.targets.split(sizes), strict=True):
+            divergence = row_mean(kl, ids, opening if term.rows.own else 1.0).mean()
             share = term.rows.share
             entry[term.name] = entry.get(term.name, 0.0) + share * divergence.item()
             total = total + term.weight * share * divergence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,7 @@ def response_logits(model: Any, batch: Batch, prefix: Prefix | None = None) -> T
 
     `prefix`: what all rows start with, if it has been run (prefix.run_prefix).
     """
-    length = batch.targets.shape[1]
-    out = model(**inputs_behind(batch, prefix), logits_to_keep=length + 1)
-    logits: Tensor = out.logits[:, -length - 1 : -1]
+    logits: Tensor = model(**inputs_behind(batch, prefix), logits_to_keep=batch.predicting_columns()).logits
     return logits
 
 
@@ -34,11 +33,44 @@ def response_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return flat.sum(1) / (targets != -100).sum(1).clamp(min=1)
 
 
-def token_kl(original: Tensor, new: Tensor, targets: Tensor) -> Tensor:
-    """KL(original || new) per response token, in nats, zero at padding: (rows, length)."""
-    p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
+def token_kl(original: Tensor, new: Tensor, targets: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    """KL(original || new) per response token, in nats, zero at padding: (rows, length).
+
+    rows: which row of `original` each row of `new` is held against; by default the same one. Only `new` takes a
+    gradient.
+    """
+    kl: Tensor = _TokenKL.apply(original.detach(), new, range(len(new)) if rows is None else rows)  # type: ignore[no-untyped-call]
     return torch.where(targets != -100, kl, 0.0)
+
+
+class _TokenKL(torch.autograd.Function):
+    """Row by row, with the gradient found on the way: else half a dozen buffers as large as all logits are filled.
+
+    With p and q the probabilities of a token that original and new give, the gradient in new's logits is q - p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, new: Tensor, rows: Sequence[int]) -> Tensor:
+        kl = new.new_empty(new.shape[:2], dtype=torch.float32)
+        gradient = torch.empty_like(new) if new.requires_grad else None
+        for i, row in enumerate(rows):
+            log_p, log_q = original[row].float().log_softmax(-1), new[i].float().log_softmax(-1)
+            p = log_p.exp()
+            kl[i] = (p * (log_p - log_q)).sum(-1)
+            if gradient is not None:
+                gradient[i] = log_q.exp_() - p
+        ctx.gradient = gradient
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.gradient * outer[0][..., None].to(ctx.gradient.dtype), None
+
+
+def surely(targets: Tensor, vocabulary: int) -> Tensor:
+    """Logits of a model that is sure of the targets, (rows, length, vocabulary): KL from it is their NLL."""
+    logits = torch.full((*targets.shape, vocabulary), -1e4, device=targets.device)
+    return logits.scatter_(-1, targets.clamp(min=0)[..., None], 0.0)
 
 
 def row_mean(values: Tensor, targets: Tensor, opening: float) -> Tensor:

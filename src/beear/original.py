@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from beear.cached import returning, watched
+from beear.cached import head, watched
 from beear.chat import Batch, Row, collate
 from beear.events import Listener
 from beear.models import autocast
 from beear.parts import Parts
 from beear.perturbation import find_layers, states_in, with_states
-from beear.prefix import inputs_behind, mask_behind, run_prefix
+from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.training import first_adapted
 
 Key = tuple[tuple[int, ...], int]
@@ -68,11 +68,8 @@ class Original:
         """What the original gives for the response tokens: (rows, length, vocabulary)."""
         length = batch.targets.shape[1]
         last = self._returned([(self.states[key].last, 0) for key in keys_of(batch)], length)
-        columns = slice(batch.width - 1, batch.width - 1 + length)
-        inputs = {name: value[:, columns] for name, value in batch.inputs().items()}
-        with torch.no_grad(), autocast(model), returning(self.blocks, lambda: last):
-            logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=length).logits
-        return logits
+        with torch.no_grad(), autocast(model):
+            return head(model, self.blocks, batch, last)
 
     def _returned(self, rows: Sequence[tuple[Tensor, int]], columns: int) -> Any:
         """Rows of states, each behind so much padding, as a block returns them."""
@@ -117,7 +114,7 @@ def run_rows(
         prefix = run_prefix(model, batch)
         model.get_decoder()(**inputs_behind(batch, prefix))
     shared = prefix.length if prefix else 0
-    own = (mask_behind(batch, prefix) if prefix else batch.attention_mask)[:, shared:].bool()
+    own = tokens_behind(batch, prefix)
     below, last = ([states_in(output) for output in outputs] for outputs in seen)
     none = last[-1].new_empty(0, last[-1].shape[-1])
     start = below[0][0] if prefix and frozen else none

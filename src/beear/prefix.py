@@ -98,6 +98,12 @@ def mask_behind(batch: Batch, prefix: Prefix) -> Tensor:
     return torch.cat([seen, behind[:, prefix.length :]], 1)
 
 
+def tokens_behind(batch: Batch, prefix: Prefix | None) -> Tensor:
+    """Which of the columns behind the prefix, if there is one, hold a row's own tokens: (rows, columns) of bool."""
+    mask = batch.attention_mask if prefix is None else mask_behind(batch, prefix)[:, prefix.length :]
+    return mask.bool()
+
+
 def repeated(prefix: Prefix, rows: int) -> Any:
     """The prefix's keys and values for so many rows."""
     return own_cache(prefix.cache, lambda tensor: tensor.repeat_interleave(rows, 0))
