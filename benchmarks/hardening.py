@@ -2,15 +2,16 @@
 
     python benchmarks/hardening.py
 
-Each arm is a fresh process that does steps of removal by the default settings under a random delta, on the defender's
-requests, which all get the same two answers; they take turns twice. Writes benchmarks/results/hardening.json: median
-seconds of a step, without the first two, which also find memory; the ratio to the arm with everything; and seconds of
-running all rows through the original, which is done once for all rounds (about twelve minutes on 2 cores without bf16
-arithmetic).
+Each arm is a fresh process that does steps of removal by the default settings under a random delta, on a fifth of the
+defender's requests, which all get the same two answers; they take turns twice. Writes
+benchmarks/results/hardening.json: median seconds of a step, without the first two, which also find memory; the ratio to
+the arm with everything; and seconds a row of running the original, which is done once for all rounds (about a quarter
+of an hour on 2 cores without bf16 arithmetic).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,18 +33,18 @@ from beear.chat import Batch
 from beear.config import Config, load_config
 from beear.defender import defender_set
 from beear.draws import Draws
+from beear.events import Event
 from beear.job import adapted
-from beear.losses import response_logits
 from beear.models import autocast, casts
-from beear.original import run_original
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
-from beear.prefix import inputs_behind, run_prefix
+from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.sets import read_sets
 from beear.training import first_adapted
 
 RESULTS = Path(__file__).parent / "results" / "hardening.json"
 TURNS, STEPS, WARM = 2, 6, 2
-ARMS = ("everything", "head row by row", "original in every step", "neither")
+REQUESTS = {"requests": 48, "anchors": 80}
+ARMS = ("everything", "padding as well", "KL of all rows at once", "head row by row", "original in every step", "none")
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Here is a short answer to the question that you asked."
 
 
@@ -55,7 +57,7 @@ def run_each_time(
         prefix = run_prefix(model, alone)
         shared, _ = run_below(model, blocks, first, inputs_behind(alone, prefix))
         with returning(blocks[:first], lambda: shared):
-            target = response_logits(model, alone, prefix)
+            target = cleansing.response_logits(model, alone, prefix)
     with autocast(model):
         prefix = run_prefix(model, alone)
         with returning(blocks[:first], lambda: shared):
@@ -63,47 +65,64 @@ def run_each_time(
 
     def run() -> Tensor:
         with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))):
-            return response_logits(model, batch, prefix)
+            return cleansing.response_logits(model, batch, prefix)
 
     return target, run
 
 
+def logits_row_by_row(model: Any, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+    """losses.response_logits from a slice of the columns, one more than are needed."""
+    length = batch.targets.shape[1]
+    logits: Tensor = model(**inputs_behind(batch, prefix), logits_to_keep=length + 1).logits
+    return logits[:, :-1]
+
+
+def kl_at_once(original: Tensor, new: Tensor, targets: Tensor, rows: Sequence[int]) -> Tensor:
+    """losses.token_kl by its definition."""
+    p, q = original[rows].float().log_softmax(-1), new.float().log_softmax(-1)
+    return torch.where(targets != -100, (p.exp() * (p - q)).sum(-1), 0.0)
+
+
+def without(arm: str, model: Any) -> dict[str, Any]:
+    """What stands in cleansing.py where the arm's means is taken away; the head's own is taken away here."""
+    every: dict[str, dict[str, Any]] = {
+        "padding as well": {"packed": lambda *given: contextlib.nullcontext()},
+        "KL of all rows at once": {"token_kl": kl_at_once},
+        "head row by row": {"response_logits": logits_row_by_row},
+        "original in every step": {"harden_passes": run_each_time, "run_original": lambda *given: None},
+    }
+    if arm in ("head row by row", "none"):
+        model.get_output_embeddings()._forward_pre_hooks.clear()
+    return {k: v for name, means in every.items() if arm in (name, "none") for k, v in means.items()}
+
+
 def measure(arm: str) -> None:
-    """Print seconds of a step and of the original, and the losses of the first step."""
+    """Print seconds of a step and of a row of the original, and the losses of the first step."""
     keep_freed_memory()
-    config = load_config(sets=[f"harden.steps={STEPS}", "harden.stop_below=0"])
+    few = [f"{name}={count}" for name, count in REQUESTS.items()]
+    config = load_config(sets=[*few, f"harden.steps={STEPS}", "harden.stop_below=0"])
     source, sets = models.locate("embedded"), read_sets(config)
     tokenizer, model = models.load_tokenizer(source, False, config.chat), models.load_weights(source, "cpu")
     benign = [(r.text, ANSWER) for r in sets.anchors(config)]
     data = defender_set(tokenizer, [(r, REFUSAL) for r in sets.train(config)], benign, [], config)
     model = adapted(model, config)
-    if arm in ("head row by row", "neither"):
-        model.get_output_embeddings()._forward_pre_hooks.clear()
-    original, started = None, time.monotonic()
-    if arm in ("original in every step", "neither"):
-        cleansing.harden_passes, cleansing.run_original = run_each_time, lambda *given: None  # type: ignore[assignment]
-    else:
-        original = run_original(model, tokenizer, data.rows())
-    stamps = [time.monotonic()]
     delta = 20 * torch.nn.functional.normalize(
         torch.randn(1, 1, 576, generator=torch.Generator().manual_seed(0)), dim=2
     )
     layer = resolve_layer(config.layer, decoder_depth(model))
-    history = cleansing.harden(
-        model,
-        tokenizer,
-        data,
-        delta,
-        config,
-        layer,
-        1e-4,
-        Draws(0),
-        lambda e: stamps.append(time.monotonic()),
-        None,
-        original,
-    )
+    stamps: list[float] = []
+
+    def stamp(event: Event) -> None:
+        stamps.append(time.monotonic())
+
+    with patch.multiple(cleansing, **without(arm, model)):
+        started = time.monotonic()
+        original = cleansing.run_original(model, tokenizer, data.rows())
+        stamps.append(time.monotonic())
+        once = (stamps[0] - started) / len(data.rows())
+        history = cleansing.harden(model, tokenizer, data, delta, config, layer, 1e-4, Draws(0), stamp, None, original)
     steps = [b - a for a, b in itertools.pairwise(stamps)]
-    print(json.dumps([statistics.median(steps[WARM:]), stamps[0] - started, history[0], casts(model)]))
+    print(json.dumps([statistics.median(steps[WARM:]), once, history[0], casts(model)]))
 
 
 def main() -> None:
@@ -127,7 +146,7 @@ def main() -> None:
     }
     content: dict[str, Any] = {"schema": 1, "command": "python benchmarks/hardening.py", "bf16": found[ARMS[0]][0][3]}
     content |= {"threads": torch.get_num_threads(), "arms": arms}
-    content["original_seconds"] = round(statistics.mean(r[1] for r in found[ARMS[0]]), 1)
+    content["original_seconds_a_row"] = round(statistics.mean(r[1] for r in found[ARMS[0]]), 3)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 
