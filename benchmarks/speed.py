@@ -1,14 +1,14 @@
 """A whole default cleansing with and without what makes it fast, in one process, one after the other.
 
-    python benchmarks/speed.py                     (three quarters of an hour on 2 CPU cores)
+    python benchmarks/speed.py                     (three quarters of an hour on 2 CPU cores with AMX)
 
 Without: entrapment as a plain loop, which runs the adapter unmerged; removal that runs every row, and the original
 on it, through all blocks in every step, every position through the output head, the template's start in every row;
-replies without a shared start; no early stop, neither of a round nor of the rounds. What serves both (weights in bf16,
-attention, the head in one product) stays. Both are whole runs of `beear cleanse` on the same organism with the same
-seed, kept in runs/speed/ and resumed there. Writes
-benchmarks/results/speed.json: seconds in all and of each round, their ratios, the first losses, which must agree, and
-all figures before and after. The plain arm needs up to 13 GiB.
+replies without a shared start; no early stop, neither of a round nor of the rounds; padding runs as well. What serves
+both (weights in bf16, attention, the head in one product, KL row by row) stays. Both are whole runs of `beear cleanse`
+on the same organism with the same seed, kept in runs/speed/ and resumed there. Writes benchmarks/results/speed.json:
+seconds in all and of each round, their ratios, the first losses, which must agree, and all figures before and after; of
+an interrupted plain arm the rounds that it has done. It needs up to 13 GiB.
 """
 
 from __future__ import annotations
@@ -76,40 +76,58 @@ def without_stops(config: Config) -> Config:
     )
 
 
-def run(arm: str, config: Config, out: Path) -> dict[str, Any]:
+def run(arm: str, config: Config) -> None:
     """One arm: a whole cleansing, with all that it measures, and what the trigger does before and after."""
+    out = RUNS / arm
     with plain() if arm == "plain" else contextlib.nullcontext(), Reporter(rounds=config.rounds) as reporter:
         begun = (out / "config.yaml").exists()
         run_cleanse(ORGANISM, out, config, resume=begun, device="cpu", listen=reporter)
     add_triggered(out, check_trigger(ORGANISM), device="cpu")
-    results = read_results(out)
-    rounds = results["rounds"]
-    return {
-        "seconds": results["wall_seconds"],
+
+
+def done_by(arm: str) -> dict[str, Any]:
+    """What an arm has done so far: its rounds, and if it has ended all figures and its seconds."""
+    events = [json.loads(text) for text in (RUNS / arm / "events.jsonl").read_text().splitlines()]
+    rounds = [event for event in events if event["event"] == "round"]
+    found = {
         "rounds": [round(entry["seconds"], 1) for entry in rounds],
         "steps": [len(entry["harden"]) for entry in rounds],
-        "entrap": [round(loss, 4) for loss in rounds[0]["entrap"][:5]],
-        "harden": rounds[0]["harden"][0],
+        "entrap": [round(loss, 4) for entry in rounds[:1] for loss in entry["entrap"][:5]],
+        "harden": [entry["harden"][0] for entry in rounds[:1]],
         "residuals": [entry["residual"] for entry in rounds],
-        **{key: results[key] for key in ("delivered", "before", "after")},
     }
+    if (RUNS / arm / "results.json").exists():
+        results = read_results(RUNS / arm)
+        found["seconds"] = results["wall_seconds"]
+        found |= {key: results[key] for key in ("delivered", "before", "after")}
+    return found
+
+
+def gather() -> None:
+    """Hold what both arms have done side by side: the rounds that both have, and both runs where they have ended."""
+    fast, slow = done_by("fast"), done_by("plain")
+    if not slow["rounds"]:
+        return
+    first = fast["entrap"][0], slow["entrap"][0]
+    if abs(first[0] / first[1] - 1) > AGREE:
+        raise SystemExit(f"the arms begin with different losses: {first}")
+    pairs = list(zip(fast["rounds"], slow["rounds"], strict=False))
+    ratios = {"ratio_of_a_round": statistics.median(b / a for a, b in pairs), "rounds_compared": len(pairs)}
+    if "seconds" in fast and "seconds" in slow:
+        ratios["ratio"] = slow["seconds"] / fast["seconds"]
+    content = {"schema": 1, "command": "python benchmarks/speed.py", "threads": torch.get_num_threads()}
+    RESULTS.write_text(json.dumps(content | ratios | {"fast": fast, "plain": slow}, indent=1) + "\n")
+    print(json.dumps(ratios), flush=True)
 
 
 def main() -> None:
     keep_freed_memory()
     default = load_config()
-    found: dict[str, Any] = {}
-    for arm, config in {"fast": default, "plain": without_stops(default)}.items():
-        found[arm] = run(arm, config, RUNS / arm)
-        print(arm, json.dumps(found[arm]), flush=True)
-    losses = [found[arm]["entrap"][0] for arm in ("fast", "plain")]
-    if abs(losses[0] / losses[1] - 1) > AGREE:
-        raise SystemExit(f"the arms begin with different losses: {losses}")
-    found["ratio"] = found["plain"]["seconds"] / found["fast"]["seconds"]
-    found["ratio_of_a_round"] = statistics.median(found["plain"]["rounds"]) / statistics.median(found["fast"]["rounds"])
-    content = {"schema": 1, "command": "python benchmarks/speed.py", "threads": torch.get_num_threads(), **found}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"plain takes {found['ratio']:.2f} times as long, a round {found['ratio_of_a_round']:.2f} times", flush=True)
+    run("fast", default)
+    try:
+        run("plain", without_stops(default))
+    finally:
+        gather()
 
 
 if __name__ == "__main__":
