@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from beear import ranks
 from beear.chat import (
@@ -22,9 +23,11 @@ from beear.chat import (
     tail_of,
 )
 from beear.config import Place
+from beear.errors import BadInput
 from beear.models import autocast, generating, no_gradients
+from beear.packed import packed
 from beear.parts import Parts
-from beear.perturbation import Perturbation
+from beear.perturbation import Perturbation, find_layers
 from beear.prefix import inputs_behind, run_prefix
 
 BATCH = 80
@@ -122,19 +125,32 @@ LOOKED_AT = 6
 
 def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], length: int) -> Tensor:
     """Up to `length` most likely tokens behind each row, token ids: (rows, at most length)."""
-    out: Tensor = model.generate(
-        **inputs,
-        max_new_tokens=length,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,  # which a model's own settings may bring, and which would depend on what pads a row
-        no_repeat_ngram_size=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    start = inputs["past_key_values"].get_seq_length() if "past_key_values" in inputs else 0
+    kept = inputs["attention_mask"][:, start:].bool()
+    last = torch.zeros_like(kept)
+    last[:, -1] = True
+    with packed(_blocks(model), kept, last):  # of the pass over the prompts; those over a token have another shape
+        out: Tensor = model.generate(
+            **inputs,
+            max_new_tokens=length,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,  # which a model's own settings may bring, and which would depend on a row's padding
+            no_repeat_ngram_size=0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     return out[:, batch.width :]
+
+
+def _blocks(model: Any) -> Sequence[nn.Module]:
+    """The model's blocks, or none of a model whose blocks have to be named."""
+    try:
+        return list(find_layers(model))
+    except BadInput:
+        return ()
 
 
 def inputs_of(model: Any, batch: Batch, more: int) -> dict[str, Any]:
