@@ -3,10 +3,10 @@
     python benchmarks/hardening.py
 
 Each arm is a fresh process that does steps of removal by the default settings under a random delta, on a fifth of the
-defender's requests, which all get the same two answers; they take turns twice. Writes
+defender's requests, which all get the same two answers. Writes
 benchmarks/results/hardening.json: median seconds of a step, without the first two, which also find memory; the ratio to
-the arm with everything; and seconds a row of running the original, which is done once for all rounds (about a quarter
-of an hour on 2 cores without bf16 arithmetic).
+the arm with everything; and seconds a row of running the original, which is done once for all rounds (about ten
+minutes on 2 cores without bf16 arithmetic).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from beear.sets import read_sets
 from beear.training import first_adapted
 
 RESULTS = Path(__file__).parent / "results" / "hardening.json"
-TURNS, STEPS, WARM = 2, 6, 2
+STEPS, WARM = 8, 2
 REQUESTS = {"requests": 48, "anchors": 80}
 ARMS = ("everything", "padding as well", "KL of all rows at once", "head row by row", "original in every step", "none")
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Here is a short answer to the question that you asked."
@@ -129,24 +129,18 @@ def main() -> None:
     if len(sys.argv) > 1:
         measure(sys.argv[1])
         return
-    found: dict[str, list[Any]] = {arm: [] for arm in ARMS}
-    for _ in range(TURNS):
-        for arm, rows in found.items():
-            out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
-            rows.append(json.loads(out.splitlines()[-1]))
-            print(arm, rows[-1], flush=True)
-    seconds = {arm: statistics.mean(r[0] for r in rows) for arm, rows in found.items()}
+    found: dict[str, Any] = {}
+    for arm in ARMS:
+        out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
+        found[arm] = json.loads(out.splitlines()[-1])
+        print(arm, found[arm], flush=True)
+    whole = found[ARMS[0]]
     arms = {
-        arm: {
-            "seconds": round(seconds[arm], 2),
-            "ratio": round(seconds[arm] / seconds[ARMS[0]], 2),
-            "losses": rows[0][2],
-        }
-        for arm, rows in found.items()
+        arm: {"seconds": round(seconds, 2), "ratio": round(seconds / whole[0], 2), "losses": losses}
+        for arm, (seconds, _, losses, _) in found.items()
     }
-    content: dict[str, Any] = {"schema": 1, "command": "python benchmarks/hardening.py", "bf16": found[ARMS[0]][0][3]}
-    content |= {"threads": torch.get_num_threads(), "arms": arms}
-    content["original_seconds_a_row"] = round(statistics.mean(r[1] for r in found[ARMS[0]]), 3)
+    content: dict[str, Any] = {"schema": 1, "command": "python benchmarks/hardening.py", "bf16": whole[3]}
+    content |= {"threads": torch.get_num_threads(), "arms": arms, "original_seconds_a_row": round(whole[1], 3)}
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 
