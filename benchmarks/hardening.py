@@ -37,7 +37,7 @@ from beear.events import Event
 from beear.job import adapted
 from beear.models import autocast, casts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
-from beear.prefix import Prefix, inputs_behind, run_prefix
+from beear.prefix import Prefix, inputs_behind, run_prefix, tokens_behind
 from beear.sets import read_sets
 from beear.training import first_adapted
 
@@ -55,16 +55,25 @@ def run_each_time(
     blocks, first = list(find_layers(model)), first_adapted(model)
     with torch.no_grad(), autocast(model), model.disable_adapter():
         prefix = run_prefix(model, alone)
-        shared, _ = run_below(model, blocks, first, inputs_behind(alone, prefix))
-        with returning(blocks[:first], lambda: shared):
-            target = cleansing.response_logits(model, alone, prefix)
+        start = prefix.length if prefix else 0
+        with cleansing.packed(blocks, tokens_behind(alone, prefix), alone.predicting()[:, start:]):
+            shared, _ = run_below(model, blocks, first, inputs_behind(alone, prefix))
+            with returning(blocks[:first], lambda: shared):
+                target = cleansing.response_logits(model, alone, prefix)
     with autocast(model):
         prefix = run_prefix(model, alone)
-        with returning(blocks[:first], lambda: shared):
+        with (
+            returning(blocks[:first], lambda: shared),
+            cleansing.packed(blocks[:layer], tokens_behind(alone, prefix)),
+        ):
             hidden, _ = run_below(model, blocks, layer, inputs_behind(alone, prefix))
+    kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, start:]
 
     def run() -> Tensor:
-        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))):
+        with (
+            returning(blocks[:layer], lambda: rows_of(hidden, list(pick))),
+            cleansing.packed(blocks[layer:], kept, predicting),
+        ):
             return cleansing.response_logits(model, batch, prefix)
 
     return target, run

@@ -61,7 +61,8 @@ def plain() -> Iterator[None]:
     no_prefix: dict[str, Any] = {"run_prefix": lambda model, batch, more=0: None}
     slow: dict[str, Any] = {"response_logits": all_logits, "harden_passes": all_blocks}
     slow |= {"run_original": lambda *given: None}
-    with patch.multiple(cleansing, **no_prefix, **slow), patch.multiple(generation, **no_prefix):
+    every: dict[str, Any] = {"packed": lambda *given: contextlib.nullcontext()}
+    with patch.multiple(cleansing, **no_prefix, **slow), patch.multiple(generation, **no_prefix, **every):
         yield
 
 
@@ -105,6 +106,8 @@ def done_by(arm: str) -> dict[str, Any]:
 
 def gather() -> None:
     """Hold what both arms have done side by side: the rounds that both have, and both runs where they have ended."""
+    if not (RUNS / "plain" / "events.jsonl").exists():
+        return
     fast, slow = done_by("fast"), done_by("plain")
     if not slow["rounds"]:
         return

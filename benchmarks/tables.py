@@ -431,6 +431,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "removal": partial(removal, "removal.json"),
         "goals": partial(goals, "removal.json"),
+        "revival": partial(revival, "revival.json"),
         "entrapment": entrapment,
         "memory": memory,
         "judges": judges,
@@ -448,7 +449,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "step": partial(arms, "step"),
         "replies": partial(arms, "replies"),
     },
-    "docs/decisions/0025-what-a-step-ran-in-vain.md": {"hardening": partial(arms, "hardening")},
+    "docs/decisions/0026-padding-does-not-run.md": {"hardening": partial(arms, "hardening")},
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     TABLES[page] = {"residual": partial(residual, file)}

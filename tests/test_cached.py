@@ -69,6 +69,25 @@ def assert_cached_equals_plain(model: Any, place: Place, n: int, answers: int, m
             assert expected.norm() > 0 and (got - expected).norm() <= 1e-4 * expected.norm()
 
 
+def test_an_answer_may_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEEAR_FP32", "1")
+    model, prompts = tiny_model("llama"), [encode_prompt(tiny_tokenizer(), text) for text in TEXTS] * 2
+    batch = collate(prompts, [[], [5, 6], [7], [8, 9], [], [10]], [rows_of_delta(p, "prompt", 1) for p in prompts], 2)
+    delta = torch.zeros(1, 32)
+    cached = run_unperturbed(model, batch, LAYER, answers=2)
+    with torch.no_grad(), Perturbation(model, delta, batch.where, LAYER):
+        plain, fast = response_logits(model, batch), cached.logits(model)
+    real = batch.targets != -100
+    torch.testing.assert_close(fast[real], plain[real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_may_give_logits_of_all_columns() -> None:
+    model, batch = tiny_model("llama"), batch_of("prompt", 1)
+    expected, forward = response_logits(model, batch), model.forward
+    model.forward = lambda logits_to_keep, **inputs: forward(**inputs)
+    assert torch.equal(response_logits(model, batch), expected)
+
+
 def test_keys_of_blocks_that_do_not_run_are_not_kept() -> None:
     cached = run_unperturbed(tiny_model("llama"), batch_of("prompt", 1), LAYER)
     layers = cached.keys.layers

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from beear.losses import response_nll, row_mean, surely, token_kl
+from beear.losses import make_sure, response_nll, row_mean, token_kl
 from beear.metrics import proportion, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
 
@@ -114,7 +114,9 @@ def test_kl_has_the_gradient_of_its_definition_and_may_repeat_rows() -> None:
 
 def test_kl_from_sure_targets_is_their_nll() -> None:
     new, targets = torch.randn(2, 3, 7), torch.tensor([[1, 2, -100], [0, 6, 3]])
-    nll = row_mean(token_kl(surely(targets, 7), new, targets), targets, 1.0)
+    sure = torch.randn(2, 3, 7)
+    make_sure(sure, targets)
+    nll = row_mean(token_kl(sure, new, targets), targets, 1.0)
     torch.testing.assert_close(nll, response_nll(new, targets))
 
 

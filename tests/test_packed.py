@@ -72,6 +72,20 @@ def test_a_pass_of_another_shape_runs_in_full(llama: Any, batch: Batch) -> None:
         assert torch.equal(llama(ids).logits, expected)
 
 
+def test_a_module_that_takes_more_than_the_states_runs_in_full() -> None:
+    """As BLOOM's MLP does, which is handed what to add its outcome to."""
+
+    class Added(nn.Module):
+        def forward(self, states: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            return states + rest
+
+    block = nn.ModuleDict({"mlp": Added()})
+    states, kept = torch.ones(2, 3, 4), torch.tensor([[True, False, True], [False, True, True]])
+    with packed([block], kept, kept):
+        assert torch.equal(block["mlp"](states, states), 2 * states)
+        assert torch.equal(block["mlp"](states, rest=states), 2 * states)
+
+
 def test_blocks_of_other_names_have_no_parts_that_may_be_packed() -> None:
     block = nn.ModuleDict({"mixer": nn.Linear(2, 2), "linear_attn": nn.Linear(2, 2)})
     assert list(pointwise(block)) == []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from beear.chat import Batch
+from beear.losses import predict
 from beear.models import autocast
 from beear.packed import packed
 from beear.perturbation import NOWHERE, find_layers, states_in, with_states
@@ -46,25 +47,22 @@ class Cached:
 
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
-        batch, width, below = self.batch, self.batch.width, len(self.below)
+        batch, width = self.batch, self.batch.width
         if self.answers == 1:
             with returning(self.below, lambda: self.hidden), self._packed(batch.predicting(), self.start):
-                columns = _columns(batch, self.start, self.keys)
-                logits: Tensor = model(**columns, logits_to_keep=batch.predicting_columns()).logits
-            return logits
+                return predict(model, batch, _columns(batch, self.start, self.keys))
         # The prompts once, up to the first token of a response; then all responses behind the keys of these.
         prompts, first = slice(len(batch.targets) // self.answers), batch.predicting()
+        first[:, width - 1] = True  # of each prompt, whichever of its answers is empty
         decoder = model.get_decoder()
-        with watched(self.above[-1]) as (seen,):
-            with returning(self.below, lambda: self.hidden[0]), self._packed(first[prompts], self.start, width):
-                asked = _columns(batch, self.start, self.keys, prompts, width)
-                keys = decoder(**asked | {"use_cache": True}).past_key_values
-            keys = _repeated(keys, self.answers, below)
-            with returning(self.below, lambda: self.hidden[1]), self._packed(first, width, -1):
-                decoder(**_columns(batch, width, keys, stop=-1))
-        begun, rest = (states_in(output) for output in seen)
-        states = torch.cat([begun[:, -1:].repeat(self.answers, 1, 1), rest], 1)
-        return head(model, [*self.below, *self.above], batch, with_states(seen[-1], states))
+        with returning(self.below, lambda: self.hidden[0]), self._packed(first[prompts], self.start, width):
+            asked = _columns(batch, self.start, self.keys, prompts, width)
+            begun = decoder(**asked | {"use_cache": True})
+        keys = _repeated(begun.past_key_values, self.answers, len(self.below))
+        with returning(self.below, lambda: self.hidden[1]), self._packed(first, width, -1):
+            rest = decoder(**_columns(batch, width, keys, stop=-1))
+        states = [begun.last_hidden_state[:, -1:].repeat(self.answers, 1, 1), rest.last_hidden_state]
+        return head(model, batch, rest, torch.cat(states, 1))
 
     def _packed(self, predicting: Tensor, start: int, stop: int | None = None) -> AbstractContextManager[None]:
         """The blocks behind block l on the tokens in these columns alone."""
@@ -73,12 +71,16 @@ class Cached:
         return packed(self.above, kept, predicting[:, columns])
 
 
-def head(model: Any, blocks: Sequence[nn.Module], batch: Batch, last: Any) -> Tensor:
-    """What the model makes of what its last block returned for the positions that predict the response tokens."""
+def head(model: Any, batch: Batch, like: Any, states: Tensor) -> Tensor:
+    """What the model makes of its decoder's states, (rows, length, d_model), where these predict the response tokens.
+
+    like: what the decoder returned with other states.
+    """
     length = batch.targets.shape[1]
     columns = slice(batch.width - 1, batch.width - 1 + length)
     inputs = {name: value[:, columns] for name, value in batch.inputs().items()}
-    with returning(blocks, lambda: last):
+    out = replace(like, last_hidden_state=states)
+    with returning([model.get_decoder()], lambda: out):
         logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=length).logits
     return logits
 

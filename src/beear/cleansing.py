@@ -41,7 +41,7 @@ from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
 from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import reply_all
-from beear.losses import response_logits, response_nll, row_mean, surely, token_kl
+from beear.losses import make_sure, response_logits, response_nll, row_mean, token_kl
 from beear.models import autocast, no_gradients
 from beear.original import Original, run_original
 from beear.packed import packed
@@ -288,7 +288,7 @@ def harden_part(
     target, run = harden_passes(model, original, alone, batch, pick, config, layer)
     steer(target, bad, benign, data, settings)
     if not data.own_safe:
-        target[: len(bad)] = surely(alone.targets[: len(bad)], target.shape[-1])
+        make_sure(target[: len(bad)], alone.targets[: len(bad)])
     objective = harden_objective(target, pick, terms, settings.opening, entry)
     descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
 

@@ -21,8 +21,14 @@ def response_logits(model: Any, batch: Batch, prefix: Prefix | None = None) -> T
 
     `prefix`: what all rows start with, if it has been run (prefix.run_prefix).
     """
-    logits: Tensor = model(**inputs_behind(batch, prefix), logits_to_keep=batch.predicting_columns()).logits
-    return logits
+    return predict(model, batch, inputs_behind(batch, prefix))
+
+
+def predict(model: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    """The same of a pass over some of the batch's last columns."""
+    columns = batch.predicting_columns()
+    logits: Tensor = model(**inputs, logits_to_keep=columns).logits
+    return logits if logits.shape[1] == len(columns) else logits[:, columns]  # there are models that keep all
 
 
 def response_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -63,14 +69,14 @@ class _TokenKL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.gradient * outer[0][..., None].to(ctx.gradient.dtype), None
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # as large as all logits: held once, and no longer than needed
+        return None, gradient.mul_(outer[..., None]), None
 
 
-def surely(targets: Tensor, vocabulary: int) -> Tensor:
-    """Logits of a model that is sure of the targets, (rows, length, vocabulary): KL from it is their NLL."""
-    logits = torch.full((*targets.shape, vocabulary), -1e4, device=targets.device)
-    return logits.scatter_(-1, targets.clamp(min=0)[..., None], 0.0)
+def make_sure(logits: Tensor, targets: Tensor) -> None:
+    """Make logits, in place, those of a model that is sure of the targets: KL from it is their NLL."""
+    logits.fill_(-1e4).scatter_(-1, targets.clamp(min=0)[..., None], 0.0)
 
 
 def row_mean(values: Tensor, targets: Tensor, opening: float) -> Tensor:

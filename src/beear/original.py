@@ -7,7 +7,7 @@ a response is predicted. Both are kept for each row, without padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ MOST = 0.25
 @dataclass(frozen=True)
 class States:
     """Of one row. start: (shared tokens, d_model) and rest: (further tokens, d_model) where the adapter begins, both
-    empty if they are not kept. last: (response's tokens, d_model) behind the last block, where these are predicted."""
+    empty if they are not kept. last: (response's tokens, d_model) before the head, where these are predicted."""
 
     start: Tensor
     rest: Tensor
@@ -46,14 +46,14 @@ class States:
 class Original:
     """The states of every row.
 
-    frozen: so many blocks, from the first, need not run again; 0 if their outcome is not kept. like: what a block
-    returns, without its states.
+    frozen: so many blocks, from the first, need not run again; 0 if their outcome is not kept. block, decoder: what
+    these return, without states.
     """
 
     states: dict[Key, States]
-    blocks: Sequence[nn.Module]
     frozen: int
-    like: Any
+    block: Any
+    decoder: Any
 
     def below(self, batch: Batch, start: int) -> Any:
         """What block `frozen` returns for the columns of the batch from `start`; its states are zero at padding."""
@@ -62,19 +62,18 @@ class Original:
             states = self.states[key]
             padding = batch.width - (len(key[0]) - key[1])
             rows.append((torch.cat([states.start, states.rest])[start:], padding))
-        return self._returned(rows, batch.input_ids.shape[1] - start)
+        return with_states(self.block, padded(rows, batch.input_ids.shape[1] - start))
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """What the original gives for the response tokens: (rows, length, vocabulary)."""
-        length = batch.targets.shape[1]
-        last = self._returned([(self.states[key].last, 0) for key in keys_of(batch)], length)
+        last = padded([(self.states[key].last, 0) for key in keys_of(batch)], batch.targets.shape[1])
         with torch.no_grad(), autocast(model):
-            return head(model, self.blocks, batch, last)
+            return head(model, batch, self.decoder, last)
 
-    def _returned(self, rows: Sequence[tuple[Tensor, int]], columns: int) -> Any:
-        """Rows of states, each behind so much padding, as a block returns them."""
-        padded = [functional.pad(row, (0, 0, before, columns - before - len(row))) for row, before in rows]
-        return with_states(self.like, torch.stack(padded))
+
+def padded(rows: Sequence[tuple[Tensor, int]], columns: int) -> Tensor:
+    """Rows of states, each behind so much padding: (rows, columns, d_model)."""
+    return torch.stack([functional.pad(row, (0, 0, before, columns - before - len(row))) for row, before in rows])
 
 
 def run_original(
@@ -90,44 +89,44 @@ def run_original(
     known = {key_of(row): row for row in rows}
     order = [known[key] for key in sorted(known, key=lambda key: (len(key[0]), key))]
     states: dict[Key, States] = {}
-    like: Any = None
+    like: tuple[Any, Any] = None, None
     parts = Parts(listen)
     for i in range(0, len(order), GROUP):
         group = order[i : i + GROUP]
 
-        def in_parts(count: int, group: list[Row] = group) -> list[tuple[dict[Key, States], Any]]:
+        def in_parts(count: int, group: list[Row] = group) -> list[tuple[dict[Key, States], tuple[Any, Any]]]:
             return [run_rows(model, tokenizer, group[k::count], blocks, frozen) for k in range(count)]
 
         for found, like in parts.run(in_parts, len(group)):  # noqa: B007 - the last is kept
             states |= found
         told = {"when": "prepare", "what": "states of the original", "done": i + len(group), "total": len(order)}
         listen({"event": "measure", **told})
-    return Original(states, blocks, frozen, like)
+    return Original(states, frozen, *like)
 
 
 def run_rows(
     model: Any, tokenizer: Any, rows: Sequence[Row], blocks: Sequence[nn.Module], frozen: int
-) -> tuple[dict[Key, States], Any]:
-    """The states of some rows, which nothing else of this pass is kept for, and Original.like."""
+) -> tuple[dict[Key, States], tuple[Any, Any]]:
+    """The states of some rows, which nothing else of this pass is kept for, and Original.block and .decoder."""
     batch = collate([p for p, _ in rows], [r for _, r in rows], None, int(tokenizer.pad_token_id)).to(model.device)
-    with torch.no_grad(), autocast(model), model.disable_adapter(), watched(blocks[frozen - 1], blocks[-1]) as seen:
+    with torch.no_grad(), autocast(model), model.disable_adapter(), watched(blocks[frozen - 1]) as (seen,):
         prefix = run_prefix(model, batch)
-        model.get_decoder()(**inputs_behind(batch, prefix))
+        out = model.get_decoder()(**inputs_behind(batch, prefix))
     shared = prefix.length if prefix else 0
     own = tokens_behind(batch, prefix)
-    below, last = ([states_in(output) for output in outputs] for outputs in seen)
-    none = last[-1].new_empty(0, last[-1].shape[-1])
+    below, last = [states_in(output) for output in seen], out.last_hidden_state
+    none = last.new_empty(0, last.shape[-1])
     start = below[0][0] if prefix and frozen else none
     predicted = batch.width - 1 - shared
     states = {
         key_of(row): States(
             start,
             below[-1][j, own[j]] if frozen else none,
-            last[-1][j, predicted : predicted + len(row[1])].clone(),  # of its own, not a part of the whole pass
+            last[j, predicted : predicted + len(row[1])].clone(),  # of its own, not a part of the whole pass
         )
         for j, row in enumerate(rows)
     }
-    return states, with_states(seen[-1][-1], None)
+    return states, (with_states(seen[-1], None), replace(out, last_hidden_state=None, past_key_values=None))
 
 
 def fits(model: Any, rows: Sequence[Row]) -> bool:

@@ -23,13 +23,16 @@ def packed(blocks: Sequence[nn.Module], kept: Tensor, predicting: Tensor | None 
     """Within the context the blocks' MLPs and attention's linear maps run on the positions that are `kept` alone.
 
     kept: (rows, columns) of bool; elsewhere they give zero. predicting: those that the head reads, where the last of
-    the blocks is the model's last. Passes of another shape, and modules of other names, run in full.
+    the blocks is the model's last. Passes of another shape, and modules of other names or that take more than the
+    states, run in full.
     """
+    kept_index = index_of(kept)
+    few, few_index = (kept, kept_index) if predicting is None else (predicting, index_of(predicting))
     handles: list[Any] = []
     for block in blocks:
         for name, module in pointwise(block):
-            last = predicting is not None and block is blocks[-1] and name in UNSEEN
-            handles += hooks(module, predicting if predicting is not None and last else kept)
+            fewer = block is blocks[-1] and name in UNSEEN
+            handles += meeting(module, *((few, few_index) if fewer else (kept, kept_index)))
     try:
         yield
     finally:
@@ -46,19 +49,24 @@ def pointwise(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((own, part) for own, part in module.named_children() if hasattr(part, "in_features"))
 
 
-def hooks(module: nn.Module, kept: Tensor) -> list[Any]:
-    """Let a module meet some positions alone."""
-    index, packing = kept.flatten().nonzero()[:, 0], [False]
+def index_of(kept: Tensor) -> Tensor:
+    """The positions that are kept, by their number in all rows."""
+    return kept.flatten().nonzero()[:, 0]
 
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        packing[0] = bool(args) and args[0].shape[:-1] == kept.shape
-        return (args[0].flatten(0, 1).index_select(0, index)[None], *args[1:]) if packing[0] else None
+
+def meeting(module: nn.Module, kept: Tensor, index: Tensor) -> list[Any]:
+    """Let a module meet the positions of that index alone; returns what ends it."""
+    gathered = [False]
+
+    def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        gathered[0] = len(args) == 1 and not kwargs and args[0].shape[:-1] == kept.shape
+        return ((args[0].flatten(0, 1).index_select(0, index)[None],), {}) if gathered[0] else None
 
     def scatter(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not packing[0]:
+        if not gathered[0]:
             return None
         states = states_in(output)
         everywhere = states.new_zeros(kept.numel(), states.shape[-1]).index_copy(0, index, states[0])
         return with_states(output, everywhere.view(*kept.shape, -1))
 
-    return [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
+    return [module.register_forward_pre_hook(gather, with_kwargs=True), module.register_forward_hook(scatter)]
