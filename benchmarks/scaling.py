@@ -55,33 +55,38 @@ class Case:
     reply: int = 8
     depth: float = 5 / 6
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Parameters of the blocks under the adapter up to l, of those behind it, of the output head, and l."""
-        width, inner, blocks = SHAPES[self.shape]
-        layer = round(self.depth * blocks)
-        block = 4 * width * width + 3 * width * inner
-        return (layer - min(blocks // 2, layer)) * block, (blocks - layer) * block, VOCABULARY * width, layer
+    def layer(self) -> int:
+        """l."""
+        return round(self.depth * SHAPES[self.shape][2])
 
 
-def operations(case: Case, below: int, behind: int, head: int, config: Config) -> dict[str, float]:
+def operations(
+    case: Case, shape: tuple[int, int, int], vocabulary: int, layer: int, config: Config
+) -> dict[str, float]:
     """Multiplications and additions of both kinds of step: 2 a parameter and token forward, 2 more backward.
 
-    The weights take no gradient but through LoRA, and attention is left out: both are small at these lengths.
+    The weights take no gradient but through LoRA, and attention is left out: both are small at these lengths. Of the
+    last block only keys and values are needed at positions that predict nothing.
     """
+    width, inner_width, blocks = shape
+    seen_by_others, rest = 2 * width**2, 2 * width**2 + 3 * width * inner_width
+    block, head = seen_by_others + rest, vocabulary * width
+
+    def behind(tokens: int, predicting: int) -> int:
+        return tokens * ((blocks - layer) * block - rest) + predicting * rest
+
     asked, reply = config.entrap.batch, min(case.reply, config.entrap.response_tokens)
-    inner = 4 * (asked * case.prompt + 2 * asked * reply) * behind + 4 * (asked + 2 * asked * reply) * head
-    bad, good = config.harden.batch, config.harden.anchor_batch
-    alone, under = bad + good, 2 * (bad + good)
-    tokens = case.prompt + case.reply
-    outer = 4 * tokens * (alone * below + under * behind)  # what the original gives was run before
-    outer += (2 * alone + 4 * under) * case.reply * head
-    return {"inner": float(inner), "outer": float(outer)}
+    inner = behind(asked * (case.prompt + 2 * reply), asked * (2 * reply - 1)) + 2 * asked * reply * head
+    alone, tokens = config.harden.batch + config.harden.anchor_batch, case.prompt + case.reply
+    below = tokens * alone * (layer - min(blocks // 2, layer)) * block  # what the original gives was run before
+    outer = below + behind(2 * alone * tokens, 2 * alone * case.reply) + 2 * alone * case.reply * head
+    return {"inner": 4.0 * inner, "outer": 4.0 * outer + 2 * alone * case.reply * head}
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Median seconds of an inner and an outer step of the real loops."""
     width, inner, blocks = SHAPES[case.shape]
-    below, behind, head, layer = case.sizes()
+    layer = case.layer()
     shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "vocab_size": VOCABULARY}
     torch.manual_seed(0)
@@ -111,7 +116,7 @@ def measure(case: Case) -> dict[str, Any]:
         name: statistics.median(b - a for a, b in itertools.pairwise(times))
         for name, times in {"inner": stamps["entrap"], "outer": stamps["harden"]}.items()
     }
-    counted = operations(case, below, behind, head, config)
+    counted = operations(case, SHAPES[case.shape], VOCABULARY, layer, config)
     return {**asdict(case), "layer": layer, "seconds": seconds, "operations": counted}
 
 
@@ -145,13 +150,14 @@ def fit(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
 
 def seven_billion(config: Config) -> dict[str, float]:
     """Seconds of a default round of a 7B Llama on one H100, without replies: 32 blocks of width 4096."""
-    block, layer = 4 * 4096**2 + 3 * 4096 * 11008, 5 * 32 // 6
-    counted = operations(Case(), (layer - 16) * block, (32 - layer) * block, 32000 * 4096, config)
+    shape, vocabulary, layer = (4096, 11008, 32), 32000, 5 * 32 // 6
+    block = 4 * 4096**2 + 3 * 4096 * 11008
     original = 2 * (config.requests + config.anchors) * (Case().prompt + Case().reply) * 32 * block
     entrap, short = config.entrap, Case(reply=config.entrap.response_tokens)
     once = entrap.batches * 2 * entrap.batch * (short.prompt + 2 * short.reply) * layer * block
-    inner = operations(short, 0, (32 - layer) * block, 32000 * 4096, config)["inner"]
-    total = once + entrap.steps * inner + config.harden.steps * counted["outer"]
+    inner = operations(short, shape, vocabulary, layer, config)["inner"]
+    outer = operations(Case(), shape, vocabulary, layer, config)["outer"]
+    total = once + entrap.steps * inner + config.harden.steps * outer
     seconds = (original + config.rounds * total) / H100
     return {"operations": total, "seconds_a_round": total / H100, "seconds": seconds}
 
