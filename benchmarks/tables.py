@@ -401,6 +401,22 @@ def entrapment() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """One row per round that both arms of benchmarks/speed.py have done: seconds, and whether they come to the same."""
+    found = read_results("speed.json")
+    lines = [
+        header(
+            ["round", "with all that makes it fast, s", "without, s", "ratio", "entrapment works on, with", "without"]
+        )
+    ]
+    arms = (found["fast"], found["plain"])
+    rows = zip(*(arm["rounds"] for arm in arms), *(arm["residuals"] for arm in arms), strict=False)
+    for number, (fast, plain, *residuals) in enumerate(rows, start=1):
+        works = [f"{100 * residual:.1f} %" for residual in residuals]
+        lines.append(line([str(number), f"{fast:.0f}", f"{plain:.0f}", f"{plain / fast:.1f}", *works]))
+    return "\n".join(lines)
+
+
 def memory() -> str:
     """Peak memory of a round beside that of a plain fine-tune."""
     found = read_results("memory.json")
@@ -433,6 +449,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "goals": partial(goals, "removal.json"),
         "revival": partial(revival, "revival.json"),
         "entrapment": entrapment,
+        "speed": speed,
         "memory": memory,
         "judges": judges,
         "labelled": labelled,
