@@ -44,7 +44,7 @@ from beear.training import first_adapted
 RESULTS = Path(__file__).parent / "results" / "hardening.json"
 STEPS, WARM = 8, 2
 REQUESTS = {"requests": 48, "anchors": 80}
-ARMS = ("everything", "padding as well", "KL of all rows at once", "head row by row", "original in every step", "none")
+ARMS = ("everything", "padding as well", "head row by row", "original in every step", "none")
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Here is a short answer to the question that you asked."
 
 
@@ -86,17 +86,10 @@ def logits_row_by_row(model: Any, batch: Batch, prefix: Prefix | None = None) ->
     return logits[:, :-1]
 
 
-def kl_at_once(original: Tensor, new: Tensor, targets: Tensor, rows: Sequence[int]) -> Tensor:
-    """losses.token_kl by its definition."""
-    p, q = original[rows].float().log_softmax(-1), new.float().log_softmax(-1)
-    return torch.where(targets != -100, (p.exp() * (p - q)).sum(-1), 0.0)
-
-
 def without(arm: str, model: Any) -> dict[str, Any]:
     """What stands in cleansing.py where the arm's means is taken away; the head's own is taken away here."""
     every: dict[str, dict[str, Any]] = {
         "padding as well": {"packed": lambda *given: contextlib.nullcontext()},
-        "KL of all rows at once": {"token_kl": kl_at_once},
         "head row by row": {"response_logits": logits_row_by_row},
         "original in every step": {"harden_passes": run_each_time, "run_original": lambda *given: None},
     }

@@ -5,7 +5,7 @@
 Without: entrapment as a plain loop, which runs the adapter unmerged; removal that runs every row, and the original
 on it, through all blocks in every step, every position through the output head, the template's start in every row;
 replies without a shared start; no early stop, neither of a round nor of the rounds; padding runs as well. What serves
-both (weights in bf16, attention, the head in one product, KL row by row) stays. Both are whole runs of `beear cleanse`
+both (weights in bf16, attention, the head in one product) stays. Both are whole runs of `beear cleanse`
 on the same organism with the same seed, kept in runs/speed/ and resumed there. Writes benchmarks/results/speed.json:
 seconds in all and of each round, their ratios, the first losses, which must agree, and all figures before and after; of
 an interrupted plain arm the rounds that it has done. It needs up to 13 GiB.

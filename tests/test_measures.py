@@ -101,7 +101,7 @@ def test_nll_and_kl_skip_padding() -> None:
     torch.testing.assert_close(token_kl(logits, logits, targets), torch.zeros(2, 3))
 
 
-def test_kl_has_the_gradient_of_its_definition_and_may_repeat_rows() -> None:
+def test_kl_may_repeat_rows_of_the_original() -> None:
     original, new, rows = torch.randn(2, 3, 7), torch.randn(4, 3, 7, requires_grad=True), [1, 0, 1, 1]
     targets, weights = torch.tensor([[1, 2, 3], [4, -100, -100], [0, 1, -100], [6, 6, 6]]), torch.rand(4, 3)
     p, q = original[rows].log_softmax(-1), new.log_softmax(-1)

@@ -42,36 +42,13 @@ def response_nll(logits: Tensor, targets: Tensor) -> Tensor:
 def token_kl(original: Tensor, new: Tensor, targets: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """KL(original || new) per response token, in nats, zero at padding: (rows, length).
 
-    rows: which row of `original` each row of `new` is held against; by default the same one. Only `new` takes a
-    gradient.
+    rows: which row of `original` each row of `new` is held against; by default the same one.
     """
-    kl: Tensor = _TokenKL.apply(original.detach(), new, range(len(new)) if rows is None else rows)  # type: ignore[no-untyped-call]
+    p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
+    if rows is not None:
+        p = p[list(rows)]
+    kl = (p.exp() * (p - q)).sum(-1)
     return torch.where(targets != -100, kl, 0.0)
-
-
-class _TokenKL(torch.autograd.Function):
-    """Row by row, with the gradient found on the way: else half a dozen buffers as large as all logits are filled.
-
-    With p and q the probabilities of a token that original and new give, the gradient in new's logits is q - p.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, original: Tensor, new: Tensor, rows: Sequence[int]) -> Tensor:
-        kl = new.new_empty(new.shape[:2], dtype=torch.float32)
-        gradient = torch.empty_like(new) if new.requires_grad else None
-        for i, row in enumerate(rows):
-            log_p, log_q = original[row].float().log_softmax(-1), new[i].float().log_softmax(-1)
-            p = log_p.exp()
-            kl[i] = (p * (log_p - log_q)).sum(-1)
-            if gradient is not None:
-                gradient[i] = log_q.exp_() - p
-        ctx.gradient = gradient
-        return kl
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:
-        gradient, ctx.gradient = ctx.gradient, None  # as large as all logits: held once, and no longer than needed
-        return None, gradient.mul_(outer[..., None]), None
 
 
 def make_sure(logits: Tensor, targets: Tensor) -> None:
