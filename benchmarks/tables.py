@@ -417,6 +417,21 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def scaling() -> str:
+    """One row per shape of model and request: seconds of both kinds of step, and what the fit says of them."""
+    found = read_results("scaling.json")
+    titles = {"inner": "a step of entrapment, s", "outer": "a step of removal, s"}
+    heads = [part for title in titles.values() for part in (title, "fitted")]
+    lines = [header(["parameters", "block l", "prompt, tokens", "reply, tokens", *heads])]
+    for row in found["rows"]:
+        cells = []
+        for kind in titles:
+            fitted = found["fit"][kind]["a"] + found["fit"][kind]["b"] * row["operations"][kind]
+            cells += [f"{row['seconds'][kind]:.2f}", f"{fitted:.2f}"]
+        lines.append(line([row["shape"], *(str(row[name]) for name in ("layer", "prompt", "reply")), *cells]))
+    return "\n".join(lines)
+
+
 def memory() -> str:
     """Peak memory of a round beside that of a plain fine-tune."""
     found = read_results("memory.json")
@@ -450,6 +465,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "revival": partial(revival, "revival.json"),
         "entrapment": entrapment,
         "speed": speed,
+        "scaling": scaling,
         "memory": memory,
         "judges": judges,
         "labelled": labelled,
