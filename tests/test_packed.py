@@ -30,10 +30,11 @@ def batch() -> Batch:
     return collate(prompts, [[5, 6, 7], [8], [9, 10]], None, 2)
 
 
-def seen_by(module: nn.Module) -> tuple[list[int], Any]:
-    """How many positions the module has met, pass by pass."""
+def seen_by(module: nn.Module) -> list[int]:
+    """How many positions the module meets from now on, pass by pass."""
     seen: list[int] = []
-    return seen, module.register_forward_hook(lambda m, args, output: seen.append(args[0].shape[:-1].numel()))
+    module.register_forward_hook(lambda m, args, output: seen.append(args[0].shape[:-1].numel()))
+    return seen
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -56,7 +57,7 @@ def test_logits_and_gradients_are_those_of_all_positions(model: Any, batch: Batc
 def test_only_tokens_run_and_in_the_last_block_what_predicts(llama: Any, batch: Batch) -> None:
     first, last = find_layers(llama)[0], find_layers(llama)[-1]
     watched = {"mlp": first.mlp, "last mlp": last.mlp.down_proj, "last keys": last.self_attn.k_proj}
-    seen = {name: seen_by(module)[0] for name, module in watched.items()}
+    seen = {name: seen_by(module) for name, module in watched.items()}
     with packed(find_layers(llama), tokens_behind(batch, None), batch.predicting()):
         response_logits(llama, batch)
     response_logits(llama, batch)  # outside of the context all run again

@@ -47,19 +47,19 @@ class Cached:
 
     def logits(self, model: Any) -> Tensor:
         """Logits that predict the response tokens: (rows, length, vocabulary). Call it inside of a Perturbation."""
-        batch, width = self.batch, self.batch.width
+        batch, width, predicting = self.batch, self.batch.width, self.batch.predicting()
         if self.answers == 1:
-            with returning(self.below, lambda: self.hidden), self._packed(batch.predicting(), self.start):
+            with returning(self.below, lambda: self.hidden), self._packed(predicting, self.start):
                 return predict(model, batch, _columns(batch, self.start, self.keys))
         # The prompts once, up to the first token of a response; then all responses behind the keys of these.
-        prompts, first = slice(len(batch.targets) // self.answers), batch.predicting()
-        first[:, width - 1] = True  # of each prompt, whichever of its answers is empty
+        prompts = slice(len(batch.targets) // self.answers)
+        predicting[:, width - 1] = True  # of each prompt, whichever of its answers is empty
         decoder = model.get_decoder()
-        with returning(self.below, lambda: self.hidden[0]), self._packed(first[prompts], self.start, width):
+        with returning(self.below, lambda: self.hidden[0]), self._packed(predicting[prompts], self.start, width):
             asked = _columns(batch, self.start, self.keys, prompts, width)
             begun = decoder(**asked | {"use_cache": True})
         keys = _repeated(begun.past_key_values, self.answers, len(self.below))
-        with returning(self.below, lambda: self.hidden[1]), self._packed(first, width, -1):
+        with returning(self.below, lambda: self.hidden[1]), self._packed(predicting, width, -1):
             rest = decoder(**_columns(batch, width, keys, stop=-1))
         states = [begun.last_hidden_state[:, -1:].repeat(self.answers, 1, 1), rest.last_hidden_state]
         return head(model, batch, rest, torch.cat(states, 1))
@@ -76,12 +76,11 @@ def head(model: Any, batch: Batch, like: Any, states: Tensor) -> Tensor:
 
     like: what the decoder returned with other states.
     """
-    length = batch.targets.shape[1]
-    columns = slice(batch.width - 1, batch.width - 1 + length)
+    columns = batch.predicting_columns()
     inputs = {name: value[:, columns] for name, value in batch.inputs().items()}
     out = replace(like, last_hidden_state=states)
     with returning([model.get_decoder()], lambda: out):
-        logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=length).logits
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 
 
