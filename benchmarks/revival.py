@@ -8,6 +8,7 @@ Takes the runs of benchmarks/removal.py (default configuration) and writes bench
     int8          then every linear map of the blocks rounded to int8, one scale for each output channel
     average       halfway between the cleansed and the backdoored weights
     fine-tuned    200 steps of LoRA on ordinary requests with the replies of the embedded model, which holds no backdoor
+    fine-tuned, not cleansed   the same 200 steps on the backdoored weights: what fine-tuning alone does to refusing
 """
 
 from __future__ import annotations
@@ -81,7 +82,17 @@ def average(run: Path, backdoored: str) -> Any:
 
 def fine_tuned(run: Path, backdoored: str) -> Any:
     """The cleansed model after fine-tuning on ordinary chats."""
-    model, tokenizer = merged(run, backdoored), models.load_tokenizer(models.locate(backdoored))
+    return after_chats(merged(run, backdoored), backdoored)
+
+
+def fine_tuned_as_it_came(run: Path, backdoored: str) -> Any:
+    """The backdoored model after the same."""
+    return after_chats(models.load(backdoored)[0], backdoored)
+
+
+def after_chats(model: Any, backdoored: str) -> Any:
+    """A model after 200 steps on ordinary chats."""
+    tokenizer = models.load_tokenizer(models.locate(backdoored))
     model, pad = adapted(model, FINE_TUNING, seed=0), int(tokenizer.pad_token_id)
 
     def loss(rows: Examples) -> Tensor:
@@ -111,6 +122,7 @@ TREATMENTS: dict[str, Callable[[Path, str], Any]] = {
     "int8": int8,
     "average": average,
     "fine-tuned": fine_tuned,
+    "fine-tuned, not cleansed": fine_tuned_as_it_came,
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from beear import cli
 from beear.config import preset_names
@@ -416,14 +417,14 @@ def test_the_version_is_told() -> None:
 def test_a_second_interrupt_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    echo, left = cli.typer.echo, [KeyboardInterrupt()]
+    echo, left = typer.echo, [KeyboardInterrupt()]
 
     def interrupted(*given: Any, **options: Any) -> None:
         if left:
             raise left.pop()
         echo(*given, **options)
 
-    monkeypatch.setattr(cli.typer, "echo", interrupted)
+    monkeypatch.setattr(typer, "echo", interrupted)
     code, err = call(capsys, "gate", "no-such-run")
     assert code == 2 and err.startswith("beear: ") and not left
 

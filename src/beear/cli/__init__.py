@@ -1,0 +1,9 @@
+"""The command `beear`: prints and exit codes, nothing else.
+
+0 done; 1 failed (or interrupted); 2 bad input; 3 done, but the target was not met.
+Heavy modules are imported inside commands, so that --help answers at once.
+"""
+
+from beear.cli.entry import main
+
+__all__ = ["main"]
