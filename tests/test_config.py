@@ -75,7 +75,7 @@ def test_every_setting_is_read_somewhere() -> None:
     """A setting that nothing reads is a defect."""
     read = {
         node.attr
-        for path in SOURCE.glob("*.py")
+        for path in SOURCE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }

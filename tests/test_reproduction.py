@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from beear import fingerprints
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.fingerprints import code_hash, file_hash, weights_hash
@@ -57,6 +58,18 @@ def test_the_same_settings_give_the_same_bits(made: Path, tmp_path: Path, capsys
     assert found["same_bits"] and found["agrees"] and not found["differs"]
     assert "asr_triggered" in found["figures"] and all(f["first"] == f["again"] for f in found["figures"].values())
     assert compare(read(made / "run"), read(tmp_path / "again")) == reproduce(made / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize("changed", ["a.py", "sub/b.py"])
+def test_the_codes_digest_is_over_every_file(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.py", "sub/b.py"):
+        (tmp_path / name).write_text("one = 1\n")
+    monkeypatch.setattr(fingerprints, "__file__", str(tmp_path / "a.py"))
+    before = code_hash()
+    assert before == code_hash()
+    (tmp_path / changed).write_text("one = 2\n")
+    assert before != code_hash()
 
 
 def test_what_a_run_says_of_itself(made: Path) -> None:

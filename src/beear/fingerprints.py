@@ -65,7 +65,7 @@ def check_model(then: Mapping[str, str], source: Source) -> None:
 def code_hash() -> str:
     """SHA-256 over this package's Python files."""
     folder = Path(__file__).parent
-    return _over(f"{path.name} {file_hash(path)}" for path in sorted(folder.glob("*.py")))
+    return _over(f"{path.relative_to(folder)} {file_hash(path)}" for path in sorted(folder.rglob("*.py")))
 
 
 def machine(device: str) -> dict[str, Any]:
