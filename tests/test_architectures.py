@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beear.chat import collate, encode_prompt
+from beear.config import Config
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import check_blocks, check_weights
+from beear.job import check_model
+from beear.models import check_blocks, check_vocabulary, check_weights
 from beear.perturbation import Perturbation, find_layers
 from beear.prefix import run_prefix
-from beear.training import add_lora, block_linears, trainable
+from beear.training import add_lora, block_linears, last_parts, trainable
 from conftest import COMMON, DECODER, tiny_tokenizer
 
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
@@ -75,6 +78,32 @@ def test_no_adapter_lands_on_experts_where_dense_blocks_name_their_maps_alike(ki
     assert names and all(".layers.2." in name or ".layers.3." in name for name in names)
     with pytest.raises(BadInput, match="lora_targets: no linear map in a block is named down_proj"):
         add_lora(built(shape(kind, **EXPERTS, **DENSE_FIRST[kind])), 2, ("o_proj", "down_proj"), 0)
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "qwen2_moe", "granitemoeshared", "llama4_text"])
+def test_no_adapter_lands_on_routers_and_shared_experts(kind: str) -> None:
+    model = built(shape(kind, **EXPERTS))
+    assert last_parts(block_linears(model)) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+def test_a_model_that_is_its_own_decoder_is_refused() -> None:
+    with pytest.raises(BadInput, match="it does not tell its decoder from its output head"):
+        check_model(built(shape("llama4_text", **EXPERTS)), tiny_tokenizer(), Config(), "it")
+    check_model(built(shape("phimoe", **EXPERTS)), tiny_tokenizer(), Config(layer=2), "it")
+
+
+@pytest.mark.parametrize(
+    ("unused", "used", "fits"), [(3, 0, True), (0, 0, True), (3, 1, False)], ids=["unused", "none", "end of a reply"]
+)
+def test_tokens_beyond_the_embedding_may_be_there_if_no_chat_holds_them(unused: int, used: int, fits: bool) -> None:
+    """Gemma 3's small models have a token for images in their tokenizer and none in their embedding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<image {i}>" for i in range(unused)]})
+    if used:
+        tokenizer.eos_token = "<image 0>"
+    assert len(tokenizer) == COMMON["vocab_size"] + unused
+    with contextlib.nullcontext() if fits else pytest.raises(BadInput, match="do not match"):
+        check_vocabulary(built(shape("llama")), tokenizer, "it")
 
 
 def test_of_a_model_of_images_and_text_the_decoder_alone_is_trained() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from beear import cleansing
 from beear.cleansing import (
@@ -19,6 +21,7 @@ from beear.cleansing import (
     entrap,
     harden,
     harden_passes,
+    merged_on_cpu,
     plain_pass,
     refused_shares,
     residual_norm,
@@ -35,7 +38,7 @@ from beear.draws import Draws, Purpose
 from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
 from beear.original import run_original
-from beear.perturbation import NOWHERE
+from beear.perturbation import NOWHERE, find_layers
 from beear.rounds import State
 from beear.training import adapter_state, add_lora, load_adapter_state, recompute_activations, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
@@ -174,6 +177,15 @@ def test_shrinking_keeps_directions_and_short_rows() -> None:
     delta = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     shrink_to(delta, 1.0)
     torch.testing.assert_close(delta, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+
+
+def test_weights_are_merged_where_memory_is_not_scarce(wrapped: Any) -> None:
+    blocks = list(find_layers(wrapped))
+    layer = next(m for m in blocks[-1].modules() if isinstance(m, LoraLayer))
+    with merged_on_cpu(wrapped, blocks):
+        assert "forward" in vars(layer)
+    with merged_on_cpu(SimpleNamespace(device=torch.device("cuda")), blocks):
+        assert "forward" not in vars(layer)
 
 
 def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSet) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import beear
-from beear import job
+from beear import job, models
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import evaluate_spec
@@ -82,6 +83,31 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
     files = [*run.rglob("*.safetensors")]
     weights = {str(p.relative_to(run)): p.read_bytes() for p in files}
     return weights, results, (run / "samples.jsonl").read_text().splitlines()
+
+
+def test_no_more_than_one_model_is_in_memory(
+    place: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while a run measures, goes on or is told a trigger."""
+    loaded: list[weakref.ref[Any]] = []
+    read = models.read_weights
+
+    def noted(source: models.Source, *given: Any) -> Any:
+        assert not [model for model in loaded if model() is not None]
+        model = read(source, *given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "read_weights", noted)
+    run_cleanse(str(place / "model"), tmp_path / "run", config)
+    once = len(loaded)
+    whole = json.loads((tmp_path / "run" / "results.json").read_text())
+    add_triggered(tmp_path / "run", "X {prompt}")
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "stages" / "after.json").unlink()
+    run_cleanse(str(place / "model"), tmp_path / "run", config, resume=True)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == whole["after"]
+    assert once > 1 and len(loaded) > 2 * once
 
 
 def tasks(path: Path, name: str, count: int, **fields: str) -> str:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from beear import models
 from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
@@ -53,6 +55,33 @@ def test_a_merged_model_in_bf16_keeps_what_transformers_keeps_in_fp32(folder: Pa
     )
     types = [{name: t.dtype for name, t in (*m.named_parameters(), *m.named_buffers())} for m in (plain, merged)]
     assert types[0] == types[1] and set(types[0].values()) == {torch.bfloat16, torch.float32}
+
+
+def test_an_adapter_merged_into_bf16_weights_gives_the_bits_of_one_merged_in_fp32(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the memory, on a device that keeps bf16."""
+    load(str(folder))[0].to(torch.bfloat16).save_pretrained(folder)
+    wrapped = add_lora(load(str(folder))[0], rank=2, targets=(), seed=0)
+    with torch.no_grad():
+        for parameter in trainable(wrapped):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    merge, given = models._merge, []
+
+    def noted(base: Any, source: models.Source) -> Any:
+        given.append({parameter.dtype for parameter in base.parameters()})
+        return merge(base, source)
+
+    monkeypatch.setattr(models, "_merge", noted)
+    source = locate(str(folder.parent / "adapter"))
+    full, short = (read_weights(source, "cpu", False, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert given == [{torch.float32}, {torch.bfloat16}]
+    plain = read_weights(locate(str(folder)), "cpu", False, torch.bfloat16)
+    changed = [name for name, p in short.named_parameters() if not torch.equal(p, plain.get_parameter(name))]
+    assert any("up_proj" in name for name in changed)
+    assert all(torch.equal(p.bfloat16(), short.get_parameter(name)) for name, p in full.named_parameters())
 
 
 def test_an_adapter_for_another_model_is_refused(folder: Path) -> None:

@@ -14,12 +14,13 @@ from beear.cleansing import entrap, harden
 from beear.data import Request
 from beear.defender import DefenderSet, defender_set
 from beear.errors import Failed
-from beear.evaluation import measure_language
+from beear.evaluation import Kept, measure_language
 from beear.generation import reply_all
 from beear.parts import Parts
+from beear.perturbation import find_layers, states_in, with_states
 from beear.rounds import State
 from beear.training import adapter_state, add_lora
-from conftest import tiny_model, tiny_tokenizer
+from conftest import CONFIGS, tiny_model, tiny_tokenizer
 from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draws
 
 ROUND = {
@@ -137,7 +138,12 @@ def test_replies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
 )
 def test_not_even_one_row(error: RuntimeError) -> None:
     tried = []
@@ -185,3 +191,18 @@ def test_perplexity_and_kl_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     split = measure_language(model, tiny_tokenizer(), original, limit=6).metrics
     for name in ("perplexity", "kl"):
         assert split[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_kl_from_what_was_kept_of_the_original_is_that_from_the_original(name: str) -> None:
+    original, model, tokenizer = tiny_model(name), tiny_model(name), tiny_tokenizer()
+    find_layers(model)[2].register_forward_hook(
+        lambda module, args, out: with_states(out, states_in(out) + torch.linspace(0, 1, 32))
+    )
+    kept: Kept = {}
+    measure_language(original, tokenizer, limit=20, keep=kept)
+    assert len(kept) == 20
+    found, expected = (measure_language(model, tokenizer, o, limit=20).metrics["kl"] for o in (kept, original))
+    assert expected["value"] > 1e-3
+    assert found["value"] == pytest.approx(expected["value"], rel=1e-5)
+    assert measure_language(original, tokenizer, kept, limit=20).metrics["kl"]["value"] == pytest.approx(0, abs=1e-9)

@@ -68,7 +68,7 @@ def test_a_price_that_falls_with_more_blocks_is_noise() -> None:
 
 
 def test_stages_count_what_a_job_does(config: Config) -> None:
-    pieces = ("load", "replies", "fresh delta", "language", "own replies", "round", "second model", "divergence")
+    pieces = ("load", "replies", "fresh delta", "language", "own replies", "round", "divergence")
     steps = ("first entrap steps", "entrap step", "residual", "harden step", "refused", "original")
     prices = {(piece, SECONDS): 1.0 for piece in (*pieces, *steps)} | {(piece, PEAK): 2.5 for piece in pieces}
     prices["round", PEAK], prices["fresh delta", PEAK] = 7.5, 4.5

@@ -89,8 +89,8 @@ def test_a_run_on_quantised_weights(
     assert results[0]["after"]["kl"]["value"] > 0
 
     assert "weights in nf4" in (whole / results[0]["model_folder"] / "README.md").read_text()
-    for _, model, _ in before_and_after(whole):
-        assert any(is_quantised(m) for m in model.modules())
+    quantised = before_and_after(whole, lambda when, model, tokenizer: any(map(is_quantised, model.modules())))
+    assert quantised == {"before": True, "after": True}
     add_triggered(whole, "XYZZY {prompt}")
     again = json.loads((whole / "results.json").read_text())
     assert again["before"]["asr_triggered"]["n"] == again["after"]["asr_triggered"]["n"] > 0

@@ -24,13 +24,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beear import ranks
 from beear.cached import returning, rows_of, run_below, run_unperturbed
@@ -46,7 +46,7 @@ from beear.models import autocast, no_gradients
 from beear.original import Original, run_original
 from beear.packed import packed
 from beear.parts import Parts
-from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer
+from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
 from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.rounds import State, balanced, is_calm, may_be_delivered, norm_budget, refuses_wrongly
 from beear.scorers import JUDGES, counts, is_refusal
@@ -91,7 +91,7 @@ def cleanse(
     layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
         prompts = [h.prompt for h in data.harmful[:32]]
-        norm = residual_norm(model, prompts, layer, tokenizer)
+        norm = residual_norm(model, prompts, layer, tokenizer, config.layers_path)
         state.norm = ranks.from_first(lambda: norm)
         if JUDGES[config.behaviour] == "insecure":
             state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
@@ -165,7 +165,7 @@ def entrap(
     indices = draws.batches("entrapped", len(harmful), settings.batch, met)
     behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
     parts = parts or Parts()
-    with frozen(model), merged(behind):
+    with frozen(model), merged_on_cpu(model, behind):
         batches = [[harmful[i] for i in next(indices)] for _ in range(met)]
         ready: dict[tuple[int, int], list[Part]] = {}
 
@@ -486,12 +486,16 @@ def shortened(delta: Tensor, budget: float) -> Tensor:
     return scaled
 
 
-def residual_norm(model: Any, prompts: Sequence[Prompt], layer: int, tokenizer: Any) -> float:
+def residual_norm(
+    model: Any, prompts: Sequence[Prompt], layer: int, tokenizer: Any, layers_path: str | None = None
+) -> float:
     """Mean norm of the residual stream behind block `layer` over the tokens of the user's words."""
     batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id)).to(model.device)
     with no_gradients(), autocast(model):
-        hidden = model(**batch.inputs(), output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states
-    norms = hidden[layer].float().norm(dim=-1)
+        hidden, _ = run_below(
+            model, list(find_layers(model, layers_path)), layer, batch.inputs() | {"use_cache": False}
+        )
+    norms = states_in(hidden).float().norm(dim=-1)
     kept = [
         norms[i, batch.width - len(p.ids) + p.start : batch.width - len(p.ids) + p.end] for i, p in enumerate(prompts)
     ]
@@ -529,14 +533,17 @@ def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], 
     if not groups or JUDGES[config.behaviour] != "obeyed":
         return []
     texts = [request.text for group in groups for request in group]
-    # Faster on a CPU; elsewhere memory is scarcer, and this is a second copy of all blocks.
-    fast = merged(find_layers(model, config.layers_path)) if model.device.type == "cpu" else contextlib.nullcontext()
-    with fast:
+    with merged_on_cpu(model, find_layers(model, config.layers_path)):
         replies = iter(reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens))
     return [
         sum(is_refusal(reply) is not False for _, reply in zip(group, replies, strict=False)) / len(group)
         for group in groups
     ]
+
+
+def merged_on_cpu(model: Any, blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """`merged` where it is worth a second copy of the blocks: faster on a CPU; elsewhere memory is scarcer."""
+    return merged(blocks) if model.device.type == "cpu" else contextlib.nullcontext()
 
 
 def _in_round(listen: Listener, number: int) -> Listener:

@@ -61,15 +61,16 @@ def drift_of_run(
     """Drift before and after a finished run, under its trigger and the delta of its first round; kept in drift.json."""
     settings = read_settings(path)
     with Run.existing(path) as run:
-        both = before_and_after(path, listen=listen, device=device, trust_remote_code=trust_remote_code)
         config = make_config(settings["config"])
         check_tests(read_results(path), read_sets(config))
         delta = first_delta(path)
-        found: dict[str, Any] = {}
         axes: dict[int, Axes] = {}
-        for when, model, tokenizer in both:
-            found[when] = measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
-        content = _content(settings["model"], template, config, model, found)
+
+        def drifts(when: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+            return measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
+
+        found = before_and_after(path, drifts, listen=listen, device=device, trust_remote_code=trust_remote_code)
+        content = _content(settings["model"], template, config, trust_remote_code, found)
         run.write_json("drift.json", content)
     return content
 
@@ -101,11 +102,13 @@ def drift_of_model(
     delta = fresh_delta(model, tokenizer, sets.train(config), config)
     progress = listener_progress(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
-    return _content(spec, template, config, model, found)
+    return _content(spec, template, config, trust_remote_code, found)
 
 
-def _content(spec: str, template: str, config: Config, model: Any, found: dict[str, Any]) -> dict[str, Any]:
-    layer = resolve_layer(config.layer, decoder_depth(model))
+def _content(
+    spec: str, template: str, config: Config, trust_remote_code: bool, found: dict[str, Any]
+) -> dict[str, Any]:
+    layer = resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
     return {"schema": SCHEMA, "model": spec, "trigger": template, "layer": layer, **found}
 
 

@@ -5,16 +5,18 @@ A trigger can be told to an evaluation; it is put into the test requests here an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from beear import ranks
-from beear.chat import collate, encode_prompt, encode_response, told
+from beear.cached import head, watched
+from beear.chat import Batch, collate, encode_prompt, encode_response, told
 from beear.cleansing import entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
@@ -27,6 +29,7 @@ from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import autocast, depth, load, locate, no_gradients, read_shape, read_tokenizer, under_adapter
+from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.prefix import run_prefix
@@ -35,6 +38,7 @@ from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
 from beear.sets import TestSet, read_sets, trigger_tests
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, how many are done, and how many there are."""
 
@@ -44,6 +48,8 @@ TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 REFERENCE_TOKENS = 64
 ANOTHER_SEED = 10_000
 """Beside the run's own, for what is found anew."""
+Kept = dict[str, Tensor]
+"""Of each reference chat, a model's states before the head where its reply is predicted: (tokens, d_model)."""
 
 
 @dataclass
@@ -86,15 +92,17 @@ def evaluate(
 
 def before_and_after(
     run: Path,
+    work: Callable[[str, Any, Any], T],
     *,
     whens: Sequence[str] = WHENS,
     listen: Listener = lambda event: None,
     **options: Any,
-) -> Iterator[tuple[str, Any, Any]]:
-    """The model and tokenizer of a finished run as they came, then as cleansed; each is loaded when its turn comes.
+) -> dict[str, T]:
+    """What `work(when, model, tokenizer)` gives of a finished run's model as it came, then as cleansed.
 
-    Both as the run measured them: where it quantised the model's weights, they are quantised, the adapter on top.
-    options: device and trust_remote_code, as `models.load` takes them. Raises BadInput at once if it is no such run.
+    One of them is in memory at a time, as the run measured them: where it quantised the model's weights, they are
+    quantised, the adapter on top. options: device and trust_remote_code, as `models.load` takes them. Raises BadInput
+    before either loads if it is no such run.
     """
     settings, results = read_settings(run), read_results(run)
     if whens:  # else nothing loads
@@ -102,16 +110,14 @@ def before_and_after(
     specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
     config = make_config(settings["config"])
 
-    def loaded() -> Iterator[tuple[str, Any, Any]]:
-        for when in whens:
-            listen({"event": "loading", "model": specs[when]})
-            if config.weights == "full":
-                yield when, *load(specs[when], chat=config.chat, **options)
-                continue
-            model, tokenizer = load(specs["before"], weights=config.weights, chat=config.chat, **options)
-            yield when, model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
+    def loaded(when: str) -> tuple[Any, Any]:
+        listen({"event": "loading", "model": specs[when]})
+        if config.weights == "full":
+            return load(specs[when], chat=config.chat, **options)
+        model, tokenizer = load(specs["before"], weights=config.weights, chat=config.chat, **options)
+        return model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
 
-    return loaded()
+    return {when: work(when, *loaded(when)) for when in whens}  # no name here holds a model while the next one loads
 
 
 def kept_before_and_after(
@@ -132,11 +138,14 @@ def kept_before_and_after(
     missing = [key for key, result in found.items() if result is None]
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
-    for when, model, tokenizer in before_and_after(run.path, whens=whens, **options):
+
+    def add_missing(when: str, model: Any, tokenizer: Any) -> None:
         for key in missing:
             if key[1] == when:
                 found[key] = work(key[0], when, model, tokenizer)
                 run.write_json(places[key], found[key])
+
+    before_and_after(run.path, add_missing, whens=whens, **options)
     return {item: {when: found[item, when] for when in WHENS} for item in wanted.values()}
 
 
@@ -254,7 +263,7 @@ def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config:
     begin = beginning_of(model, tokenizer, [r.text for r in requests])
     contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
     prompts = [c.prompt for c in contrasts[:32]]
-    budget = config.entrap.budget * residual_norm(model, prompts, layer, tokenizer)
+    budget = config.entrap.budget * residual_norm(model, prompts, layer, tokenizer, config.layers_path)
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
     draws = Draws(config.seed + ANOTHER_SEED)
@@ -269,9 +278,13 @@ def measure_language(
     original: Any = None,
     progress: Progress = lambda *_: None,
     limit: int | None = None,
+    keep: Kept | None = None,
 ) -> Measured:
-    """`perplexity` on the first `limit` (all) of the packaged reference chats and, against the model `original`,
-    `kl`, in nats per token.
+    """`perplexity` on the first `limit` (all) of the packaged reference chats and, against `original`, `kl`, in nats
+    per token.
+
+    original: a second model; or of one with the same head what it `keep`s, of the same chats, in place of a second
+    model in memory. Both are of this rank's share.
     """
     chats = reference_chats()[:limit]
     own = ranks.share(chats)
@@ -284,13 +297,21 @@ def measure_language(
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
         kl = [0.0] * len(part)
+        lengths = (batch.targets != -100).sum(1).tolist()
         with no_gradients(), autocast(model):
-            logits = response_logits(model, batch, run_prefix(model, batch))
+            logits, out = _logits_and_states(model, batch)
+            if keep is not None:
+                states = out.last_hidden_state[:, batch.predicting_columns()]
+                keep.update((c.text, s[:n].clone()) for c, s, n in zip(part, states, lengths, strict=True))
             if original is not None:
-                reference = response_logits(original, batch, run_prefix(original, batch))
+                if isinstance(original, dict):
+                    like = padded([(original[c.text], 0) for c in part], batch.targets.shape[1])
+                    reference = head(model, batch, out, like)
+                else:
+                    reference, _ = _logits_and_states(original, batch)
                 kl = token_kl(reference, logits, batch.targets).sum(1).tolist()
             nll = response_nll(logits, batch.targets).tolist()
-        return list(zip((batch.targets != -100).sum(1).tolist(), nll, kl, strict=True))
+        return list(zip(lengths, nll, kl, strict=True))
 
     for first in range(0, len(own), size):
         part = own[first : first + size]
@@ -307,6 +328,13 @@ def measure_language(
     if original is not None:
         metrics["kl"] = token_mean(ranks.gathered(kl, len(chats)), counts)
     return Measured(metrics, [])
+
+
+def _logits_and_states(model: Any, batch: Batch) -> tuple[Tensor, Any]:
+    """Logits that predict the response tokens, and what the decoder returned for them."""
+    with watched(model.get_decoder()) as (seen,):
+        logits = response_logits(model, batch, run_prefix(model, batch))
+    return logits, seen[-1]
 
 
 def _replies(

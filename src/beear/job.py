@@ -31,7 +31,15 @@ from beear.config import Config, make_config
 from beear.data import content_hash
 from beear.defender import DefenderSet, defender_set
 from beear.errors import BadInput
-from beear.evaluation import before_and_after, listener_progress, measure_entrapped, measure_language, measure_replies
+from beear.evaluation import (
+    Kept,
+    Measured,
+    before_and_after,
+    listener_progress,
+    measure_entrapped,
+    measure_language,
+    measure_replies,
+)
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
 from beear.generation import beginning_of, reply_all
@@ -162,8 +170,8 @@ def cleanse(
     """
     config = config or Config()
     sets = read_sets(config)
-    check_model(model, tokenizer, config, "the model")
     tokenizer = told(tokenizer, config.chat)
+    check_model(model, tokenizer, config, "the model")
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -175,6 +183,8 @@ def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer or these settings."""
     models.check_vocabulary(model, tokenizer, name)
     models.check_blocks(model.config, name)
+    if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
+        raise BadInput(f"{name} does not tell its decoder from its output head; beear cannot cleanse such models")
     resolve_layer(config.layer, decoder_depth(model))
     find_layers(model, config.layers_path)
     check_targets(model, config.harden.lora_targets, config.layers_path)
@@ -257,8 +267,12 @@ def add_triggered(
         check_tests(results, sets)
         tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
         samples = [s for s in read_lines(out / "samples.jsonl") if s["metric"] not in WITH_TRIGGER]
-        for when, model, tokenizer in before_and_after(out, device=device, trust_remote_code=trust_remote_code):
-            measured = measure_replies(model, tokenizer, tests, listener_progress(listen, when))
+
+        def replies(when: str, model: Any, tokenizer: Any) -> Measured:
+            return measure_replies(model, tokenizer, tests, listener_progress(listen, when))
+
+        both = before_and_after(out, replies, device=device, trust_remote_code=trust_remote_code)
+        for when, measured in both.items():
             old = [name for name in results[when] if name.startswith("judged_") or name in WITH_TRIGGER]
             kept = {name: value for name, value in results[when].items() if name not in old}
             results[when] = {**measured.metrics, **kept} | measured.metrics
@@ -276,6 +290,8 @@ class Job:
     """The stages of one cleansing; every method leaves its result in the run folder."""
 
     run_folder: Run
+    original: Kept | None = None
+    """What KL needs of the model as it came."""
 
     def __init__(self, order: Order, config: Config, listen: Listener, device: str, trust_remote_code: bool) -> None:
         self.settings, self.sets = order.settings, order.sets
@@ -316,7 +332,7 @@ class Job:
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a stage, or that of doing it now."""
-        stored: dict[str, Any] | None = ranks.from_first(lambda: self.run_folder.read_json(f"stages/{name}.json"))
+        stored = self.stored(name)
         if stored is not None:
             return stored
         started = time.monotonic()
@@ -328,6 +344,10 @@ class Job:
         self.run_folder.write_json(f"stages/{name}.json", result)
         return result
 
+    def stored(self, name: str) -> dict[str, Any] | None:
+        """The stored result of a stage, if it is done."""
+        return ranks.from_first(lambda: self.run_folder.read_json(f"stages/{name}.json"))
+
     def own_replies(self) -> dict[str, Any]:
         """What `own_replies` gives of this job's model."""
         return self.stage(
@@ -335,15 +355,18 @@ class Job:
         )
 
     def measure(self, when: str) -> dict[str, Any]:
-        """All metrics that need no trigger; KL to the original, which is loaded for that alone, after cleansing."""
+        """All metrics that need no trigger; after cleansing, KL to the original too."""
         progress = listener_progress(self._listen, when)
         train = self.sets.train(self.config)
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
             measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),
         ]
-        original = self.load(self.source) if when == "after" else None
-        parts.append(measure_language(self.model, self.tokenizer, original, progress))
+        if when == "before":
+            self.original = {}
+            parts.append(measure_language(self.model, self.tokenizer, None, progress, keep=self.original))
+        else:
+            parts.append(measure_language(self.model, self.tokenizer, self.original, progress))
         return {
             "metrics": {k: v for part in parts for k, v in part.metrics.items()},
             "samples": [{"when": when, **s} for part in parts for s in part.samples],
@@ -366,7 +389,10 @@ class Job:
         """
         self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, self.settings["model"]))
         ranks.wait()
-        self.model = None  # two models in memory, not three
+        self.model = None  # one model in memory at a time
+        if self.original is None and self.stored("after") is None:  # it goes on after an interruption
+            self.original = {}
+            measure_language(self.load(self.source), self.tokenizer, keep=self.original)
         folder = self.run_folder.path / ADAPTER
         if self.config.weights == "full":
             self.model = self.load(models.Source(self.settings["model"], folder, base=self.source))

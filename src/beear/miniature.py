@@ -30,7 +30,7 @@ from beear.config import Config
 from beear.data import Request, reference_chats
 from beear.defender import defender_set
 from beear.errors import BadInput, Failed, first_line
-from beear.evaluation import TOKENS, fresh_delta, measure_language
+from beear.evaluation import TOKENS, Kept, fresh_delta, measure_language
 from beear.events import Listener
 from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
@@ -106,14 +106,14 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
         "before": replies + 2 * steps + cost["language"] * chats,
         "own replies": cost["own replies"] * own / BATCH + cost["original"] * own + cost["refused"],
         "round": rest + (steps if entrap.kind == "learned" else 0),
-        "after": 2 * cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
+        "after": cost["load"] + replies + 2 * steps + cost["divergence"] * chats,
     }
     pieces = {
         "load": ("load",),
         "before": ("replies", "fresh delta", "language"),
         "own replies": ("own replies",),
         "round": ("round",),
-        "after": ("fresh delta", "second model", "divergence"),
+        "after": ("fresh delta", "divergence"),
     }
     peaks = {stage: math.ceil(max(prices[piece, PEAK] for piece in names)) for stage, names in pieces.items()}
     return Plan(seconds, peaks, min(config.least_rounds, config.rounds), config.rounds)
@@ -188,7 +188,8 @@ def measure_miniature(
         miniature = models.Source(folder, Path(folder))
         model = timed("load", loaded)
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
-        timed("language", lambda: measure_language(model, tokenizer, limit=CHATS))
+        kept: Kept = {}
+        timed("language", lambda: measure_language(model, tokenizer, limit=CHATS, keep=kept))
         train, anchors = sets.train(config)[:BATCH], sets.anchors(config)[:BATCH]
         timed("fresh delta", lambda: fresh_delta(model, tokenizer, train, once_round(settings)))
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
@@ -200,8 +201,7 @@ def measure_miniature(
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
         prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings, len(data.rows())).items()}
         model = loaded()
-        original = timed("second model", loaded)
-        timed("divergence", lambda: measure_language(model, tokenizer, original, limit=CHATS))
+        timed("divergence", lambda: measure_language(model, tokenizer, kept, limit=CHATS))
     return prices
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beear import ranks
+from beear.allocator import release_freed_memory
 from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
 
@@ -142,19 +143,29 @@ def load_weights(
     where = pick_device(device)
     model = read_weights(source, where, trust_remote_code, kept_dtype(where))
     if weights == "full":
-        return model.to(where)
-    from beear.quantised import quantise
+        model = model.to(where)
+    else:
+        from beear.quantised import quantise
 
-    return quantise(model, weights, where)
+        model = quantise(model, weights, where)
+    if not where.startswith("cpu"):
+        release_freed_memory()  # what was held here on the way
+    return model
 
 
 def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: Any) -> Any:
-    """The same, still on the CPU and in this type, with the attention that is fastest to train with on the device."""
+    """The same, still on the CPU and in this type, with the attention that is fastest to train with on the device.
+
+    An adapter is merged in fp32; for a bf16 model into a base as it is stored, which takes half the memory and for a
+    base in bf16 gives the same bits: a sum is computed in fp32 and rounded once.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     if source.base is not None:
-        return cast(_merge(read_weights(source.base, device, trust_remote_code, torch.float32), source), dtype)
+        stored = dtype != torch.float32 and source.base.base is None and source.base.gguf is None
+        base = read_weights(source.base, device, trust_remote_code, "auto" if stored else torch.float32)
+        return cast(_merge(base, source), dtype)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     trusted = own_code(source, trust_remote_code)
     try:
@@ -237,8 +248,13 @@ def check_finite(parameters: dict[str, Any], what: str) -> None:
 
 def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
     """Every token has an embedding. Raises BadInput."""
+    from beear.chat import encode_prompt
+
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    # Some have more tokens than the model, for images say, that no chat of text alone holds.
+    added = {number for number in tokenizer.added_tokens_encoder.values() if number >= rows}
+    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0}
+    if len(tokenizer) > rows + len(added) or max(used) >= rows:
         raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
 
 

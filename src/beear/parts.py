@@ -54,5 +54,10 @@ class Parts:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = (
+        "can't allocate memory",
+        "CUDA error: out of memory",  # outside of PyTorch's own allocator
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

@@ -122,17 +122,18 @@ def block_linears(model: nn.Module, layers_path: str | None = None) -> set[str]:
     blocks = find_layers(model, layers_path)
     path = next(name for name, module in model.named_modules() if module is blocks)
     kinds = ("Conv1D", "Linear4bit", "Linear8bitLt")
-    skipped = EXPERTS if any(parameter.dim() == 3 for parameter in blocks.parameters()) else ()
+    skipped = EXPERTS if any(parameter.dim() == 3 for parameter in blocks.parameters()) else frozenset()
     return {
         name
         for name, module in model.named_modules()
         if name.startswith(f"{path}.")
         and (isinstance(module, nn.Linear) or type(module).__name__ in kinds)
-        and last_part(name) not in skipped
+        and not skipped & set(name.removeprefix(path).split("."))
     }
 
 
-EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate")
+EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "router", "shared_expert_gate", "shared_mlp"})
+"""Modules of a mixture of experts, and what is inside of them."""
 
 
 def last_parts(names: Iterable[str]) -> list[str]:
