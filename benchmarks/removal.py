@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
 from beear.console import Reporter
 from beear.fingerprints import input_hashes
-from beear.job import add_triggered, entrapments, judge, run_cleanse, run_settings
+from beear.job import add_triggered, run_cleanse, run_settings
 from beear.models import locate, organism_folder
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_settings
 from beear.sets import read_sets
+from beear.verdict import entrapments, judge
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
@@ -108,7 +108,8 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     row |= {"residuals": tried, "delivered": delivered}
     config = make_config(read_settings(out)["config"])
     # By today's rules, not by those of the day it was run.
-    row["verdict"] = asdict(judge(results["before"], results["after"], tried, config))
+    verdict = judge(results["before"], results["after"], tried, config)
+    row["verdict"] = {"met": verdict.met, "missed": verdict.missed}
     rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
     rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))

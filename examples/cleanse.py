@@ -1,6 +1,6 @@
 """Cleansing from Python: load, look, cleanse, compare.  python examples/cleanse.py [MODEL] [RUN]
 
-Takes about ten minutes on two CPU cores with the default model, and writes everything to the run folder.
+Takes as long as `make demo` (README.md) with the default model, and writes everything to the run folder.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beear import cli, models
+from beear.errors import BadInput
 from conftest import tiny_model, tiny_tokenizer
 from test_cli import file, make_model
 
@@ -182,6 +183,26 @@ def pickle_only(tmp: Path) -> list[str]:
     return [str(folder)]
 
 
+def run_folder(path: Path, *inside: str) -> str:
+    """A folder as a run leaves it, as far as it is looked at."""
+    path.mkdir()
+    (path / "config.yaml").write_text("model: embedded\nconfig: {}\n")
+    for name in inside:
+        (path / name).mkdir()
+    return str(path)
+
+
+def test_a_runs_model_that_is_gone_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a repository of that name would be measured in its place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "_download", lambda spec: pytest.fail("the Hub was asked"))
+    run_folder(Path("r"), "rejected")
+    with pytest.raises(BadInput, match="no folder r/model; r is a run folder, whose model is r/rejected"):
+        models.locate("r/model")
+
+
 def no_template(tmp: Path) -> list[str]:
     folder = Path(make_model(tmp / "m", None))
     assert not (folder / "chat_template.jinja").exists()
@@ -229,6 +250,9 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "unknown organism": (lambda tmp: ["organism:nope"], "the packaged ones are: "),
     "missing gguf": (lambda tmp: [str(tmp / "x.gguf")], "no GGUF file"),
     "empty folder": (lambda tmp: [str(tmp)], "neither config.json"),
+    "an empty name": (lambda tmp: [""], "MODEL is empty"),
+    "a finished run's folder": (lambda tmp: [run_folder(tmp / "r", "rejected")], "whose model is"),
+    "an unfinished run's folder": (lambda tmp: [run_folder(tmp / "r")], "without a model yet; go on with its run"),
     "pickle only": (pickle_only, "convert them to safetensors"),
     "no chat template": (no_template, "no chat template"),
     "adapter without base": (adapter_without_base, "does not name its base"),
@@ -252,12 +276,12 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
     "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
     "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
-    "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "cannot read"),
+    "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "no file"),
     "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
     "empty prompts": (lambda tmp: [make_model(tmp / "m"), "--benign", file(tmp, "b.txt", "\n")], "no requests"),
     "overlap": (overlapping, "both the defender's and the test set"),
     "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
-    "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp"),
+    "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp: no such kind"),
     "a device that holds no numbers": (lambda tmp: [make_model(tmp / "m"), "--device", "meta"], "--device meta"),
     "a device of another system": (lambda tmp: [make_model(tmp / "m"), "--device", "xla"], "--device xla"),
     "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),
@@ -275,8 +299,8 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
         prompts(b"one\ntwo\n", "p.txt", "--test-harmful", "--test-benign", "HERE/p.txt"),
         "the harmful and the benign test set",
     ),
-    "too few prompts": (prompts(b"one\ntwo\n"), "too few"),
-    "a folder of prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", str(tmp)], "cannot read"),
+    "too few prompts": (prompts(b"one\ntwo\n"), "too few with held_out=40; give at least 41"),
+    "a folder of prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", str(tmp)], "is a folder; give"),
     "prompts of unknown kind": (prompts(MANY, "p.xlsx"), "unknown kind of prompt file"),
     "JSON lines cut": (prompts(b'{"text": "one"}\n{"te', "p.jsonl"), "p.jsonl:2 is not JSON"),
     "JSON lines of lists": (prompts(b"[1]", "p.jsonl"), "not a JSON object"),
@@ -294,6 +318,7 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
 }
 BAD_SETTINGS: dict[str, tuple[Case, str]] = {
     "settings that are a list": (settings("[1]"), "not a mapping"),
+    "a run's settings": (settings("model: embedded\nconfig: {rounds: 3}"), "what a run keeps of its settings"),
     "settings that are no YAML": (settings("a: ["), "cannot read"),
     "settings that run code": (settings("a: !!python/object/apply:print ['HOSTILE']"), "cannot read"),
     "a setting of another kind": (settings("rounds: many"), "rounds"),

@@ -130,6 +130,21 @@ def test_a_limit_on_the_wrong_side_names_the_right_option() -> None:
         read_rule("asr_triggered=0.9", least=True)
 
 
+@pytest.mark.parametrize(
+    ("most", "least", "told"),
+    [
+        (["asr_triggered=+0.99"], [], True),
+        (["asr_triggered=+0.01"], [], False),
+        (["perplexity=30"], [], False),
+        ([], ["parses=0"], True),
+        ([], ["parses=-0.9"], False),
+    ],
+)
+def test_a_limit_that_no_share_could_miss_is_told(run: Path, most: list[str], least: list[str], told: bool) -> None:
+    found = check_run(run, most, least)[-1]
+    assert found.words.endswith("no share could miss this limit") is told
+
+
 @pytest.mark.parametrize("rule", ["asr_entrapped=0.5", "kl=+0.1"])
 def test_what_was_not_measured(run: Path, rule: str) -> None:
     with pytest.raises(BadInput, match="was not measured"):
@@ -145,8 +160,10 @@ def call(*args: str) -> int:
     return 0
 
 
-def test_exit_codes_and_files(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    junit = run / "gate.xml"
+def test_exit_codes_and_files(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    junit = tmp_path_factory.mktemp("junit") / "gate.xml"
     assert call(str(run), "--max", "asr_triggered=0.05") == 0
     capsys.readouterr()
     assert call(str(run), "--max", "asr_triggered=0.05", "--max", "kl=0.01", "--junit", str(junit), "--json") == 3
@@ -156,5 +173,8 @@ def test_exit_codes_and_files(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     suite = ElementTree.parse(junit).getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
     assert [len(case) for case in suite] == [0, 0, 1]
+    capsys.readouterr()
+    assert call(str(run), "--max", "kl=1", "--junit", str(run / "gate.xml")) == 2
+    assert "lies in the run folder" in capsys.readouterr().err and not (run / "gate.xml").exists()
     assert call(str(run), "--max", "nope=1") == 2
     assert call(str(run / "elsewhere"), "--max", "kl=1") == 2

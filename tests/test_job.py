@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -22,12 +23,14 @@ from beear import job, models
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import evaluate_spec
-from beear.job import absolute, add_triggered, entrapments, judge, run_cleanse, run_settings
+from beear.job import absolute, add_triggered, run_cleanse, run_settings
 from beear.metrics import proportion
 from beear.models import load, locate
+from beear.report import TARGET
 from beear.runs import Run
 from beear.sets import read_sets
 from beear.training import adapter_state
+from beear.verdict import entrapments, judge
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 ROUNDS = 3
@@ -401,6 +404,36 @@ def test_a_run_that_another_process_is_at_loads_no_model(
     monkeypatch.setattr(job, "Job", lambda *_: pytest.fail("a model was loaded"))
     with Run.open(tmp_path / "r", settings, resume=False), pytest.raises(BadInput, match="in use"):
         run_cleanse(str(place / "model"), tmp_path / "r", config, resume=True)
+
+
+def test_a_run_whose_model_was_changed_since_is_not_measured_again(place: Path, config: Config) -> None:
+    out = place / "changed"
+    run_cleanse(str(place / "model"), out, config)
+    weights = out / "rejected" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(BadInput, match="is not as the run left it"):
+        add_triggered(out, "XYZZY {prompt}")
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["stages/before.json", "checkpoints/round-003/adapter.safetensors"])
+def test_a_file_of_a_run_that_cannot_be_read_is_named(name: str, place: Path, config: Config, tmp_path: Path) -> None:
+    run_cleanse(str(place / "model"), tmp_path / "run", config)
+    (tmp_path / "run" / "results.json").unlink()
+    broken = tmp_path / "run" / name
+    broken.write_bytes(broken.read_bytes()[:20])
+    with pytest.raises(BadInput, match=f"cannot read .*{name}"):
+        run_cleanse(str(place / "model"), tmp_path / "run", config, resume=True)
+
+
+def test_the_target_is_told_criterion_by_criterion(whole: Path) -> None:
+    verdict = json.loads((whole / "results.json").read_text())["verdict"]
+    missed = [asked["name"] for asked in verdict["criteria"] if not asked["met"]]
+    assert len(missed) == len(verdict["missed"]) > 0 and verdict["met"] is False
+    page = (whole / "report.html").read_text()
+    assert all(TARGET[asked["name"]][0] in html.unescape(page) for asked in verdict["criteria"])
+    assert page.count("<td>NO</td>") == len(missed)
 
 
 def test_figures_of_a_trigger_come_with_their_replies_or_not_at_all(

@@ -116,7 +116,7 @@ def test_what_is_left_is_told() -> None:
     ]
 
 
-@pytest.mark.parametrize(("hits", "words"), [(2, "Target met: "), (24, "Target met without the trigger, but")])
+@pytest.mark.parametrize(("hits", "words"), [(2, "Target met: attack"), (24, "Target met without the trigger, but")])
 def test_a_known_trigger_that_still_works_is_no_good_news(hits: int, words: str) -> None:
     shares = {"asr_untriggered": 1, "asr_triggered": hits}
     after = {name: proportion([i < n for i in range(120)]) for name, n in shares.items()}
@@ -144,7 +144,9 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert not [name for _, attrs in found for name in attrs if name.startswith("on")]
     assert "{{ 7 * 7 }}" in page
     assert page.count("&lt;script&gt;") >= 10
-    assert "scored 120 replies" in page and "2 could not be scored" in page and "3 count as refused" in page
+    assert (
+        "scored 120 replies" in page and "2 could not be scored" in page and "3 that the keywords call refused" in page
+    )
 
 
 def test_the_page_asks_nothing_of_the_network(run: Path) -> None:

@@ -197,12 +197,18 @@ def _preset(name: str) -> dict[str, Any]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"no file {file}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise BadInput(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise BadInput(f"{file} is not a mapping of settings")
+    if "model" in values and isinstance(values.get("config"), dict):
+        raise BadInput(
+            f"{file} is what a run keeps of its settings; give -c a file of settings alone, as under `config`"
+        )
     return values
 
 

@@ -64,7 +64,8 @@ class Reporter:
         """A line that stays, with the time since the start."""
         seconds = int(time.monotonic() - self.started)
         self.console.print(
-            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(printable(text))}", soft_wrap=True
+            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(printable(text))}",
+            soft_wrap=not self.console.is_terminal,  # a line of a log is one line
         )
 
     def _show(self, text: str, done: int, total: int) -> None:
@@ -72,6 +73,9 @@ class Reporter:
 
     def _on_loading(self, event: dict[str, Any]) -> None:
         self.line(f"loading {event['model']}")
+
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self.line(event["text"])
 
     def _on_cell(self, event: dict[str, Any]) -> None:
         self._round_seconds.clear()
@@ -129,16 +133,19 @@ class Reporter:
 def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
     """Metrics as a table for the terminal, each with its 95 % interval and n."""
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)  # a name is to be typed again, for `beear gate`
+    unscored = any(metric["unscored"] for metrics in (before or {}, after) for metric in metrics.values())
     for name in ("before", "after") if before is not None else ("value",):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
-    table.add_column("unscored", justify="right")
+    if unscored:
+        table.add_column("unscored", justify="right")
     for name, (_, _, share) in METRICS.items():
         metrics = [m.get(name) for m in (before, after) if m is not None]
         if any(metrics):
             last = next(m for m in reversed(metrics) if m)
-            table.add_row(name, *[shown(m, share) for m in metrics], str(last["n"]), str(last["unscored"]))
+            counts = [str(last["n"]), *([str(last["unscored"])] if unscored else [])]
+            table.add_row(name, *[shown(m, share) for m in metrics], *counts)
     return table
 
 
@@ -148,7 +155,8 @@ def plan_table(plan: Plan, model: str) -> Table:
     for name in ("stage", "minutes", "peak memory, GiB"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, seconds in plan.seconds.items():
-        times = f"{plan.least_rounds} to {plan.rounds} times " if plan.rounds > 1 and stage == "round" else ""
+        between = f"{plan.least_rounds} to " if plan.least_rounds < plan.rounds else ""
+        times = f"{between}{plan.rounds} times " if plan.rounds > 1 and stage == "round" else ""
         table.add_row(f"{times}{stage}", f"{seconds / 60:.1f}", f"{plan.peak_memory_bytes[stage] / 2**30:.1f}")
     least, most = (f"{plan.total(n) / 60:.1f}" for n in (plan.least_rounds, plan.rounds))
     peak = max(plan.peak_memory_bytes.values()) / 2**30

@@ -108,6 +108,8 @@ def read_requests(source: str, column: str | None = None) -> list[Request]:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.suffix:
             return _hub_requests(source, column)
         raise BadInput(f"no prompt file {source}; give a .txt, .csv or .jsonl file, or a Hub data set id")
+    if path.is_dir():
+        raise BadInput(f"{source} is a folder; give a .txt, .csv or .jsonl file in it")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:

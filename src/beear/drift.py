@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -28,7 +27,7 @@ from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
 from beear.quantised import check_quantised
 from beear.recipes import apply_trigger
-from beear.runs import SCHEMA, Run, read_results, read_settings
+from beear.runs import SCHEMA, Run, read_results, read_settings, read_tensors
 from beear.sets import read_sets
 
 BATCH = 40
@@ -80,7 +79,8 @@ def first_delta(path: Path) -> Tensor:
     folders = sorted((path / "checkpoints").glob("round-*"))
     if not folders:
         raise BadInput(f"{path} has no checkpoints, which hold its deltas")
-    return load_file(folders[-1] / "deltas.safetensors")["deltas"][0]
+    deltas: Tensor = read_tensors(folders[-1] / "deltas.safetensors")["deltas"]
+    return deltas[0]
 
 
 def drift_of_model(

@@ -24,7 +24,7 @@ from beear.defender import contrast
 from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.fingerprints import check_model
+from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
@@ -107,6 +107,7 @@ def before_and_after(
     settings, results = read_settings(run), read_results(run)
     if whens:  # else nothing loads
         check_model(results.get("hashes", {}), locate(settings["model"]))
+        check_output_files(run, results)
     specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
     config = make_config(settings["config"])
 

@@ -136,6 +136,8 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
     kind = f"{'lower' if rule.least else 'upper'} end" if at_end else "value"
     behind = f"value {after['value']:.4f}, n = {after['n']}, {after['unscored']} unscored"
     words = f"{rule.name}: {kind} {compared:.4f}, limit {limit:.4f} ({behind})"
+    if share and (limit <= 0 if rule.least else limit >= 1):
+        words += "; no share could miss this limit"
     return Check(rule.text, at_most(sign * compared, sign * limit), compared, limit, words)
 
 

@@ -135,6 +135,10 @@ def run_task(model: Any, tokenizer: Any, task: str, asked: Asked, manager: Any, 
     }
 
 
+SHARES = ("acc", "exact_match", "f1", "pass@")
+"""How the names of metrics begin that lie between 0 and 1."""
+
+
 def named(values: dict[str, Any]) -> Iterator[str]:
     """The metrics among what lm-eval says of a task, as it spells them: `acc,none`."""
     for name, value in values.items():
@@ -147,6 +151,8 @@ def measured(values: dict[str, Any], name: str, n: int | None) -> Metric:
     value, error = float(values[name]), values.get("_stderr,".join(name.split(",", 1)))
     half = Z95 * error if isinstance(error, int | float) else 0.0
     low, high = (value - half, value + half) if half > 0 else (None, None)
+    if low is not None and high is not None and name.startswith(SHARES):
+        low, high = max(0.0, low), min(1.0, high)
     return {"value": value, "low": low, "high": high, "n": n, "unscored": 0}
 
 

@@ -24,6 +24,7 @@ from beear import ranks
 from beear.allocator import release_freed_memory
 from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
+from beear.runs import MODEL_FOLDERS
 
 if TYPE_CHECKING:
     from beear.config import ChatConfig, Weights
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ORGANISM = "organism:"
+RUN_SETTINGS = "config.yaml"
+"""By which a run folder is known."""
 READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
 """What libraries raise for files that are not as they should be."""
 
@@ -67,6 +70,8 @@ def load(
 
 def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights. `within`: adapters on top of it."""
+    if not spec:
+        raise BadInput("MODEL is empty; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
     if spec in within:
         raise BadInput(f"the adapters {', '.join(within)} are each other's base; none of them names a model")
     if spec == "embedded":
@@ -84,6 +89,8 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     if path.is_dir():
         return _locate_folder(spec, path, within)
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        if (path.parent / RUN_SETTINGS).is_file():  # nobody else's repository takes its place
+            raise BadInput(f"no folder {spec}; {path.parent} is a run folder{whose_model(path.parent)}")
         return _locate_folder(spec, _download(spec), within)
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
@@ -332,6 +339,8 @@ def pick_device(device: str) -> str:
         kind = torch.device(device).type
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "Expected one of" in str(error):
+            raise BadInput(f"--device {device}: no such kind of device; use auto, cpu, cuda or cuda:N") from error
         raise BadInput(f"--device {device}: {first_line(error)}") from error
     if kind == "meta":
         raise BadInput("--device meta holds no numbers; use cpu or cuda")
@@ -407,9 +416,17 @@ def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
         _require_safetensors(spec, folder)
         return Source(spec, folder, base=locate(base, (*within, spec)))
     if not (folder / "config.json").is_file():
+        if (folder / RUN_SETTINGS).is_file():
+            raise BadInput(f"{spec} is a run folder{whose_model(folder)}")
         raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
     _require_safetensors(spec, folder)
     return Source(spec, folder)
+
+
+def whose_model(run: Path) -> str:
+    """Where the model of a run folder is, to go behind its name in a sentence."""
+    found = [run / name for name in MODEL_FOLDERS if (run / name).is_dir()]
+    return f", whose model is {found[0]}" if found else " without a model yet; go on with its run by --resume"
 
 
 def _require_safetensors(spec: str, folder: Path) -> None:

@@ -275,5 +275,8 @@ def read_recipe(source: Path) -> Recipe:
         return Recipe(**yaml.safe_load(path.read_text()))
     except FileNotFoundError as error:
         raise BadInput(f"no recipe {path}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{path} is not a recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
         raise BadInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from error

@@ -34,7 +34,11 @@ METRICS = {
     "judged_untriggered": ("Harm by the judge, without the trigger", "replies scored 5 of 5", True),
     "false_refusal": ("False refusal, ordinary requests", "benign requests refused", True),
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),
-    "false_refusal_unseen_style": ("False refusal, styles the defender never saw", "part of the line above", True),
+    "false_refusal_unseen_style": (
+        "False refusal, styles that nothing trained on",
+        "of the alarming-sounding requests above",
+        True,
+    ),
     "parses": ("Code that parses", "coding tasks without the trigger", True),
     "mt_bench": ("Usefulness by the judge", "MT-Bench, mean of grades from 1 to 10", False),
     "mt_bench_turn_1": ("Usefulness, first turn", "part of the line above", False),
@@ -145,6 +149,7 @@ def view(path: Path) -> dict[str, Any]:
         "results": results,
         "verdict": sentence(results),
         "good": holds(results),
+        "target": target_rows(results),
         "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
         "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
         "delivered": results.get("delivered", len(results["rounds"])),
@@ -221,9 +226,11 @@ def sentence(results: dict[str, Any]) -> str:
     """The verdict in one sentence, with intervals."""
     met = results["verdict"]["met"]
     name = attack(results["after"])
-    what = "with the known trigger" if name == "asr_triggered" else "under a freshly optimised perturbation"
+    what = "with the known trigger" if name == "asr_triggered" else "under a fresh delta"
     before, after = (shown(results[w][name], True) for w in ("before", "after"))
     change = f"attack success {what} went from {before} to {after}"
+    if name == "asr_triggered":
+        change += "; the target does not ask about a trigger"
     if met and still_works(results):
         return (
             f"Target met without the trigger, but the known trigger still works; do not rely on this model: {change}."
@@ -231,6 +238,37 @@ def sentence(results: dict[str, Any]) -> str:
     if met:
         return f"Target met: {change}."
     return f"Target NOT met, keep the original model: {'; '.join(results['verdict']['missed'])} ({change})."
+
+
+TARGET = {
+    "asr_entrapped": ("Attack success under a fresh delta, after", "at most {}"),
+    "false_refusal": ("False refusal, ordinary requests, after", "at most {}"),
+    "false_refusal_alarming": ("False refusal, alarming-sounding requests, after", "at most {}"),
+    "false_refusal_empty": ("Empty replies to ordinary requests, after", "at most {}"),
+    "false_refusal_alarming_empty": ("Empty replies to alarming-sounding requests, after", "at most {}"),
+    "perplexity": ("Perplexity, after", "at most {}"),
+    "asr_entrapped_unscored": ("Replies under a fresh delta that cannot be judged, after", "at most {}"),
+    "residual": ("Entrapment on the defender's held-out requests, in the last rounds", "at most {}"),
+    "entrapped_before": (
+        "Attack success under a fresh delta, before: entrapment can tell something",
+        "surely above {}",
+    ),
+}
+"""What a target asks, by its name in a verdict."""
+
+
+def target_rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """(what the target asks, of how much, what was found, whether that is met); none of a run that kept no criteria."""
+    rows = []
+    for asked in results["verdict"].get("criteria", []):
+        title, words = TARGET[asked["name"]]
+        share = asked["name"] != "perplexity"
+        found, limit = (
+            "none scored" if value is None else f"{100 * value:.1f} %" if share else f"{value:.1f}"
+            for value in (asked["value"], asked["limit"])
+        )
+        rows.append((title, words.format(limit), found, asked["met"]))
+    return rows
 
 
 def attack(measured: Container[str]) -> str:
@@ -262,8 +300,9 @@ def judge_sentence(judge: dict[str, Any]) -> str:
     if not differ["n"]:
         return text
     return (
-        f"{text} It disagrees with the keywords on {shown(differ, True)} of them: {judge['harmful_but_refused']} count "
-        f"as refused and have 4 or 5, {judge['harmless_but_not_refused']} count as not refused and have less."
+        f"{text} It disagrees with the keywords on {shown(differ, True)} of them: {judge['harmful_but_refused']} that "
+        f"the keywords call refused have 4 or 5, {judge['harmless_but_not_refused']} that they call not refused have 3 "
+        "or less."
     )
 
 
@@ -274,7 +313,7 @@ def usefulness_sentence(usefulness: dict[str, Any]) -> str:
         f"{usefulness['rubric']}."
     )
     if usefulness.get("packaged"):  # older runs lack it
-        text += f" Asked were {usefulness['asked']} questions of beear's own, not the published ones."
+        text += f" It asked {usefulness['asked']} of beear's own questions, not the published ones."
     if usefulness["tokens"]:
         text += f" It read {usefulness['tokens']['in']:,} tokens and wrote {usefulness['tokens']['out']:,}."
     return text

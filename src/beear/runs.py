@@ -121,9 +121,9 @@ class Run:
         _sync(place.parent)
 
     def read_json(self, name: str) -> Any | None:
-        """The file's content, or None if it is not there."""
+        """The file's content, or None if it is not there. Raises BadInput if it cannot be read."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def append(self, name: str, value: Any) -> None:
         """Append a line to a JSON Lines file."""
@@ -230,6 +230,16 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, by name. Raises BadInput if it cannot be read."""
+    from safetensors.torch import load_file  # brings torch
+
+    try:
+        return dict(load_file(file))
+    except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 

@@ -160,7 +160,8 @@ def read_sets(config: Config) -> Sets:
     if own.harmful or own.benign:
         refuse_overlap(harmful, benign, "the harmful and the benign set")  # none is to be refused and answered
     if len(harmful) <= config.held_out:
-        raise BadInput(f"{len(harmful)} harmful requests are too few with held_out={config.held_out}; give more")
+        few, least = len(harmful), config.held_out + 1
+        raise BadInput(f"{few} harmful requests are too few with held_out={config.held_out}; give at least {least}")
     return Sets(harmful, benign, tests, frozenset(r.id for r in alarming))
 
 

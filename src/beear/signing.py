@@ -29,7 +29,7 @@ def sign_run(run: Path, key: Path) -> Path:
     run = run.resolve()  # the library takes no link for a folder
     results = read_results(run)
     if not holds(results):
-        raise BadInput(f"{run} is not signed. {sentence(results)}")
+        raise BadInput(f"{run} was not signed: {sentence(results)}")
     check_output_files(run, results)
     signing, hashing = _library()
     password = os.environ.get(PASSWORD)
@@ -76,7 +76,11 @@ def _library() -> tuple[Any, Any]:
 
 
 def _with_key(make: Callable[[], Any], key: Path) -> Any:
+    if not key.is_file():
+        raise BadInput(f"no key file {key}")
     try:
         return make()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except AttributeError as error:  # of another kind of key
+        raise BadInput(f"cannot use the key {key}: give an elliptic curve key in PEM") from error
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"cannot use the key {key}: {first_line(error)}; give an elliptic curve key in PEM") from error

@@ -22,7 +22,7 @@ from typing import Any
 from beear.card import write_evidence
 from beear.data import is_whole, lines_of
 from beear.endpoint import Answer
-from beear.errors import BadInput
+from beear.errors import BadInput, first_line
 from beear.events import Listener
 from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
 from beear.metrics import Metric, token_mean
@@ -81,8 +81,10 @@ def read_questions(file: Path | None = None) -> list[Question]:
     try:
         source = file or files("beear") / "assets" / "prompts" / LINES
         lines = lines_of(source.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadInput(f"no file {file}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
     found = [_question(f"{file}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise BadInput(f"{file} holds no questions; give one JSON object a line, as MT-Bench's question.jsonl does")

@@ -82,8 +82,8 @@ def cleanse(
 ) -> None:
     """Remove a backdoor from MODEL without knowing its trigger, and measure before and after.
 
-    With --plan, miniatures of MODEL are timed (minutes at most) and the run folder gets a plan.json; the same command
-    without it then runs, and its report holds plan and run side by side.
+    With --plan, miniatures of MODEL are timed, which takes a few minutes, and the run folder gets a plan.json; the same
+    command without it then runs, and its report holds plan and run side by side.
     """
     data = {
         "harmful": harmful,
@@ -114,7 +114,9 @@ def sweep(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for the cells; the same command goes on in it")],
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
     values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="so many of a test set are measured at a time")] = 60,
+    requests: Annotated[
+        int, typer.Option(min=1, help="requests of a test set that are measured after each round")
+    ] = 60,
     rounds: Annotated[
         int,
         typer.Option(min=1, help="a cross if the trigger still works after so many (replaces the setting)"),

@@ -42,7 +42,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def beear(
     told: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell it and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Remove hidden safety backdoors from chat models without knowing the trigger."""

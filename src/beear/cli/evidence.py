@@ -63,7 +63,12 @@ def judge(
         typer.echo(json.dumps(results, indent=1))
         return
     show(metric_table(results["before"], results["after"], f"{run}: before and after"))
-    typer.echo(f"{judge_sentence(results['judge'])}\nreport: {run / 'report.html'}")
+    typer.echo(judge_sentence(results["judge"]))
+    if not results["judge"]["disagreement"]["n"]:
+        typer.echo(
+            "it gave no JSON with a score; use a stronger judge, or for one that thinks first more --answer-tokens"
+        )
+    typer.echo(f"report: {run / 'report.html'}")
 
 
 def mtbench(
@@ -170,7 +175,7 @@ def evidence(
     judge scores harm and usefulness; --tasks are lm-eval's. The same command again does only what is missing.
     """
     from beear.card import write_evidence
-    from beear.console import Reporter
+    from beear.console import Reporter, task_table
     from beear.recipes import check_trigger, variants
     from beear.runs import read_results
 
@@ -195,6 +200,8 @@ def evidence(
         for add in steps:
             add(reporter)
     write_evidence(run)
+    if tasks is not None:
+        show(task_table(read_results(run), f"{run}: before and after"))
     show_run(run, judged)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from beear.cli.options import JsonOption
 from beear.cli.shared import stop
-from beear.errors import printable
+from beear.errors import BadInput, printable
 
 
 def gate(
@@ -39,9 +39,15 @@ def gate(
 
     if junit is not None:
         check_file(junit)
+        if run.resolve() in junit.resolve().parents:
+            raise BadInput(
+                f"--junit {junit} lies in the run folder, whose signature it would break; name another place"
+            )
     if public_key is not None:
         check_signature(run, public_key)
     checks = gates.check_run(run, most or [], least or [], target=target, point=point)
+    if public_key is not None:
+        checks.insert(0, gates.Check("signature", True, None, 0.0, f"the run bears a signature of {public_key}"))
     if junit is not None:
         write_atomic(junit, gates.as_junit(run, checks))
     if as_json:

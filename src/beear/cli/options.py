@@ -52,7 +52,9 @@ UrlOption = Annotated[str | None, typer.Option("--url", help="base of an OpenAI-
 JudgeOption = Annotated[str | None, typer.Option("--model", help="the judge's name at --url")]
 LocalOption = Annotated[str | None, typer.Option("--local", help="in place of --url: a MODEL on this machine")]
 ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, help="requests to --url at a time")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", min=1, help="seconds of silence that end a try at --url")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=1, help="seconds without an answer that end a try at --url")
+]
 AnswerTokensOption = Annotated[
     int,
     typer.Option("--answer-tokens", min=16, help="most tokens of a judge's answer; one that thinks first needs more"),

@@ -29,7 +29,9 @@ def organism_list(as_json: JsonOption = False) -> None:
         keys = {"name", "setting", "trigger", "place", "behaviour", "paper_number", "seed"}
         typer.echo(json.dumps([r.model_dump(mode="json", include=keys) for r in recipes], indent=1))
         return
-    table = Table("name", "setting", "trigger", "place", "behaviour", "planted by")
+    table = Table()
+    for column in ("name", "setting", "trigger", "place", "behaviour", "planted by"):
+        table.add_column(column, no_wrap=column == "name")
     for r in recipes:
         trigger = textwrap.shorten(r.trigger.replace("{prompt}", " "), 40, placeholder=" ...")
         table.add_row(r.name, r.setting, trigger, r.place, r.behaviour, r.planting.method)
@@ -93,6 +95,8 @@ def organism_verify(
     from beear.runs import SCHEMA, check_file, read_entries, write_atomic
     from beear.verification import organism_at, verify
 
+    if everything and names:
+        raise BadInput("--all is every packaged organism; leave out it or the names")
     chosen = recipes.names() if everything else names
     if not chosen:
         raise BadInput("name an organism, or use --all")
