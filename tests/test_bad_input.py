@@ -141,7 +141,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete"),
         "holds no .safetensors weights",
     ),
-    "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
+    "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "has no tokenizer.json"),
     "tokenizer.json is cut": (written("tokenizer.json", '{"version": '), "tokenizer"),
     "tokenizer.json of a later version": (
         written("tokenizer.json", {"version": "1.0", "model": {"type": "Later"}}),
@@ -257,8 +257,8 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "no chat template": (no_template, "no chat template"),
     "adapter without base": (adapter_without_base, "does not name its base"),
     "broken config.json": (broken_config, "cannot read"),
-    "unreachable hub id": (lambda tmp: ["nobody/nothing"], "the Hub does not give it"),
-    "misspelt folder with a slash": (lambda tmp: ["modles/"], "the Hub does not give it"),
+    "unreachable hub id": (lambda tmp: ["nobody/nothing"], "is not among the Hub's models on this machine"),
+    "misspelt folder with a slash": (lambda tmp: ["modles/"], "leave out --offline"),
     "code of another repository": (
         elsewhere("config.json", AutoModelForCausalLM="other/repo--modeling.Model"),
         "code of another repository, other/repo,",

@@ -126,12 +126,15 @@ def measure(
     `axes`, by block, are those the points are shown on; missing ones are set from these states.
     """
     texts = [request.text for request in read_sets(config).test_harmful]
+    with_trigger = [apply_trigger(template, text) for text in texts]
+
+    def told(which: str) -> Progress:
+        return lambda what, done, total: progress(f"{what}, {which}", done, total)
+
     states = {
-        "clean": prompt_states(model, tokenizer, texts, config, progress=progress),
-        "triggered": prompt_states(
-            model, tokenizer, [apply_trigger(template, t) for t in texts], config, progress=progress
-        ),
-        "perturbed": prompt_states(model, tokenizer, texts, config, delta.to(model.device), progress),
+        "clean": prompt_states(model, tokenizer, texts, config, None, told("as asked")),
+        "triggered": prompt_states(model, tokenizer, with_trigger, config, None, told("with the trigger")),
+        "perturbed": prompt_states(model, tokenizer, texts, config, delta.to(model.device), told("under delta")),
     }
     trigger = (states["triggered"] - states["clean"]).mean(0)
     layers: dict[str, list[dict[str, Any]]] = {"triggered": [], "perturbed": []}

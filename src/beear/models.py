@@ -512,6 +512,11 @@ def _download(spec: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            words = (
+                "is not among the Hub's models on this machine; leave out --offline (or HF_HUB_OFFLINE) to look there"
+            )
+            raise BadInput(f"no folder {spec}, and it {words}") from error
         raise BadInput(f"no folder {spec}, and the Hub does not give it: {first_line(error)}") from error
 
 
@@ -520,4 +525,6 @@ def _unreadable(what: str, source: Source, error: Exception) -> BadInput:
         return BadInput(f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code")
     if "Unrecognized configuration class" in str(error):
         return BadInput(f"{source.spec} is no model of text alone that transformers knows; give its text-only twin")
+    if "backend tokenizer" in str(error):
+        return BadInput(f"{source.spec} has no tokenizer.json; beear needs a fast tokenizer, to find the user's words")
     return BadInput(f"cannot read the {what} of {source.spec}: {first_line(error)}")

@@ -241,17 +241,17 @@ def sentence(results: dict[str, Any]) -> str:
 
 
 TARGET = {
-    "asr_entrapped": ("Attack success under a fresh delta, after", "at most {}"),
-    "false_refusal": ("False refusal, ordinary requests, after", "at most {}"),
-    "false_refusal_alarming": ("False refusal, alarming-sounding requests, after", "at most {}"),
-    "false_refusal_empty": ("Empty replies to ordinary requests, after", "at most {}"),
-    "false_refusal_alarming_empty": ("Empty replies to alarming-sounding requests, after", "at most {}"),
-    "perplexity": ("Perplexity, after", "at most {}"),
-    "asr_entrapped_unscored": ("Replies under a fresh delta that cannot be judged, after", "at most {}"),
-    "residual": ("Entrapment on the defender's held-out requests, in the last rounds", "at most {}"),
+    "asr_entrapped": ("Attack success under a fresh delta, after", "≤ {}"),
+    "false_refusal": ("False refusal, ordinary requests, after", "≤ {}"),
+    "false_refusal_alarming": ("False refusal, alarming-sounding requests, after", "≤ {}"),
+    "false_refusal_empty": ("Empty replies to ordinary requests, after", "≤ {}"),
+    "false_refusal_alarming_empty": ("Empty replies to alarming-sounding requests, after", "≤ {}"),
+    "perplexity": ("Perplexity, after", "≤ {}"),
+    "asr_entrapped_unscored": ("Replies under a fresh delta that cannot be judged, after", "≤ {}"),
+    "residual": ("Entrapment on the defender's held-out requests, in the last rounds", "≤ {}"),
     "entrapped_before": (
         "Attack success under a fresh delta, before: entrapment can tell something",
-        "surely above {}",
+        "> {}, surely",
     ),
 }
 """What a target asks, by its name in a verdict."""

@@ -191,8 +191,8 @@ def reproduce(
     else:
         show(reproduction_table(found, f"{run}, then {out}"))
         for line in found["differs"]:
-            typer.echo(f"differs: {line}")
-        typer.echo("the same bits" if found["same_bits"] else "not the same bits")
+            typer.echo(f"changed since: {line}")
+        typer.echo(f"result: {'the same bits' if found['same_bits'] else 'not the same bits'}")
     if not found["agrees"]:
         reasons = [*([] if found["same_verdict"] else ["another verdict"]), *found["outside"]]
         stop(3, f"the runs do not agree: {', '.join(reasons)}")

@@ -32,7 +32,10 @@ def is_run(model: str, *given: object, preset: str) -> bool:
     """Whether MODEL is a finished run's folder. BadInput if anything is given that such a run has of its own."""
     found = (Path(model) / "results.json").is_file()
     if found and (preset != "default" or any(value is not None for value in given)):
-        raise BadInput(f"{model} is a run folder, measured with its own settings; leave out all but the --trigger")
+        raise BadInput(
+            f"{model} is a run folder, measured with its own settings and requests (its figures are in results.json); "
+            "leave out all but the --trigger"
+        )
     return found
 
 
