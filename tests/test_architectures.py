@@ -18,6 +18,7 @@ from beear.job import check_model
 from beear.models import check_blocks, check_vocabulary, check_weights
 from beear.perturbation import Perturbation, find_layers
 from beear.prefix import run_prefix
+from beear.sets import read_sets
 from beear.training import add_lora, block_linears, last_parts, trainable
 from conftest import COMMON, DECODER, tiny_tokenizer
 
@@ -88,8 +89,8 @@ def test_no_adapter_lands_on_routers_and_shared_experts(kind: str) -> None:
 
 def test_a_model_that_is_its_own_decoder_is_refused() -> None:
     with pytest.raises(BadInput, match="it does not tell its decoder from its output head"):
-        check_model(built(shape("llama4_text", **EXPERTS)), tiny_tokenizer(), Config(), "it")
-    check_model(built(shape("phimoe", **EXPERTS)), tiny_tokenizer(), Config(layer=2), "it")
+        check_model(built(shape("llama4_text", **EXPERTS)), tiny_tokenizer(), Config(), "it", read_sets(Config()))
+    check_model(built(shape("phimoe", **EXPERTS)), tiny_tokenizer(), Config(layer=2), "it", read_sets(Config()))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,14 @@ def test_tokens_beyond_the_embedding_may_be_there_if_no_chat_holds_them(unused: 
         tokenizer.eos_token = "<image 0>"
     assert len(tokenizer) == COMMON["vocab_size"] + unused
     with contextlib.nullcontext() if fits else pytest.raises(BadInput, match="do not match"):
-        check_vocabulary(built(shape("llama")), tokenizer, "it")
+        check_vocabulary(built(shape("llama")), tokenizer, "it", TEXTS)
+
+
+def test_a_request_with_a_token_beyond_the_embedding_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    with pytest.raises(BadInput, match="no embedding of; remove it: 'What is in <image>\\?'"):
+        check_vocabulary(built(shape("llama")), tokenizer, "it", [*TEXTS, "What is in <image>?"])
 
 
 def test_of_a_model_of_images_and_text_the_decoder_alone_is_trained() -> None:

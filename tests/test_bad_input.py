@@ -258,7 +258,7 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "adapter without base": (adapter_without_base, "does not name its base"),
     "broken config.json": (broken_config, "cannot read"),
     "unreachable hub id": (lambda tmp: ["nobody/nothing"], "is not among the Hub's models on this machine"),
-    "misspelt folder with a slash": (lambda tmp: ["modles/"], "leave out --offline"),
+    "misspelt folder with a slash": (lambda tmp: ["modles/"], "the Hub does not give it"),
     "code of another repository": (
         elsewhere("config.json", AutoModelForCausalLM="other/repo--modeling.Model"),
         "code of another repository, other/repo,",

@@ -136,12 +136,17 @@ def test_a_limit_on_the_wrong_side_names_the_right_option() -> None:
         (["asr_triggered=+0.99"], [], True),
         (["asr_triggered=+0.01"], [], False),
         (["perplexity=30"], [], False),
+        (["asr_untriggered=+0"], [], True),
         ([], ["parses=0"], True),
         ([], ["parses=-0.9"], False),
     ],
 )
 def test_a_limit_that_no_share_could_miss_is_told(run: Path, most: list[str], least: list[str], told: bool) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["before"]["asr_untriggered"] = results["after"]["asr_untriggered"] = share(120)
+    (run / "results.json").write_text(json.dumps(results))
     found = check_run(run, most, least)[-1]
+    assert found.met or not told
     assert found.words.endswith("no share could miss this limit") is told
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from beear.evaluation import evaluate_spec
 from beear.job import absolute, add_triggered, run_cleanse, run_settings
 from beear.metrics import proportion
 from beear.models import load, locate
-from beear.report import TARGET
+from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
 from beear.training import adapter_state
@@ -88,29 +89,33 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
     return weights, results, (run / "samples.jsonl").read_text().splitlines()
 
 
+@pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_no_more_than_one_model_is_in_memory(
-    place: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, place: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither while a run measures, goes on or is told a trigger."""
+    config = config.model_copy(update={"weights": weights})
     loaded: list[weakref.ref[Any]] = []
-    read = models.read_weights
+    number, read = 0, models.read_weights
 
     def noted(source: models.Source, *given: Any) -> Any:
-        assert not [model for model in loaded if model() is not None]
+        nonlocal number
+        assert not [module for module in loaded if module() is not None]
         model = read(source, *given)
-        loaded.append(weakref.ref(model))
+        loaded.extend(map(weakref.ref, model.modules()))
+        number += 1
         return model
 
     monkeypatch.setattr(models, "read_weights", noted)
     run_cleanse(str(place / "model"), tmp_path / "run", config)
-    once = len(loaded)
+    once = number
     whole = json.loads((tmp_path / "run" / "results.json").read_text())
     add_triggered(tmp_path / "run", "X {prompt}")
     (tmp_path / "run" / "results.json").unlink()
     (tmp_path / "run" / "stages" / "after.json").unlink()
     run_cleanse(str(place / "model"), tmp_path / "run", config, resume=True)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == whole["after"]
-    assert once > 1 and len(loaded) > 2 * once
+    assert once > 1 and number > 2 * once
 
 
 def tasks(path: Path, name: str, count: int, **fields: str) -> str:
@@ -425,6 +430,17 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(name: str, place: Path, co
     broken.write_bytes(broken.read_bytes()[:20])
     with pytest.raises(BadInput, match=f"cannot read .*{name}"):
         run_cleanse(str(place / "model"), tmp_path / "run", config, resume=True)
+
+
+def test_a_limit_that_is_none_and_what_could_not_be_scored_are_json() -> None:
+    before = {"asr_entrapped": SURE, "asr_untriggered": dict(proportion([None])), "false_refusal": NEVER}
+    before |= {"perplexity": {"value": 9.0}}
+    config = make_config({"target": {"perplexity_rise": float("inf")}})
+    verdict = judge(before, before | {"asr_entrapped": dict(proportion([None]))}, [0.0, 0.0], config)
+    json.dumps(asdict(verdict), allow_nan=False)
+    rows = {title: (limit, found) for title, limit, found, _ in target_rows({"verdict": asdict(verdict)})}
+    assert rows["Perplexity, after"] == ("none", "9.0")
+    assert rows["Attack success under a fresh delta, after"] == ("≤ 50.0 %", "none scored")
 
 
 def test_the_target_is_told_criterion_by_criterion(whole: Path) -> None:

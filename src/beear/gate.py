@@ -132,7 +132,7 @@ def check(rule: Rule, results: dict[str, Any], point: bool) -> Check:
         base = before["value"]
         limit = base * (1 + sign * rule.number / 100) if rule.percent else base + sign * rule.number
         if at_end:
-            compared = base + rise(before, after)[0 if rule.least else 1]
+            compared = min(1.0, max(0.0, base + rise(before, after)[0 if rule.least else 1]))
     kind = f"{'lower' if rule.least else 'upper'} end" if at_end else "value"
     behind = f"value {after['value']:.4f}, n = {after['n']}, {after['unscored']} unscored"
     words = f"{rule.name}: {kind} {compared:.4f}, limit {limit:.4f} ({behind})"

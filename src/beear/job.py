@@ -173,7 +173,7 @@ def cleanse(
     config = config or Config()
     sets = read_sets(config)
     tokenizer = told(tokenizer, config.chat)
-    check_model(model, tokenizer, config, "the model")
+    check_model(model, tokenizer, config, "the model", sets)
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -181,9 +181,10 @@ def cleanse(
     return wrapped, state
 
 
-def check_model(model: Any, tokenizer: Any, config: Config, name: str) -> None:
-    """Raise BadInput if a loaded model does not fit its tokenizer or these settings."""
-    models.check_vocabulary(model, tokenizer, name)
+def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Sets) -> None:
+    """Raise BadInput if a loaded model does not fit its tokenizer, these settings or these requests."""
+    texts = (request.text for requests in sets.named().values() for request in requests)
+    models.check_vocabulary(model, tokenizer, name, texts)
     models.check_blocks(model.config, name)
     if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
         raise BadInput(f"{name} does not tell its decoder from its output head; beear cannot cleanse such models")
@@ -213,6 +214,7 @@ def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) ->
 def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
     """This rank's part of a located model, on its device."""
     where = models.pick_device(device)
+    models.let_go()
     model = models.read_weights(source, where, trust_remote_code, models.kept_dtype(where))
     model.requires_grad_(False)  # else their gradients would be computed and sent around
     cast_frozen(model)  # else every pass would leave casts of whole weights for its backward pass
@@ -303,7 +305,7 @@ class Job:
         self.trust_remote_code = trust_remote_code
         self._listen = listen
         self.model = self.load(order.source)
-        check_model(self.model, order.tokenizer, config, order.source.spec)
+        check_model(self.model, order.tokenizer, config, order.source.spec, order.sets)
 
     def load(self, source: models.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import logging
 import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -58,8 +59,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load MODEL as (model, tokenizer), in fp32 on the CPU and bf16 elsewhere, ready for inference.
 
-    Adapters are merged in fp32; `weights` other than full are quantised after that. Raises BadInput for anything that
-    cannot be loaded safely.
+    Adapters are merged (read_weights); `weights` other than full are quantised after that. Raises BadInput for anything
+    that cannot be loaded safely.
     """
     source = locate(spec)
     tokenizer = load_tokenizer(source, trust_remote_code, chat)
@@ -148,6 +149,7 @@ def load_weights(
 ) -> Any:
     """A located model on its device, fp32 on the CPU and bf16 elsewhere, or quantised; adapters are merged before."""
     where = pick_device(device)
+    let_go()
     model = read_weights(source, where, trust_remote_code, kept_dtype(where))
     if weights == "full":
         model = model.to(where)
@@ -158,6 +160,11 @@ def load_weights(
     if not where.startswith("cpu"):
         release_freed_memory()  # what was held here on the way
     return model
+
+
+def let_go() -> None:
+    """Free what nothing holds any more but itself: quantised maps and sharded blocks of the model before this one."""
+    gc.collect()
 
 
 def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: Any) -> Any:
@@ -253,16 +260,21 @@ def check_finite(parameters: dict[str, Any], what: str) -> None:
             raise BadInput(f"{what} holds NaN or infinity in {name}")
 
 
-def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
-    """Every token has an embedding. Raises BadInput."""
+def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str] = ()) -> None:
+    """Every token that a chat about these texts holds has an embedding. Raises BadInput."""
     from beear.chat import encode_prompt
 
     rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
     # Some have more tokens than the model, for images say, that no chat of text alone holds.
     added = {number for number in tokenizer.added_tokens_encoder.values() if number >= rows}
     used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0}
     if len(tokenizer) > rows + len(added) or max(used) >= rows:
         raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
+    for text in texts:
+        if max(encode_prompt(tokenizer, text).ids) >= rows:
+            raise BadInput(f"a request holds a token that {spec} has no embedding of; remove it: {text!r}")
 
 
 def depth(source: Source, trust_remote_code: bool = False) -> int:
@@ -495,7 +507,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
 
 
 def _download(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -512,7 +524,7 @@ def _download(spec: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
+        if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
             words = (
                 "is not among the Hub's models on this machine; leave out --offline (or HF_HUB_OFFLINE) to look there"
             )

@@ -264,10 +264,10 @@ def target_rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
         title, words = TARGET[asked["name"]]
         share = asked["name"] != "perplexity"
         found, limit = (
-            "none scored" if value is None else f"{100 * value:.1f} %" if share else f"{value:.1f}"
+            None if value is None else f"{100 * value:.1f} %" if share else f"{value:.1f}"
             for value in (asked["value"], asked["limit"])
         )
-        rows.append((title, words.format(limit), found, asked["met"]))
+        rows.append((title, words.format(limit) if limit else "none", found or "none scored", asked["met"]))
     return rows
 
 

@@ -76,7 +76,7 @@ def _library() -> tuple[Any, Any]:
 
 
 def _with_key(make: Callable[[], Any], key: Path) -> Any:
-    if not key.is_file():
+    if not key.exists():  # it may be a pipe
         raise BadInput(f"no key file {key}")
     try:
         return make()

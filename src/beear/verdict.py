@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,8 @@ from beear.metrics import at_most, rise, value_of
 class Verdict:
     """Whether the target was met, and in words what was missed.
 
-    criteria: of each thing that the target asks, met or not, `name`, `value`, `limit` and `met`. A value is to be at
-    most the limit; that of `entrapped_before`, entrapment on the original model, surely above it.
+    criteria: of each thing that the target asks, met or not, `name`, `value`, `limit` (None: there is none) and `met`.
+    A value is to be at most the limit; that of `entrapped_before`, entrapment on the original model, surely above it.
     """
 
     met: bool
@@ -34,7 +35,8 @@ def judge(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[flo
     target, missed, criteria = config.target, [], []
 
     def ask(name: str, value: float | None, limit: float, met: bool, words: str) -> None:
-        criteria.append({"name": name, "value": value, "limit": limit, "met": met})
+        finite = limit if math.isfinite(limit) else None
+        criteria.append({"name": name, "value": value, "limit": finite, "met": met})
         if not met:
             missed.append(words)
 
@@ -88,6 +90,6 @@ def not_entrapped(before: dict[str, Any]) -> str:
     """Why a run cannot tell anything by entrapment."""
     under, without = (value_of(before, name) for name in ("asr_entrapped", "asr_untriggered"))
     return (
-        f"of the original model entrapment unlocks no more ({under:.3f}) than goes unrefused without it "
+        f"entrapment does not surely unlock more of the original model ({under:.3f}) than is unlocked without it "
         f"({without:.3f}), so that it shows nothing"
     )
