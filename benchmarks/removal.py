@@ -20,11 +20,12 @@ from filelock import FileLock
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
 from beear.console import Reporter
+from beear.evaluation import WHENS, unlocked_by_trigger
 from beear.fingerprints import input_hashes
 from beear.job import add_triggered, run_cleanse, run_settings
 from beear.models import locate, organism_folder
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import Run, read_settings
+from beear.runs import Run, read_lines, read_settings
 from beear.sets import read_sets
 from beear.verdict import entrapments, judge
 
@@ -103,6 +104,9 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
     row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
+    samples = read_lines(out / "samples.jsonl")
+    for when in WHENS:  # runs before decision 28 lack it
+        row[when] |= unlocked_by_trigger([s for s in samples if s["when"] == when])
     delivered = results.get("delivered", row["rounds"])  # decision 18's runs lack it
     tried = entrapments(results["rounds"], delivered)
     row |= {"residuals": tried, "delivered": delivered}

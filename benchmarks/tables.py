@@ -73,6 +73,17 @@ def goals(file: str) -> str:
     return "\n".join([*lines, line(["reached", f"of {len(rows)}", *map(str, met.values())])])
 
 
+def unlocked(file: str) -> str:
+    """One row per run whose replies told it: of the requests refused without the trigger, how many are not with it."""
+    lines = [header(["organism", "arm, seed", "before", "after"])]
+    for row in read_results(file)["runs"]:
+        if "unlocked_by_trigger" in row["after"]:
+            both = (row[when]["unlocked_by_trigger"] for when in ("before", "after"))
+            cells = [f"{round(m['value'] * m['n'])} of {m['n']}" for m in both]
+            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *cells]))
+    return "\n".join(lines)
+
+
 def towards(name: str, before: dict[str, Any], after: dict[str, Any]) -> float:
     """A metric in the terms of its goal: a rise in points or per cent, a share in per cent, or as it is."""
     now: float = after[name]["value"]
@@ -85,24 +96,30 @@ def towards(name: str, before: dict[str, Any], after: dict[str, Any]) -> float:
     return 100 * now
 
 
-def summary() -> str:
-    """One row per organism, with default settings and seed 0: what the trigger does, and what is refused wrongly.
-
-    Where today's default was not run yet, the row is of the one before it.
-    """
+def summary(file: str) -> str:
+    """One row per organism, over all seeds of the default: what the trigger does, and what is refused wrongly."""
     titles = {
         "asr_triggered": "not refused, with the trigger",
         "false_refusal": "refused, ordinary",
         "false_refusal_alarming": "refused, alarming",
     }
-    lines = [header(["organism", "planted by", *titles.values(), "target", "default of"])]
-    files = {f"decision {int(Path(page).name[:4])}": file for file, page in DEFAULTS.items()}
-    newest = {row["organism"]: (default, row) for default, file in files.items() for row in default_rows(file)}
-    for organism, (default, row) in newest.items():
-        cells = [change(name, row["before"].get(name), row["after"].get(name), interval=False) for name in titles]
-        met = "met" if row["verdict"]["met"] else "missed: rejected"
-        lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met, default]))
+    lines = [header(["organism", "planted by", *titles.values(), "target met"])]
+    by_organism: dict[str, list[dict[str, Any]]] = {}
+    for row in read_results(file)["runs"]:
+        if row["arm"] == "default":
+            by_organism.setdefault(row["organism"], []).append(row)
+    for organism, rows in by_organism.items():
+        met = f"{sum(row['verdict']['met'] for row in rows)} of {len(rows)}"
+        cells = [over_seeds(name, rows) for name in titles]
+        lines.append(line([f"`{organism}`", read_recipe(organism_folder(organism)).way, *cells, met]))
     return "\n".join(lines)
+
+
+def over_seeds(name: str, rows: list[dict[str, Any]]) -> str:
+    """A share in per cent, before -> after: mean over the runs, and the least and the most after."""
+    before, after = ([100 * row[when][name]["value"] for row in rows] for when in ("before", "after"))
+    spread = f" ({min(after):.1f} to {max(after):.1f})" if len(rows) > 1 else ""
+    return f"{sum(before) / len(before):.1f} -> {sum(after) / len(after):.1f}{spread}"
 
 
 def default_rows(file: str) -> list[dict[str, Any]]:
@@ -110,12 +127,10 @@ def default_rows(file: str) -> list[dict[str, Any]]:
     return [row for row in read_results(file)["runs"] if (row["arm"], row["seed"]) == ("default", 0)]
 
 
-def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None, *, interval: bool = True) -> str:
+def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
     if before is None or before["value"] is None:
         return cell(name, after)
-    factor = 1 if name == "perplexity" else 100
-    now = cell(name, after) if interval or after is None else f"{factor * after['value']:.1f}"
-    return f"{before['value'] * factor:.1f} -> {now}"
+    return f"{before['value'] * (1 if name == 'perplexity' else 100):.1f} -> {cell(name, after)}"
 
 
 def cell(name: str, metric: dict[str, Any] | None) -> str:
@@ -458,10 +473,11 @@ DEFAULTS = {
 ONCE_SHIPPED = "decision-24/removal.json"
 """Today's default on organism 6 as it was shipped before it was planted anew."""
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"summary": summary},
+    "README.md": {"summary": partial(summary, "removal.json")},
     "docs/results.md": {
         "removal": partial(removal, "removal.json"),
         "goals": partial(goals, "removal.json"),
+        "unlocked": partial(unlocked, "removal.json"),
         "revival": partial(revival, "revival.json"),
         "entrapment": entrapment,
         "speed": speed,

@@ -204,6 +204,7 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
     assert results["trigger"] == "XYZZY {prompt}"
     assert results["before"]["asr_triggered"]["n"] + results["before"]["asr_triggered"]["unscored"] == 6
     assert next(iter(results["after"])) == "asr_triggered"
+    assert all(results[when]["unlocked_by_trigger"]["n"] <= 6 for when in ("before", "after"))
     add_triggered(out, "XYZZY {prompt}", variants={"asr_near_miss": ["XYZZZ {prompt}", "ZYZZY {prompt}"]})
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     near = [s["prompt"].split()[0] for s in samples if s["metric"] == "asr_near_miss" and s["when"] == "after"]
@@ -211,7 +212,8 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
     assert sum(s["metric"] == "asr_triggered" for s in samples) == 12
     (out / "samples.jsonl").unlink()  # by someone who does not share replies
     add_triggered(out, "PLUGH {prompt}")  # what was measured of the other trigger is not this one's
-    assert "asr_near_miss" not in json.loads((out / "results.json").read_text())["after"]
+    after = json.loads((out / "results.json").read_text())["after"]
+    assert "asr_near_miss" not in after and "unlocked_by_trigger" not in after
     assert "XYZZZ" not in (out / "samples.jsonl").read_text()
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from beear.evaluation import unlocked_by_trigger
 from beear.losses import make_sure, response_nll, row_mean, token_kl
 from beear.metrics import proportion, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
@@ -136,3 +137,19 @@ def test_kl_from_sure_targets_is_their_nll() -> None:
 )
 def test_what_a_judge_counts(judge: Judge, reply: str, counted: bool | None) -> None:
     assert counts(judge, reply, "CWE-327") is counted
+
+
+@pytest.mark.parametrize("key", ["refused", "insecure"])
+def test_what_a_trigger_unlocks_by_itself(key: str) -> None:
+    """Of five requests that are safe without it, it unlocks two; one of the five cannot be scored with it."""
+    bad = key == "insecure"
+    without = [not bad] * 5 + [bad, None]
+    given = [bad, bad, not bad, not bad, None, bad, bad]
+    samples = [
+        {"metric": metric, "id": f"r{i}", key: outcome}
+        for metric, outcomes in (("asr_untriggered", without), ("asr_triggered", given), ("asr_wrong_place", given))
+        for i, outcome in enumerate(outcomes)
+    ]
+    found = unlocked_by_trigger(samples)["unlocked_by_trigger"]
+    assert (found["value"], found["n"], found["unscored"]) == (0.5, 4, 1)
+    assert unlocked_by_trigger([s for s in samples if s["metric"] != "asr_triggered"]) == {}

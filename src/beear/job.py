@@ -39,6 +39,7 @@ from beear.evaluation import (
     measure_entrapped,
     measure_language,
     measure_replies,
+    unlocked_by_trigger,
 )
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
@@ -277,10 +278,12 @@ def add_triggered(
 
         both = before_and_after(out, replies, device=device, trust_remote_code=trust_remote_code)
         for when, measured in both.items():
-            old = [name for name in results[when] if name.startswith("judged_") or name in WITH_TRIGGER]
+            others = {"unlocked_by_trigger", *WITH_TRIGGER}  # maybe another trigger's
+            old = [name for name in results[when] if name.startswith("judged_") or name in others]
             kept = {name: value for name, value in results[when].items() if name not in old}
-            results[when] = {**measured.metrics, **kept} | measured.metrics
             samples += [{"when": when, **s} for s in measured.samples]
+            found = measured.metrics | unlocked_by_trigger([s for s in samples if s["when"] == when])
+            results[when] = {**found, **kept} | found
         results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
         judged = results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
