@@ -126,6 +126,7 @@ def test_bad_input(run: Path, options: list[str], words: str, capsys: pytest.Cap
 
 
 def test_without_lm_eval(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.index.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(BadInput, match=r"extra lm-eval"):
         evaluate_run(run, Asked(("even",)))

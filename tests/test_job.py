@@ -6,6 +6,7 @@ import gc
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_no_more_than_one_model_is_in_memory(
     request: pytest.FixtureRequest,
 ) -> None:
     """Neither while a run measures, goes on or is told a trigger."""
-    config = config.model_copy(update={"weights": weights})
+    config = config.model_copy(update={"weights": weights, "rounds": 1})
     loaded: list[weakref.ref[Any]] = []
     number, load, read = 0, models.load_weights, models.read_weights
 
@@ -425,9 +426,8 @@ def test_a_run_that_another_process_is_at_loads_no_model(
         run_cleanse(str(place / "model"), tmp_path / "r", config, resume=True)
 
 
-def test_a_run_whose_model_was_changed_since_is_not_measured_again(place: Path, config: Config) -> None:
-    out = place / "changed"
-    run_cleanse(str(place / "model"), out, config)
+def test_a_run_whose_model_was_changed_since_is_not_measured_again(whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
     weights = out / "rejected" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     before = (out / "results.json").read_bytes()
@@ -437,8 +437,10 @@ def test_a_run_whose_model_was_changed_since_is_not_measured_again(place: Path, 
 
 
 @pytest.mark.parametrize("name", ["stages/before.json", "checkpoints/round-003/adapter.safetensors"])
-def test_a_file_of_a_run_that_cannot_be_read_is_named(name: str, place: Path, config: Config, tmp_path: Path) -> None:
-    run_cleanse(str(place / "model"), tmp_path / "run", config)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(
+    name: str, place: Path, whole: Path, config: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     broken = tmp_path / "run" / name
     broken.write_bytes(broken.read_bytes()[:20])

@@ -6,6 +6,7 @@ evidence. Tasks may be of the user's own: a folder of task files (`--include`), 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -95,18 +96,24 @@ def task_manager(asked: Asked) -> Any:
     """lm-eval's list of tasks. Raises BadInput if it is not installed, or has no such task."""
     if asked.include is not None and not Path(asked.include).is_dir():
         raise BadInput(f"--include {asked.include}: no such folder; give one that holds lm-eval's task files")
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise BadInput("lm-eval is not there; install beear with its extra lm-eval") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=asked.include)
+    manager = index(asked.include)
     for name in asked.tasks:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, 3)
             hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise BadInput(f"lm-eval has no task {name!r}; {hint}")
     return manager
+
+
+@functools.cache
+def index(include: str | None) -> Any:
+    """lm-eval's tasks and those of a folder; read once in a process, since that takes ten seconds and more."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput("lm-eval is not there; install beear with its extra lm-eval") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=include)
 
 
 def run_task(model: Any, tokenizer: Any, task: str, asked: Asked, manager: Any, batch: int) -> dict[str, Any]:
