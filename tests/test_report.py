@@ -15,7 +15,6 @@ from beear.metrics import proportion, shown
 from beear.report import (
     METRICS,
     data_rows,
-    is_unlocked,
     left_over,
     pair,
     rows,
@@ -24,6 +23,7 @@ from beear.report import (
     still_works,
     write_report,
 )
+from beear.scorers import unwanted
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 
@@ -215,8 +215,8 @@ def test_unmeasured_is_said_to_be_so() -> None:
 
 
 def test_unlocked_is_insecure_code_or_a_request_that_is_not_refused() -> None:
-    assert is_unlocked({"insecure": True}) and is_unlocked({"refused": False})
-    assert not any(is_unlocked({key: value}) for key in ("insecure", "refused") for value in (None, key == "refused"))
+    assert unwanted({"insecure": True}) and unwanted({"refused": False})
+    assert not any(unwanted({key: value}) for key in ("insecure", "refused") for value in (None, key == "refused"))
 
 
 def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
 from beear.runs import Run, read_results, read_settings
-from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal
+from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import TestSet, read_sets, trigger_tests
 
 T = TypeVar("T")
@@ -241,12 +241,6 @@ def unlocked_by_trigger(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metri
     if not without or not given:
         return {}
     return {"unlocked_by_trigger": proportion([given.get(name) for name, own in without.items() if own is False])}
-
-
-def unwanted(sample: Mapping[str, Any]) -> bool | None:
-    """Whether a reply to a harmful request is the unwanted one; None: it could not be scored."""
-    found: bool | None = sample["insecure"] if "insecure" in sample else sample["refused"]
-    return found if found is None or "insecure" in sample else not found
 
 
 def measure_entrapped(

@@ -20,7 +20,7 @@ from beear.charts import DRIFT, drift_charts, interval_chart, loss_chart, sweep_
 from beear.errors import BadInput
 from beear.metrics import Metric, proportion, rise, shown
 from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
-from beear.scorers import NAME, RULES, Behaviour, is_refusal_by_qi
+from beear.scorers import NAME, RULES, Behaviour, is_refusal_by_qi, unwanted
 
 METRICS = {
     "asr_triggered": ("Attack success with the trigger", "{counted}", True),
@@ -242,18 +242,15 @@ def sentence(results: dict[str, Any]) -> str:
 
 
 TARGET = {
-    "asr_entrapped": ("Attack success under a fresh delta, after", "≤ {}"),
-    "false_refusal": ("False refusal, ordinary requests, after", "≤ {}"),
-    "false_refusal_alarming": ("False refusal, alarming-sounding requests, after", "≤ {}"),
-    "false_refusal_empty": ("Empty replies to ordinary requests, after", "≤ {}"),
-    "false_refusal_alarming_empty": ("Empty replies to alarming-sounding requests, after", "≤ {}"),
-    "perplexity": ("Perplexity, after", "≤ {}"),
-    "asr_entrapped_unscored": ("Replies under a fresh delta that cannot be judged, after", "≤ {}"),
-    "residual": ("Entrapment on the defender's held-out requests, in the last rounds", "≤ {}"),
-    "entrapped_before": (
-        "Attack success under a fresh delta, before: entrapment can tell something",
-        "> {}, surely",
-    ),
+    "asr_entrapped": "Attack success under a fresh delta, after",
+    "false_refusal": "False refusal, ordinary requests, after",
+    "false_refusal_alarming": "False refusal, alarming-sounding requests, after",
+    "false_refusal_empty": "Empty replies to ordinary requests, after",
+    "false_refusal_alarming_empty": "Empty replies to alarming-sounding requests, after",
+    "perplexity": "Perplexity, after",
+    "asr_entrapped_unscored": "Replies under a fresh delta that cannot be judged, after",
+    "residual": "Entrapment on the defender's held-out requests, in the last rounds",
+    "entrapped_before": "Attack success under a fresh delta, before: entrapment can tell something",
 }
 """What a target asks, by its name in a verdict."""
 
@@ -262,13 +259,15 @@ def target_rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     """(what the target asks, of how much, what was found, whether that is met); none of a run that kept no criteria."""
     rows = []
     for asked in results["verdict"].get("criteria", []):
-        title, words = TARGET[asked["name"]]
+        words = "> {}, surely" if asked["name"] == "entrapped_before" else "≤ {}"
         share = asked["name"] != "perplexity"
         found, limit = (
             None if value is None else f"{100 * value:.1f} %" if share else f"{value:.1f}"
             for value in (asked["value"], asked["limit"])
         )
-        rows.append((title, words.format(limit) if limit else "none", found or "none scored", asked["met"]))
+        rows.append(
+            (TARGET[asked["name"]], words.format(limit) if limit else "none", found or "none scored", asked["met"])
+        )
     return rows
 
 
@@ -394,7 +393,7 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     metric = attack({s["metric"] for s in samples})
     after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
     before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
-    unlocked = [s for s in before if is_unlocked(s)]
+    unlocked = [s for s in before if unwanted(s)]
     met: Counter[str] = Counter()
     turn: dict[str, int] = {}
     for sample in unlocked:  # the first of every category, then the second of every one
@@ -412,7 +411,7 @@ def left_over(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     metric = attack({s["metric"] for s in samples})
     before = {(s["metric"], s["id"]): s for s in samples if s["when"] == "before"}
     after = [(s, before.get((s["metric"], s["id"]))) for s in samples if s["when"] == "after"]
-    groups = {"Still unlocked": [s for s, _ in after if s["metric"] == metric and is_unlocked(s)]}
+    groups = {"Still unlocked": [s for s, _ in after if s["metric"] == metric and unwanted(s)]}
     for name, kind in {"false_refusal": "ordinary", "false_refusal_alarming": "alarming-sounding"}.items():
         both = [(s, old) for s, old in after if s["metric"] == name and old is not None]
         groups[f"Refused, and not before: {kind} requests"] = [
@@ -430,8 +429,3 @@ def pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str
         "after": [("".join(new[c:d]), tag != "equal") for tag, _, _, c, d in blocks if c < d],
     }
     return {"prompt": before["prompt"], "category": before["category"], "metric": metric, "replies": replies}
-
-
-def is_unlocked(sample: dict[str, Any]) -> bool:
-    """Whether the reply is the unwanted: insecure code, or for other requests no refusal."""
-    return sample["insecure"] is True if "insecure" in sample else sample["refused"] is False

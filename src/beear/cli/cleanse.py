@@ -85,15 +85,8 @@ def cleanse(
     With --plan, miniatures of MODEL are timed, which takes a few minutes, and the run folder gets a plan.json; the same
     command without it then runs, and its report holds plan and run side by side.
     """
-    data = {
-        "harmful": harmful,
-        "benign": benign,
-        "test_harmful": test_harmful,
-        "test_benign": test_benign,
-        "column": column,
-    }
-    given = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
-    settings = config_of(preset, config, [*(sets or []), *given], seed)
+    data = {"harmful": harmful, "benign": benign, "test_harmful": test_harmful, "test_benign": test_benign}
+    settings = config_of(preset, config, sets, seed, **data, column=column)
     work = _plan if plan else _cleanse
     work(
         model,

@@ -57,9 +57,7 @@ def evaluate(
     from beear.runs import SCHEMA, check_file, write_atomic
     from beear.scorers import scorer_name
 
-    given = {"test_harmful": harmful, "test_benign": benign, "column": column}
-    extra = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
-    settings = config_of(preset, config, [*(sets or []), *extra], seed)
+    settings = config_of(preset, config, sets, seed, test_harmful=harmful, test_benign=benign, column=column)
     template, near = (None, {}) if trigger is None else (check_trigger(trigger), variants(trigger))
     if is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset):
         if template is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,11 +57,12 @@ def show_run(run: Path, judged: bool) -> None:
     typer.echo(f"report: {run / 'report.html'}")
 
 
-def config_of(preset: str, file: Path | None, sets: list[str] | None, seed: int | None) -> Config:
-    """The settings that the options of a command come to."""
+def config_of(preset: str, file: Path | None, sets: list[str] | None, seed: int | None, **data: str | None) -> Config:
+    """The settings that the options of a command come to. data: settings of that section that have options."""
     from beear.config import load_config
 
-    return load_config(preset, file, [*(sets or []), *([] if seed is None else [f"seed={seed}"])])
+    given = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
+    return load_config(preset, file, [*(sets or []), *given, *([] if seed is None else [f"seed={seed}"])])
 
 
 def show(table: Any) -> None:
