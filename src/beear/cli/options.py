@@ -22,7 +22,9 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="seed of every ra
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model's repository brings")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the .py files in MODEL's folder; none are ever downloaded")
+]
 
 
 def _stay_offline(chosen: bool) -> bool:
