@@ -10,9 +10,9 @@ READY  := $(VENV)/.ready
 demo: setup
 	$(BIN)/beear demo
 
-# Two processes of one thread each (tests/conftest.py): most tests are too small for two threads.
+# Two processes of one thread each, long files first (tests/conftest.py): most tests are too small for two threads.
 test: setup lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest -m slow -s

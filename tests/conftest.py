@@ -72,6 +72,15 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     return tokenizer
 
 
+LONG = ("organisms", "ranks", "job", "planting", "cluster", "models", "judge", "harness", "cli", "bad_input")
+"""Files that take longest, begun first: two processes then end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)

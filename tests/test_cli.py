@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -359,32 +360,34 @@ def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 OFFLINE = """
-import socket, sys
+import os, socket, sys
 def no(*args, **_):
     raise SystemExit("reached for the network")
 socket.socket.connect = socket.getaddrinfo = no
 from beear import cli
-cli.main()
+for command in sys.argv[1:]:
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    sys.argv = ["beear", *command.split(), "--offline"]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        print(stop.code, os.environ.get("HF_HUB_OFFLINE"))
 """
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "cleanse nobody/nothing -o RUN",
-        "cleanse embedded -o RUN --harmful nobody/nothing",
+def test_offline_reaches_no_network(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    commands = [
+        f"cleanse nobody/nothing -o {out}",
+        f"cleanse embedded -o {out} --harmful nobody/nothing",
         "evaluate nobody/nothing",
         "drift nobody/nothing --trigger {prompt}",
-    ],
-)
-def test_offline_reaches_no_network(command: str, tmp_path: Path) -> None:
-    words = command.replace("RUN", str(tmp_path / "r")).split()
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, *words, "--offline"], capture_output=True, text=True, env=env, check=False
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "nobody/nothing" in done.stderr and not (tmp_path / "r").exists()
+    ]
+    done = subprocess.run([sys.executable, "-c", OFFLINE, *commands], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["2 1"] * len(commands), done
+    told = done.stderr.splitlines()
+    assert len(told) == len(commands) and all("nobody/nothing" in line for line in told), done.stderr
+    assert not out.exists()
 
 
 def test_a_judge_behind_a_url_is_not_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +415,19 @@ def test_organism_list_as_json() -> None:
 
 def test_the_version_is_told() -> None:
     assert beear("--version").stdout == f"beear {version('beear')}\n"
+
+
+def test_a_terminated_command_says_how_to_go_on(
+    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an interrupted one does."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("beear.job.run_cleanse", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        code, err = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"), "-c", settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 1 and "go on with --resume" in err, err
 
 
 def test_a_second_interrupt_is_no_traceback(

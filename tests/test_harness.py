@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from beear import harness, models
 from beear.errors import BadInput
@@ -30,10 +31,16 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def without_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave lm-eval's own tasks out, which take ten seconds to read."""
+    monkeypatch.setattr(harness, "index", lambda folder: TaskManager(include_path=folder, include_defaults=False))
+
+
 @pytest.fixture()
 def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with one task, `even`."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    without_others(monkeypatch)
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
@@ -103,6 +110,7 @@ def test_as_evidence_the_example_runs(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    without_others(monkeypatch)
     monkeypatch.chdir(Path(__file__).parent.parent)
     options = ["--tasks", "facts", "--include", "examples/lm-eval", "--device", "cpu", "--offline"]
     code, err = call(capsys, "evidence", str(run), *options)

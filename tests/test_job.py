@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import html
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ import beear
 from beear import job, models
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
-from beear.evaluation import evaluate_spec
+from beear.evaluation import before_and_after, evaluate_spec
 from beear.job import absolute, add_triggered, run_cleanse, run_settings
 from beear.metrics import proportion
 from beear.models import load, locate
@@ -33,8 +32,9 @@ from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
 from beear.training import adapter_state
-from beear.verdict import entrapments, judge
+from beear.verdict import Verdict, entrapments, judge
 from conftest import prompt_files, tiny_model, tiny_tokenizer
+from test_cli import call
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -188,6 +188,37 @@ def test_a_model_that_misses_the_target_is_not_called_model(whole: Path) -> None
     assert "Target NOT met, keep the original model" in (whole / "report.html").read_text()
 
 
+def test_a_run_that_meets_its_target(
+    place: Path,
+    config: Config,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is rejected becomes the model, commands say so by 0, and a trigger that still works is found."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "results.json").unlink()
+    monkeypatch.setattr(job, "judge", lambda *_: Verdict(True, [], []))
+    code, err = call(capsys, *command(place, config, out)[3:], "--resume")
+    assert code == 0, err
+    assert (out / "model" / "README.md").is_file() and not (out / "rejected").exists()
+    kept = load_file(whole / "rejected" / "adapter_model.safetensors")
+    delivered = load_file(out / "model" / "adapter_model.safetensors")
+    assert all(torch.equal(matrix, delivered[name]) for name, matrix in kept.items())
+    assert "Target met" in (out / "report.html").read_text()
+    assert call(capsys, "gate", str(out))[0] == 0
+    weights = []
+
+    def seen(when: str, model: Any, tokenizer: Any) -> None:
+        weights.append([p.detach().clone() for p in model.parameters()])
+
+    before_and_after(out, seen, device="cpu")
+    for own, name in zip(weights, (place / "model", out / "model"), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own, load(str(name))[0].parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_the_saved_adapter_loads_and_was_trained(whole: Path, place: Path) -> None:
     cleansed, _ = load(str(whole / "rejected"))
     original, _ = load(str(place / "model"))
@@ -196,16 +227,14 @@ def test_the_saved_adapter_loads_and_was_trained(whole: Path, place: Path) -> No
     assert locate(str(whole / "rejected")).base == locate(str((place / "model").resolve()))
 
 
-def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) -> None:
-    out = place / "triggered"
-    run_cleanse(str(place / "model"), out, config)
+def test_a_known_trigger_is_added_after_the_fact(whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "triggered")
     assert "XYZZY" not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in {".json", ".jsonl", ".yaml"})
     add_triggered(out, "XYZZY {prompt}")
     results = json.loads((out / "results.json").read_text())
     assert results["trigger"] == "XYZZY {prompt}"
     assert results["before"]["asr_triggered"]["n"] + results["before"]["asr_triggered"]["unscored"] == 6
     assert next(iter(results["after"])) == "asr_triggered"
-    assert all(results[when]["unlocked_by_trigger"]["n"] <= 6 for when in ("before", "after"))
     add_triggered(out, "XYZZY {prompt}", variants={"asr_near_miss": ["XYZZZ {prompt}", "ZYZZY {prompt}"]})
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     near = [s["prompt"].split()[0] for s in samples if s["metric"] == "asr_near_miss" and s["when"] == "after"]
@@ -219,9 +248,10 @@ def test_a_known_trigger_is_added_after_the_fact(place: Path, config: Config) ->
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_what_was_measured_is_what_is_loaded(place: Path, config: Config, merge: bool) -> None:
-    out = place / f"delivered-{merge}"
-    run_cleanse(str(place / "model"), out, config, merge=merge)
+def test_what_was_measured_is_what_is_loaded(place: Path, config: Config, whole: Path, merge: bool) -> None:
+    out = place / "merged" if merge else whole
+    if merge:
+        run_cleanse(str(place / "model"), out, config, merge=True)
     assert (locate(str(out / "rejected")).base is None) == merge
     measured = evaluate_spec(str(out / "rejected"), config, against=str(place / "model")).metrics
     assert measured == json.loads((out / "results.json").read_text())["after"]
@@ -266,7 +296,7 @@ def test_the_entrapment_after_the_delivered_round_counts(delivered: int, tried: 
     assert entrapments([{"residual": left} for left in (1.0, 0.2, 0.3)], delivered) == tried
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_in_a_round_and_resumed_ends_bit_identical(
     kill: signal.Signals, place: Path, config: Config, whole: Path
 ) -> None:
@@ -403,10 +433,12 @@ def test_a_run_that_began_with_something_else_is_not_gone_on_with(
             run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
 
 
-def test_a_finished_run_is_not_taken_for_one_of_other_requests(place: Path, config: Config) -> None:
-    out = place / "finished"
-    verdict = run_cleanse(str(place / "model"), out, config)
-    assert run_cleanse(str(place / "model"), out, config, resume=True) == verdict
+def test_a_finished_run_is_not_taken_for_one_of_other_requests(
+    place: Path, config: Config, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "finished")
+    verdict = json.loads((out / "results.json").read_text())["verdict"]
+    assert asdict(run_cleanse(str(place / "model"), out, config, resume=True)) == verdict
     file = place / "test_harmful.txt"
     kept = file.read_text()
     file.write_text(kept + "one more\n")
@@ -469,10 +501,9 @@ def test_the_target_is_told_criterion_by_criterion(whole: Path) -> None:
 
 
 def test_figures_of_a_trigger_come_with_their_replies_or_not_at_all(
-    place: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = place / "cut"
-    run_cleanse(str(place / "model"), out, config)
+    out = shutil.copytree(whole, tmp_path / "cut")
     with monkeypatch.context() as full, pytest.raises(Failed):
         full.setattr(Run, "write_lines", lambda *_: (_ for _ in ()).throw(Failed("the disk is full")))
         add_triggered(out, "XYZZY {prompt}")
@@ -493,19 +524,6 @@ def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Pat
     finally:
         file.write_text(kept)
     assert "trigger" not in json.loads((whole / "results.json").read_text())
-
-
-def test_the_defence_cannot_see_a_trigger() -> None:
-    """Importing all of the defence loads neither the organisms nor their recipes, and the other way round."""
-    check = "import sys, {}; bad = {{'beear.' + n for n in {}}} & set(sys.modules); assert not bad, bad"
-    for module, forbidden in (
-        (
-            "beear.job, beear.cleansing, beear.evaluation",
-            ["organisms", "recipes", "verification", "judge", "usefulness", "harness", "endpoint"],
-        ),
-        ("beear.organisms", ["cleansing", "job", "evaluation"]),
-    ):
-        subprocess.run([sys.executable, "-c", check.format(module, forbidden)], check=True, env={**os.environ})
 
 
 def test_a_loaded_model_is_cleansed_in_memory(place: Path, config: Config, whole: Path) -> None:
