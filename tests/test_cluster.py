@@ -78,12 +78,23 @@ def measured(found: dict[str, Any]) -> list[Any]:
     return [entry["metrics"] for cell in found["cells"] for entry in cell["rounds"]]
 
 
-def test_what_a_worker_cannot_do_is_said_here(one_thread: None, tmp_path: Path) -> None:
-    def refuses(device: str, listen: Listener) -> None:
-        raise BadInput("no such thing")
+def test_a_cluster_that_is_named_takes_the_cells_and_says_what_it_cannot_do(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1, resources={"ours": 1})
+    monkeypatch.setenv("RAY_ADDRESS", running.address_info["address"])
+    kept = ray.shutdown
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # or the cluster, which this process began, would end
+    monkeypatch.setattr(ray, "init", partial(ray.init, ignore_reinit_error=True))
 
-    with pytest.raises(BadInput, match=r"^no such thing$"):
-        list(cluster.finished([refuses], "cpu", lambda event: None))
+    def refuses(device: str, listen: Listener) -> None:
+        raise BadInput(f"no such thing where {ray.cluster_resources().get('ours')} is ours")
+
+    try:
+        with pytest.raises(BadInput, match=r"^no such thing where 1\.0 is ours$"):
+            list(cluster.finished([refuses], "cpu", lambda event: None))
+    finally:
+        kept()
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +104,8 @@ def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_room_for_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
     with pytest.raises(BadInput, match="has 10000 processors for a cell"):
         cluster.connect("cpu")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
-from beear import config
+from beear import config, report
+from beear.cli.entry import app
 from conftest import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +41,48 @@ def test_the_guides_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(space["logits"], "shape", ())[0] == 1
 
 
-PAGES = [*sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md")), "README.md"]
+PAGES = sorted(p.relative_to(ROOT).as_posix() for folder in ("*.md", "docs/**/*.md") for p in ROOT.glob(folder))
+
+
+def headings(page: Path) -> set[str]:
+    """The names that a page's headings can be linked by."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_to_files_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+def test_links_lead_somewhere(page: str) -> None:
+    here = ROOT / page
+    for link in re.findall(r"\]\(([^) ]+)\)", here.read_text()):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = here.parent / name if name else here
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words behind `beear` in a page's code; a shell's variables and comments are left out."""
+    code = [*re.findall(r"`([^`\n]+)`", text), *"\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()]
+    for line in code:
+        found = re.search(r"(?:^|[ /])beear ([a-z].*)", line.split("  #")[0])
+        if found and "|" not in found[1]:
+            yield shlex.split(found[1].replace("...", ""))
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/guide.md", "docs/ci.md"])
+def test_options_that_pages_show_are_there(page: str) -> None:
+    every = list(commands((ROOT / page).read_text()))
+    assert every
+    for words in every:
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known, words
+
+
+def test_the_guide_names_every_metric_and_preset() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    assert all(f"`{name}`" in guide for name in (*report.METRICS, *config.preset_names()))
