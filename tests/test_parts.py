@@ -45,9 +45,17 @@ def one_round(
     return delta, adapter_state(model), (losses, history)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data() -> DefenderSet:
     return defender_set(tiny_tokenizer(), REFUSED, ANSWERED, [Request("1", "bad", "one")], SHORT)
+
+
+@pytest.fixture(scope="module")
+def whole(data: DefenderSet) -> dict[bool, Any]:
+    """A round that is not split, cached or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEEAR_FP32", "1")
+        return {cached: one_round(data, Parts(), cached) for cached in (True, False)}
 
 
 def test_a_run_that_goes_on_splits_its_batches_as_before(data: DefenderSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +87,10 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 16])
-def test_a_round_in_parts_is_the_same_round(data: DefenderSet, count: int, cached: bool) -> None:
-    parts = Parts()
-    parts.count = count
-    assert_same(one_round(data, Parts(), cached), one_round(data, parts, cached))
+def test_a_round_in_parts_is_the_same_round(
+    data: DefenderSet, whole: dict[bool, Any], count: int, cached: bool
+) -> None:
+    assert_same(whole[cached], one_round(data, Parts(count=count), cached))
 
 
 def short_of_memory(at_once: int, real: Callable[..., Any], rows: Callable[..., int]) -> Callable[..., Any]:
@@ -94,8 +102,9 @@ def short_of_memory(at_once: int, real: Callable[..., Any], rows: Callable[..., 
     return run
 
 
-def test_memory_that_runs_out_splits_a_step(data: DefenderSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = one_round(data, Parts())
+def test_memory_that_runs_out_splits_a_step(
+    data: DefenderSet, whole: dict[bool, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[dict[str, Any]] = []
     real = cleansing.response_logits
 
@@ -104,7 +113,7 @@ def test_memory_that_runs_out_splits_a_step(data: DefenderSet, monkeypatch: pyte
 
     monkeypatch.setattr(cleansing, "response_logits", short_of_memory(8, real, rows))
     parts = Parts(told.append)
-    assert_same(whole, one_round(data, parts))
+    assert_same(whole[True], one_round(data, parts))
     assert parts.count > 1 and told[-1] == {"event": "memory", "parts": parts.count}
 
 

@@ -21,6 +21,7 @@ from beear.models import Source
 from beear.plan import Plan, read_plan, write_plan
 from beear.sets import read_sets
 from conftest import COMMON, CONFIGS, prompt_files, tiny_model, tiny_tokenizer
+from failing import broken, refused
 
 PLAN = Plan({"load": 1.0, "round": 10.0, "after": 3.0}, {"load": 5, "round": 9, "after": 7}, 6, 10)
 
@@ -122,17 +123,9 @@ def test_a_plan_refuses_what_a_run_would(place: Path, config: Config) -> None:
     assert not (place / "run").exists()
 
 
-def broken() -> Any:
-    raise ValueError("no such shape")
-
-
 def test_a_miniature_that_dies_says_why() -> None:
     with pytest.raises(Failed, match="miniature of this model does not run here: no such shape"):
         miniature.in_own_process(broken)
-
-
-def refused() -> Any:
-    raise BadInput("no such blocks")
 
 
 def test_a_miniature_refuses_what_a_run_would() -> None:

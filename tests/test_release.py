@@ -16,7 +16,7 @@ from beear.card import code, model_card, write_card
 from beear.config import Config
 from beear.errors import BadInput, Failed
 from beear.metrics import proportion
-from beear.release import EVIDENCE, push
+from beear.release import push
 
 
 def metric(value: float) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_model_card_and_evidence_are_pushed_but_no_replies(tmp_path: Path, hub: Hub) -> None:
     assert push(make_run(tmp_path), "me/model") == "hub/me/model"
-    assert set(hub.files) == {"README.md", "adapter_model.safetensors", *(f"evidence/{name}" for name in EVIDENCE)}
+    assert set(hub.files) == {"README.md", "adapter_model.safetensors", "evidence/results.json", "evidence/config.yaml"}
     assert hub.private is True
 
 

@@ -38,10 +38,12 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
 ) -> None:
     out = tmp_path / "s"
     found = sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4)
+    assert json.loads((out / "sweep.json").read_text()) == found
     assert [cell["value"] for cell in found["cells"]] == [1, 3]
     for cell in found["cells"]:  # a random model refuses nothing, so no round removes anything
         assert cell["epoch"] is None and len(cell["rounds"]) == 2
-        assert cell["rounds"][0]["metrics"]["asr_triggered"]["n"] <= 4
+        triggered = cell["rounds"][0]["metrics"]["asr_triggered"]
+        assert triggered["n"] + triggered["unscored"] == 4
         assert ["false_refusal" in entry["metrics"] for entry in cell["rounds"]] == [False, True]
     assert found["cells"][0]["before"] == found["cells"][1]["before"]
     for folder in ("layer-01", "layer-03"):
@@ -152,8 +154,3 @@ def test_a_value_out_of_range_is_refused_before_a_model_loads(
     with pytest.raises(BadInput):
         sweep(model, TRIGGER, axis, tmp_path / "s", config, values=[value])
     assert not (tmp_path / "s").exists()
-
-
-def test_sweep_json_is_what_was_returned(model: str, config: Config, tmp_path: Path) -> None:
-    found = sweep(model, TRIGGER, "length", tmp_path / "s", config.model_copy(update={"rounds": 1}), values=[1, 2])
-    assert json.loads((tmp_path / "s" / "sweep.json").read_text()) == found
