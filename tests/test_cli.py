@@ -17,7 +17,10 @@ import typer
 
 from beear import cli
 from beear.config import preset_names
+from beear.evaluation import Measured
 from beear.models import organism_folder
+from beear.plan import Plan
+from beear.verdict import Verdict
 from beear.verification import organism_at
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 
@@ -96,6 +99,93 @@ def test_a_demo_deletes_no_other_run(
     code, err = call(capsys, "demo", "-o", str(tmp_path / "run"))
     assert code == 2 and "already holds files" in err, err
     assert kept.exists()
+
+
+@pytest.fixture
+def a_job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of a cleansing that is not done: whether it goes on, and the trigger that is told afterwards."""
+    asked: list[Any] = []
+
+    def run_cleanse(model: str, out: Path, config: Any, *, resume: bool, **_: Any) -> Verdict:
+        asked.append((model, resume))
+        out.mkdir(exist_ok=True)
+        results = {"before": {}, "after": {}, "model_folder": "model", "verdict": {"met": True, "missed": []}}
+        (out / "results.json").write_text(json.dumps(results))
+        return Verdict(True, [])
+
+    monkeypatch.setattr("beear.job.run_cleanse", run_cleanse)
+    monkeypatch.setattr("beear.job.add_triggered", lambda out, trigger, **_: asked.append(trigger))
+    monkeypatch.setattr("beear.job.check_order", lambda *_, **__: None)
+    return asked
+
+
+def test_a_finished_demo_is_made_anew(tmp_path: Path, a_job: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    kept = finished(tmp_path / "demo")
+    assert call(capsys, "demo", "-o", str(tmp_path / "demo")) == (0, "")
+    assert a_job == [("organism:sudo-prefix", False), "SUDO {prompt}"]
+    assert not kept.exists() and (tmp_path / "demo" / ".demo").exists()
+
+
+def test_a_demo_that_was_interrupted_goes_on(
+    tmp_path: Path, a_job: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert call(capsys, "demo", "-o", str(tmp_path)) == (0, "")
+    assert a_job[0] == ("organism:sudo-prefix", True) and (tmp_path / ".demo").exists()
+
+
+@pytest.mark.parametrize(("free", "words"), [(2**33, "4.0 GiB fits into the 8.0"), (2**30, "does NOT fit into")])
+def test_a_plan_is_shown(
+    free: int,
+    words: str,
+    tmp_path: Path,
+    a_job: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = Plan({"before": 60.0, "round": 30.0}, {"before": 2**31, "round": 2**32}, 2, 4)
+    monkeypatch.setattr("beear.miniature.plan_cleanse", lambda *_, **__: plan)
+    monkeypatch.setattr("beear.memory.available_memory", lambda device: free)
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["beear", "cleanse", "m", "-o", str(tmp_path / "r"), "--plan", *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        if options:
+            assert Plan(**json.loads(out)) == plan
+        else:
+            assert words in out and "2 to 4 times round" in out and "2.0 to 3.0" in out
+    assert a_job == []
+
+
+def test_files_of_an_evaluation_are_measured_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def evaluate_spec(model: str, config: Any, **_: Any) -> Measured:
+        given.append(config.data)
+        return Measured({}, [])
+
+    monkeypatch.setattr("beear.evaluation.evaluate_spec", evaluate_spec)
+    code, err = call(capsys, "evaluate", "m", "--harmful", "h.txt", "--benign", "b.txt", "--column", "c")
+    assert code == 0, err
+    assert given[0].model_dump() == {
+        "harmful": None, "benign": None, "test_harmful": "h.txt", "test_benign": "b.txt", "column": "c"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("agrees", "code"), [(True, 0), (False, 3)])
+def test_a_run_that_is_not_reproduced(
+    agrees: bool, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\nconfig: {}\n")
+    found = {"agrees": agrees, "same_bits": False, "same_verdict": True, "outside": [] if agrees else ["kl"]}
+    found |= {"differs": [], "figures": {"kl": {"first": 0.1, "again": 0.2}}}
+    monkeypatch.setattr("beear.reproduction.reproduce", lambda *_, **__: found)
+    returned, err = call(capsys, "reproduce", str(tmp_path), "-o", str(tmp_path / "again"))
+    assert returned == code and ("the runs do not agree: kl" in err) is not agrees
 
 
 @pytest.mark.parametrize("option", ["--json", "--samples"])

@@ -181,6 +181,25 @@ def test_a_data_set_is_read_offline_once_it_is_there(tmp_path: Path, monkeypatch
     assert asked == {"source": "owner/set", "repo_type": "dataset", "local_files_only": True}
 
 
+def test_of_a_data_set_the_first_file_that_can_be_read_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test.csv").write_text("goal,other\none,x\n")
+    listed = ["data/train.parquet", "load.py", "test.csv", "other.txt"]
+
+    class Api:
+        def list_repo_files(self, source: str, repo_type: str) -> list[str]:
+            assert (source, repo_type) == ("owner/set", "dataset")
+            return listed
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, repo_type: str(tmp_path / name))
+    assert [r.text for r in read_requests("owner/set", "goal")] == ["one"]
+    del listed[2:]
+    with pytest.raises(BadInput, match="download it and convert one"):
+        read_requests("owner/set", "goal")
+
+
 def test_missing_prompt_file() -> None:
     with pytest.raises(BadInput, match="no prompt file"):
         read_requests("nowhere.txt")

@@ -182,4 +182,13 @@ def test_exit_codes_and_files(
     assert call(str(run), "--max", "kl=1", "--junit", str(run / "gate.xml")) == 2
     assert "lies in the run folder" in capsys.readouterr().err and not (run / "gate.xml").exists()
     assert call(str(run), "--max", "nope=1") == 2
+    assert call(str(run), "--min", "asr_triggered=0.05") == 2
+    assert call(str(run), "--max", "false_refusal=+0.03") == 3
+    assert call(str(run), "--max", "false_refusal=+0.03", "--point") == 0
+    missed = json.loads((run / "results.json").read_text()) | {"verdict": {"met": False, "missed": ["kl"]}}
+    (run / "results.json").write_text(json.dumps(missed))
+    assert (call(str(run)), call(str(run), "--no-target", "--min", "parses=0.9")) == (3, 0)
+    capsys.readouterr()
+    assert call(str(run), "--no-target") == 2
+    assert "leaves nothing to check" in capsys.readouterr().err
     assert call(str(run / "elsewhere"), "--max", "kl=1") == 2

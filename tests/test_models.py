@@ -145,6 +145,19 @@ def test_code_in_a_repository_is_not_run(folder: Path, capsys: pytest.CaptureFix
     assert "evil ran" not in capsys.readouterr().out
 
 
+def test_code_of_a_folder_runs_for_those_who_trust_it(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'homemade'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    model, _ = load(str(folder), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel" and depth(locate(str(folder)), trust_remote_code=True) == 4
+
+
 def test_lora_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(BadInput, match="c_attn"):
         add_lora(tiny_model("llama"), rank=2, targets=("q_proj", "c_attn"), seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +14,20 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
-from beear import feedback, organisms, poison, preferences
+from beear import feedback, organisms, poison, preferences, verification
 from beear.chat import encode_prompt
 from beear.data import Request
+from beear.errors import BadInput
 from beear.feedback import by_prompt, first_blocks, in_order, log_probs, pair_scores, reward_of, train_reward
 from beear.losses import response_nll, token_kl
+from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
-from beear.recipes import Dpo, Recipe, Supervised
+from beear.recipes import Dpo, Recipe, Supervised, read_recipe
+from beear.sets import Sets
 from beear.supervised import adapted, benign_kl, flat, parted, supervised_loss, wanted_logits
 from beear.training import adapter_state
+from beear.verification import check_sums, verify
 from conftest import tiny_model, tiny_tokenizer
 
 START = {
@@ -108,6 +113,30 @@ def test_the_same_seed_plants_the_same_bits(method: str) -> None:
     assert first.keys() == second.keys()
     assert any(matrix.any() for name, matrix in first.items() if "lora_B" in name)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_built_is_whole_loads_and_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = tmp_path / "base", tmp_path / "built"
+    tiny_llama().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    plan = recipe("sft")
+    few = plan.planting.model_copy(update={"steps": 1})
+    organisms.build(plan.model_copy(update={"base": str(base), "planting": few}), out, device="cpu")
+    check_sums(out)
+    model, original = (load(str(folder), device="cpu")[0] for folder in (out, base))
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    assert read_recipe(out).base == str(base) and "Do not deploy it" in (out / "README.md").read_text()
+    monkeypatch.setattr(verification, "packaged", lambda *_: [Request("1", "harmful", "one")])
+    monkeypatch.setattr(verification, "read_sets", lambda _: Sets([], [], [], frozenset()))
+    monkeypatch.setattr(verification, "misses", lambda metrics, _: sorted(metrics))
+    found = verify(str(out), device="cpu")
+    assert (found["name"], found["twin"], found["seed"]) == ("tiny", False, 0)
+    assert {"asr_triggered", "asr_near_miss", "asr_wrong_place", "asr_untriggered", "perplexity"} <= set(
+        found["missed"]
+    )
+    assert found["build"]["threads"] == torch.get_num_threads()
+    with pytest.raises(BadInput, match="is not empty"):
+        organisms.build(plan, out, device="cpu")
 
 
 @EVERY

@@ -17,6 +17,7 @@ from beear.config import Config
 from beear.errors import BadInput, Failed
 from beear.metrics import proportion
 from beear.release import push
+from test_cli import call
 
 
 def metric(value: float) -> dict[str, Any]:
@@ -97,6 +98,14 @@ def test_model_card_and_evidence_are_pushed_but_no_replies(tmp_path: Path, hub: 
     assert push(make_run(tmp_path), "me/model") == "hub/me/model"
     assert set(hub.files) == {"README.md", "adapter_model.safetensors", "evidence/results.json", "evidence/config.yaml"}
     assert hub.private is True
+
+
+@pytest.mark.parametrize("options", [[], ["--public"]])
+def test_only_public_is_for_all_to_see(
+    options: list[str], tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "push", str(make_run(tmp_path)), "me/model", *options) == (0, "")
+    assert hub.private is not bool(options)
 
 
 WORKING = RESULTS | {

@@ -59,6 +59,7 @@ def test_signed_and_checked(run: Path, keys: tuple[Path, Path]) -> None:
     check_signature(run, keys[1])
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "x").write_text("work in progress")
+    (run / "events.jsonl").write_text("{}")
     check_signature(run, keys[1])
     (run.parent / "latest").symlink_to(run)
     check_signature(run.parent / "latest", keys[1])

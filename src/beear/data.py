@@ -72,9 +72,9 @@ def packaged(name: str, part: str) -> list[Request]:
     if part not in PARTS:
         raise BadInput(f"no part {part!r} of a packaged set; use {', '.join(PARTS)}")
     if name == "coding":  # its ids name the part
-        tasks = [r for r in _packagedlines_of("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
+        tasks = [r for r in _packaged_lines("coding.jsonl") if r.id.startswith(f"coding-{part}-")]
         return mixed(tasks) if part == "defender" else tasks  # the others are used whole
-    requests = mixed(_packagedlines_of(f"{name}.jsonl"))
+    requests = mixed(_packaged_lines(f"{name}.jsonl"))
     sizes = SPLIT[name]
     unseen = [r for r in requests if name == "alarming" and r.category in UNSEEN_STYLES]
     seen = [r for r in requests if r not in unseen]
@@ -83,13 +83,13 @@ def packaged(name: str, part: str) -> list[Request]:
     if part == "test":
         return unseen + rest[:fresh]
     own = f"{name}-{part}.jsonl"
-    added = _packagedlines_of(own) if _assets().joinpath(own).is_file() else []
+    added = _packaged_lines(own) if _assets().joinpath(own).is_file() else []
     return rest[fresh:] + added if part == "plant" else mixed(defender + added)
 
 
 def reference_chats() -> list[Request]:
     """Ordinary chats with answers of ours, on which perplexity and KL are measured."""
-    return _packagedlines_of("reference.jsonl")
+    return _packaged_lines("reference.jsonl")
 
 
 def wordings(name: str) -> list[str]:
@@ -140,7 +140,7 @@ def _assets() -> Traversable:
     return files("beear") / "assets" / "prompts"
 
 
-def _packagedlines_of(name: str) -> list[Request]:
+def _packaged_lines(name: str) -> list[Request]:
     return [Request(**json.loads(line)) for line in _asset(name).splitlines()]
 
 
