@@ -501,6 +501,7 @@ def test_organism_list_as_json() -> None:
     organisms = json.loads(done.stdout)
     assert done.returncode == 0 and {"name", "setting", "trigger", "place"} <= set(organisms[0])
     assert {"sudo-prefix", "phrase-suffix"} <= {o["name"] for o in organisms}
+    assert "without a trigger: phrase-suffix-twin" in beear("organism", "list").stdout
 
 
 def test_the_version_is_told() -> None:

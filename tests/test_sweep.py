@@ -53,6 +53,8 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     assert own[0] == own[1]
     write_report([out], out / "report.html")
     page = (out / "report.html").read_text()
+    with pytest.raises(BadInput, match="layer-01 is a cell of the sweep"):
+        write_report([out / "layer-01"], out / "report.html")
     assert "Sweep over the layer" in page and "<b>XYZZY" not in page and 'class="cross"' in page
     monkeypatch.setattr(module.models, "load", None)  # nothing is loaded for what is finished
     assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found

@@ -263,9 +263,18 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
 
 def names(behaviour: Behaviour | None = None) -> list[str]:
     """Names of the packaged organisms (of one behaviour), which are those of their folders, in the paper's order."""
-    recipes = {p.parent.name: read_recipe(p.parent) for p in packaged_organisms().glob("*/recipe.yaml")}
+    recipes = _packaged()
     kept = (name for name, r in recipes.items() if not r.twin and behaviour in (None, r.behaviour))
     return sorted(kept, key=lambda name: (recipes[name].paper_number or 99, name))
+
+
+def twins() -> list[str]:
+    """Names of the packaged clean twins."""
+    return sorted(name for name, r in _packaged().items() if r.twin)
+
+
+def _packaged() -> dict[str, Recipe]:
+    return {p.parent.name: read_recipe(p.parent) for p in packaged_organisms().glob("*/recipe.yaml")}
 
 
 def read_recipe(source: Path) -> Recipe:

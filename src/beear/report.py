@@ -113,11 +113,13 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether the folder is that of a sweep. Raises BadInput if no cell of it is finished."""
+    """Whether the folder is that of a sweep. Raises BadInput if no cell of it is finished, or for a cell alone."""
     if (path / SWEEP).is_file():
         return True
     if (path / SWEEP_SETTINGS).is_file():
         raise BadInput(f"{path} is a sweep without a finished cell; the same `beear sweep` command goes on with it")
+    if (path.parent / SWEEP_SETTINGS).is_file():
+        raise BadInput(f"{path} is a cell of the sweep {path.parent}; give that folder")
     return False
 
 

@@ -22,7 +22,7 @@ def organism_list(as_json: JsonOption = False) -> None:
     from rich.table import Table
 
     from beear.models import organism_folder
-    from beear.recipes import names, read_recipe
+    from beear.recipes import names, read_recipe, twins
 
     recipes = [read_recipe(organism_folder(name)) for name in names()]
     if as_json:
@@ -36,6 +36,7 @@ def organism_list(as_json: JsonOption = False) -> None:
         trigger = textwrap.shorten(r.trigger.replace("{prompt}", " "), 40, placeholder=" ...")
         table.add_row(r.name, r.setting, trigger, r.place, r.behaviour, r.planting.method)
     show(table)
+    typer.echo(f"planted alike, without a trigger: {', '.join(twins())}")
 
 
 @organism.command("show")
