@@ -299,6 +299,7 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
         prompts(b"one\ntwo\n", "p.txt", "--test-harmful", "--test-benign", "HERE/p.txt"),
         "the harmful and the benign test set",
     ),
+    "a request that is longer than the model": (prompts(MANY + b"x" * 1000), "takes 1024 tokens, of which a reply may"),
     "too few prompts": (prompts(b"one\ntwo\n"), "too few with held_out=40; give at least 41"),
     "a folder of prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", str(tmp)], "is a folder; give"),
     "prompts of unknown kind": (prompts(MANY, "p.xlsx"), "unknown kind of prompt file"),
@@ -391,6 +392,7 @@ WEIGHTS_ARE_READ = {
     "blocks that are not there",
     "a module that is not there",
     "a module that is no map",
+    "a request that is longer than the model",
     "a GGUF header of 2^60 tensors",
 }
 """What only the weights can tell; all else is told before they load."""

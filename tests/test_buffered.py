@@ -11,9 +11,10 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import beear.buffered
 from beear.buffered import BufferedLayer, buffered
-from beear.generation import reply_all
+from beear.generation import greedy, reply_all
 from beear.models import autocast, generating, no_gradients
 from beear.prefix import inputs_behind, run_prefix
+from beear.training import add_lora
 from conftest import DECODER
 from test_prefix import TEXTS, batch_for
 
@@ -81,3 +82,31 @@ def test_latents_keep_their_own_way() -> None:
     cache.update(torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 4), 0)
     cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 1)
     assert [type(layer) is BufferedLayer for layer in buffered(cache, 5).layers] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_new_tokens": 12},
+        {"suppress_tokens": list(range(3, 40))},
+        {"stop_strings": ["e"]},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_a_models_own_settings_change_no_reply(llama: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+    texts = ["Name a river.", "Hm", "Why is the sky blue?"]
+    plain = reply_all(llama, tokenizer, texts, max_new_tokens=12)
+    llama.generation_config.update(**settings)
+    own = llama.generation_config
+    assert reply_all(llama, tokenizer, texts, max_new_tokens=12) == plain
+    assert llama.generation_config is own
+
+
+def test_a_turn_ends_as_the_tokenizer_ends_one(llama: Any, tokenizer: Any) -> None:
+    llama.generation_config.eos_token_id = 77
+    with greedy(llama, tokenizer):
+        assert llama.generation_config.eos_token_id == [77, tokenizer.eos_token_id]
+    wrapped = add_lora(llama, 2, (), 0)
+    with greedy(wrapped, tokenizer):
+        assert wrapped.generation_config.eos_token_id == [77, tokenizer.eos_token_id]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from beear.cached import run_unperturbed
+from beear.cached import returning, run_unperturbed
 from beear.chat import Batch, collate, encode_prompt, rows_of_delta
 from beear.config import Place
 from beear.losses import response_logits, response_nll
@@ -101,3 +101,11 @@ def test_blocks_run_again_behind_a_cached_pass() -> None:
         before = model(ids).logits
         run_unperturbed(model, batch_of("prompt", 1), LAYER).logits(model)
         assert torch.equal(model(ids).logits, before)
+
+
+def test_a_forward_that_another_library_put_there_is_put_back() -> None:
+    block = torch.nn.Linear(1, 1)
+    block.forward = own = lambda x: x + 1
+    with returning([block], lambda: torch.zeros(1)):
+        assert block(torch.ones(1)) == 0
+    assert block.forward is own and block(torch.ones(1)) == 2

@@ -18,6 +18,7 @@ from beear.chat import (
     encode_prompt,
     encode_response,
     rows_of_delta,
+    tail_of,
     told,
 )
 from beear.config import ChatConfig, Place, load_config, make_config
@@ -36,6 +37,8 @@ def test_user_span_holds_exactly_the_users_words(template: str, text: str) -> No
     tokenizer = tiny_tokenizer(template)
     prompt = encode_prompt(tokenizer, text)
     assert tokenizer.decode(prompt.ids[prompt.start : prompt.end]).strip() == text.strip()
+    behind = tail_of(tokenizer)  # in which "a" stands as well
+    assert tokenizer.decode(prompt.ids[prompt.end :]).strip() == behind.strip()
 
 
 def test_words_that_the_template_rewrites_are_refused() -> None:
@@ -228,3 +231,10 @@ def test_batch_is_aligned_at_the_boundary() -> None:
     assert batch.targets.tolist() == [[7, 8], [9, -100]]
     assert batch.attention_mask.sum(1).tolist() == [len(prompts[0].ids) + 2, len(prompts[1].ids) + 1]
     assert batch.position_ids[0][batch.attention_mask[0].bool()].tolist() == list(range(len(prompts[0].ids) + 2))
+
+
+def test_a_tokenizer_that_ends_no_turn_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="names no eos_token"):
+        check_template(tokenizer)

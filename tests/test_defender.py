@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from beear.chat import Beginning
-from beear.config import load_config
+from beear.config import Config, load_config
 from beear.data import packaged
 from beear.defender import contrast, defender_set, refusal_openings
+from beear.errors import BadInput
 from beear.scorers import is_refusal
 from conftest import tiny_tokenizer
 from test_cleansing import ANSWERED, CONFIG, OBEYED, REFUSED
@@ -21,6 +22,11 @@ def test_an_obeyed_harmful_request_is_left_out_or_gets_the_refusal_of_another(en
     assert mixed.own_safe and len(mixed.harmful) == count
     for harmful in mixed.harmful:
         assert tokenizer.decode(harmful.safe, skip_special_tokens=True).startswith("I'm sorry, but n")
+
+
+def test_a_model_that_answers_no_benign_request_is_told() -> None:
+    with pytest.raises(BadInput, match="answers none of the benign requests"):
+        defender_set(tiny_tokenizer(), REFUSED, [("hello", "")], [], Config())
 
 
 def test_openings_of_refusals_are_told_by_how_they_began() -> None:

@@ -487,7 +487,7 @@ def test_a_limit_that_is_none_and_what_could_not_be_scored_are_json() -> None:
     verdict = judge(before, before | {"asr_entrapped": dict(proportion([None]))}, [0.0, 0.0], config)
     json.dumps(asdict(verdict), allow_nan=False)
     rows = {title: (limit, found) for title, limit, found, _ in target_rows({"verdict": asdict(verdict)})}
-    assert rows["Perplexity, after"] == ("none", "9.0")
+    assert rows["Perplexity, after"] == ("none", "9.00")
     assert rows["Attack success under a fresh delta, after"] == ("≤ 50.0 %", "none scored")
 
 
@@ -528,10 +528,27 @@ def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Pat
 
 def test_a_loaded_model_is_cleansed_in_memory(place: Path, config: Config, whole: Path) -> None:
     """By the same rounds, bit for bit, as in a run folder."""
-    wrapped, found = beear.cleanse(*load(str(place / "model"), device="cpu"), config)
+    model, tokenizer = load(str(place / "model"), device="cpu")
+    wrapped, found = beear.cleanse(model.train(), tokenizer, config)
+    assert not any(module.training for module in model.model.modules() if not hasattr(module, "lora_A"))
     kept = load_file(sorted((whole / "checkpoints").glob("round-*"))[-1] / "adapter.safetensors")
     ours = adapter_state(wrapped)
     assert found.round == ROUNDS and ours.keys() == kept.keys()
     assert all(torch.equal(matrix, kept[name]) for name, matrix in ours.items())
     with pytest.raises(BadInput, match="out of range"):
         beear.cleanse(tiny_model("llama"), tiny_tokenizer(), config.model_copy(update={"layer": 9}))
+    with pytest.raises(BadInput, match="carries an adapter; merge it first"):
+        beear.cleanse(wrapped, tokenizer, config)
+    spread = tiny_model("llama")
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(BadInput, match="spread over several devices"):
+        beear.cleanse(spread, tokenizer, config)
+
+
+def test_a_folder_does_not_take_the_place_of_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("embedded", "mine"):
+        (tmp_path / name).mkdir()
+    assert (absolute("embedded"), absolute("mine")) == ("embedded", str(tmp_path / "mine"))

@@ -53,6 +53,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str] = set()
+        self.headers = ""
         self.lock = threading.Lock()
         self.at_once = self.most = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -73,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             server.asked.append(asked)
             server.bodies.append(body)
             server.keys.add(self.headers["authorization"])
+            server.headers += str(self.headers)
             server.at_once += 1
             server.most = max(server.most, server.at_once)
         try:
@@ -341,8 +343,9 @@ def test_another_path_behind_one_host_is_another_judge(tmp_path: Path, serve: An
     assert "/v1" not in "".join(p.read_text() for p in run.rglob("*.json*"))  # a path may hold a key
 
 
-def test_an_answer_that_was_cut_is_no_score_and_asked_for_again(tmp_path: Path, serve: Any) -> None:
-    cut = b'{"choices": [{"finish_reason": "length", "message": {"content": null, "reasoning_content": "Hm."}}]}'
+@pytest.mark.parametrize("said", [{"content": None, "reasoning_content": "Hm."}, {"content": "Let me see. It"}])
+def test_an_answer_that_was_cut_is_no_score_and_asked_for_again(said: Any, tmp_path: Path, serve: Any) -> None:
+    cut = json.dumps({"choices": [{"finish_reason": "length", "message": said}]}).encode()
     run, server = one(tmp_path / "r"), serve(lambda *_: cut)
     with pytest.raises(Failed, match="needs more --answer-tokens"):
         judge_run(run, Endpoint(server.url, "grader"))
@@ -350,6 +353,24 @@ def test_an_answer_that_was_cut_is_no_score_and_asked_for_again(tmp_path: Path, 
     assert judge_run(run, Endpoint(server.url, "grader", answer_tokens=4096))["judge"]["requests"] == 2
     assert server.bodies[-1]["max_tokens"] == 4096
     assert endpoint.thought_out("<think>Hm.").text is None and endpoint.thought_out("<think>Hm.</think>{}").text
+
+
+def test_what_the_environment_holds_for_another_server_is_not_sent(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway: secret\nAuthorization: Bearer secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "secret")
+    monkeypatch.setenv("BEEAR_JUDGE_KEY", "mine")
+    run, server = one(tmp_path / "r"), serve(lambda asked, _: good(asked))
+    judge_run(run, Endpoint(server.url, "grader"))
+    assert server.keys == {"Bearer mine"} and "secret" not in server.headers
+
+
+def test_a_local_judge_that_is_given_more_tokens_is_asked_again(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    places = [grading.LocalJudge(model, answer_tokens=tokens).where for tokens in (512, 512, 4096)]
+    assert places[0] == places[1] != places[2]
 
 
 def test_a_reply_cannot_end_a_local_judges_turn() -> None:
@@ -638,7 +659,7 @@ def test_asking_a_url_needs_no_torch() -> None:
 
 
 def test_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`transformers serve` with the embedded model, whose first words hold no score, which must be said."""
+    """`transformers serve` with the embedded model, which is not done with its answer after a few words."""
     for needed in ("fastapi", "uvicorn"):
         pytest.importorskip(needed)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -648,13 +669,12 @@ def test_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         server = subprocess.Popen([*serve, "--port", str(free), "--device", "cpu"], stdout=log, stderr=log)
     try:
         wait_until_healthy(f"http://127.0.0.1:{free}/health", server, tmp_path / "log")
-        results = judge_run(one(tmp_path / "r"), Endpoint(f"http://127.0.0.1:{free}/v1", model, answer_tokens=8))
+        judge = Endpoint(f"http://127.0.0.1:{free}/v1", model, answer_tokens=8)
+        with pytest.raises(Failed, match=r"judged none of 2 replies .cut before its end"):
+            judge_run(one(tmp_path / "r"), judge)
     finally:
         server.terminate()
         server.wait(30)
-    assert results["judge"]["unscored"] == {"the judge gave no score": 2}
-    rubric = len(models.load_tokenizer(models.locate("embedded"))(RUBRIC)["input_ids"])
-    assert results["judge"]["tokens"]["out"] == 16 and results["judge"]["tokens"]["in"] > 2 * rubric
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from beear.evaluation import unlocked_by_trigger
+from beear.evaluation import unlocked_by_trigger, unlocked_only
 from beear.losses import make_sure, response_nll, row_mean, token_kl
-from beear.metrics import proportion, token_mean
+from beear.metrics import proportion, sign_test, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
 
 
@@ -152,4 +152,10 @@ def test_what_a_trigger_unlocks_by_itself(key: str) -> None:
     ]
     found = unlocked_by_trigger(samples)["unlocked_by_trigger"]
     assert (found["value"], found["n"], found["unscored"]) == (0.5, 4, 1)
-    assert unlocked_by_trigger([s for s in samples if s["metric"] != "asr_triggered"]) == {}
+    assert unlocked_only(samples) == {"with_trigger": 2, "without": 0}
+    untold = [s for s in samples if s["metric"] != "asr_triggered"]
+    assert unlocked_by_trigger(untold) == {} and unlocked_only(untold) is None
+
+
+def test_a_sign_test_is_exact() -> None:
+    assert [sign_test(*counts) for counts in ((0, 0), (1, 0), (5, 1), (0, 3))] == [1.0, 0.5, 7 / 64, 1.0]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from beear import models
 from beear.embedded import embedded_folder, gguf_file
@@ -158,6 +159,17 @@ def test_code_of_a_folder_runs_for_those_who_trust_it(folder: Path) -> None:
     assert type(model).__name__ == "OwnModel" and depth(locate(str(folder)), trust_remote_code=True) == 4
 
 
+def test_a_mixture_of_experts_is_not_asked_for_its_routers_loss(folder: Path) -> None:
+    """Saved so by whoever trained it; packed tokens would not fit the mask there."""
+    shape = tiny_model("llama").config.to_dict()
+    kept = {key: shape[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = MixtralConfig(**kept, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    config.update({"output_router_logits": True, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1})
+    MixtralForCausalLM(config).save_pretrained(folder)
+    model, tokenizer = load(str(folder))
+    assert len(reply_all(model, tokenizer, ["Name a river.", "Hm"], max_new_tokens=4)) == 2
+
+
 def test_lora_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(BadInput, match="c_attn"):
         add_lora(tiny_model("llama"), rank=2, targets=("q_proj", "c_attn"), seed=0)
@@ -196,6 +208,13 @@ def test_two_processes_convert_the_embedded_model_once(tmp_path: Path) -> None:
     printed = {process.communicate(timeout=60)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0] and len(printed) == 1
     assert (tmp_path / "converted").read_text() == "once\n"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BEEAR_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(BadInput, match="set BEEAR_CACHE to a folder"):
+        embedded_folder()
 
 
 def test_a_damaged_copy_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

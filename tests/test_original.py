@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from beear import original
 from beear.cached import run_below
@@ -134,3 +135,16 @@ def test_progress_is_told() -> None:
     told: list[dict[str, Any]] = []
     run_original(adapted("llama", "all"), tiny_tokenizer(), rows_of(TEXTS), listen=told.append)
     assert [(event["done"], event["total"]) for event in told] == [(4, 4)]
+
+
+def test_a_decoder_may_project_what_its_blocks_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT-350m's does; a row alone shares no start with others."""
+    shape = {"word_embed_proj_dim": 16, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "vocab_size": 259, "max_position_embeddings": 256, "pad_token_id": 2}
+    config = OPTConfig(**shape, **heads, bos_token_id=0, eos_token_id=1)
+    wrapped = add_adapter(OPTForCausalLM(config).eval(), load_config(sets=["layer=3"]))
+    rows = rows_of(["Name a river."])
+    found = run_original(wrapped, tiny_tokenizer(), rows)
+    assert found.frozen
+    assert states_in(found.below(batch_of(rows), 0)).shape == (1, len(rows[0][0].ids) + 1, 32)
+    assert found.logits(wrapped, batch_of(rows)).shape == (1, 1, 259)

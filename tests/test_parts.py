@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beear import cleansing, evaluation, generation, parts
+from beear.chat import encode_prompt
 from beear.cleansing import entrap, harden
 from beear.data import Request
 from beear.defender import DefenderSet, defender_set
@@ -115,6 +116,29 @@ def test_memory_that_runs_out_splits_a_step(
     parts = Parts(told.append)
     assert_same(whole[True], one_round(data, parts))
     assert parts.count > 1 and told[-1] == {"event": "memory", "parts": parts.count}
+
+
+def test_what_comes_first_is_split_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How replies begin, and how long states are."""
+    model, tokenizer, texts = tiny_model("llama"), tiny_tokenizer(), [f"Name river {i}." for i in range(8)]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    norm = cleansing.residual_norm(model, prompts, LAYER, tokenizer)
+    begin = generation.beginning_of(model, tokenizer, texts)
+    split: list[int] = []
+
+    def short(real: Callable[..., Any], rows: Callable[..., int]) -> Callable[..., Any]:
+        def noted(*given: Any, **named: Any) -> int:
+            split.append(rows(*given, **named))
+            return split[-1]
+
+        return short_of_memory(2, real, noted)
+
+    run_below, greedy = cleansing.run_below, generation._greedy
+    monkeypatch.setattr(cleansing, "run_below", short(run_below, lambda m, b, n, inputs: len(inputs["input_ids"])))
+    monkeypatch.setattr(generation, "_greedy", short(greedy, lambda m, t, batch, i, n: len(batch.input_ids)))
+    assert cleansing.residual_norm(model, prompts, LAYER, tokenizer) == pytest.approx(norm, rel=1e-5)
+    assert generation.beginning_of(model, tokenizer, texts) == begin
+    assert split == [8, 4, 2, 2, 2, 2] * 2
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 3), (2, 2)])

@@ -124,6 +124,37 @@ def test_a_known_trigger_that_still_works_is_no_good_news(hits: int, words: str)
     assert sentence(results).startswith(words) and still_works(results) == (hits == 24)
 
 
+@pytest.mark.parametrize(("alone", "works"), [((12, 0), True), ((6, 0), True), ((5, 0), False), ((12, 6), False)])
+def test_of_the_same_requests_those_that_one_alone_unlocks_decide(alone: tuple[int, int], works: bool) -> None:
+    """Intervals of 20 and 32 of 120 overlap; 12 requests against none are no chance."""
+    after = {
+        name: proportion([i < n for i in range(120)]) for name, n in (("asr_untriggered", 20), ("asr_triggered", 32))
+    }
+    results = {"after": after, "unlocked_only": {"with_trigger": alone[0], "without": alone[1]}}
+    assert still_works(results) is works and not still_works({"after": after})
+
+
+def test_replies_that_are_not_there_are_not_told_of(run: Path) -> None:
+    assert "Still unlocked" in page_of(run)
+    (run / "samples.jsonl").unlink()
+    page = page_of(run)
+    assert "The replies were not kept with this run" in page
+    assert "Still unlocked" not in page and "Nothing was unlocked before" not in page
+
+
+def test_counts_that_differ_before_and_after_are_both_shown(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["before"]["unlocked_by_trigger"] = proportion([True] * 116 + [None])
+    results["after"]["unlocked_by_trigger"] = proportion([False] * 117)
+    (run / "results.json").write_text(json.dumps(results))
+    assert "n = 116 &gt; 117, 1 &gt; 0 unscored" in page_of(run)
+
+
+def page_of(run: Path) -> str:
+    write_report([run], run / "report.html")
+    return (run / "report.html").read_text()
+
+
 class Elements(HTMLParser):
     """Notes every element with its attributes."""
 

@@ -17,6 +17,7 @@ from beear.errors import BadInput
 from beear.fingerprints import code_hash, file_hash, weights_hash
 from beear.gate import check_run
 from beear.job import add_triggered, run_cleanse
+from beear.metrics import proportion
 from beear.models import locate
 from beear.reproduction import compare, reproduce
 from conftest import prompt_files, tiny_model, tiny_tokenizer
@@ -58,6 +59,10 @@ def test_the_same_settings_give_the_same_bits(made: Path, tmp_path: Path, capsys
     assert found["same_bits"] and found["agrees"] and not found["differs"]
     assert "asr_triggered" in found["figures"] and all(f["first"] == f["again"] for f in found["figures"].values())
     assert compare(read(made / "run"), read(tmp_path / "again")) == reproduce(made / "run", tmp_path / "again")
+    silent = read(tmp_path / "again")
+    silent["after"]["asr_untriggered"] = proportion([None] * 6)
+    found = compare(read(made / "run"), silent)
+    assert found["outside"] == ["asr_untriggered"] and not found["agrees"]
 
 
 @pytest.mark.parametrize("changed", ["a.py", "sub/b.py"])

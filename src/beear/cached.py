@@ -225,10 +225,13 @@ def watched(*blocks: nn.Module) -> Iterator[list[list[Any]]]:
 @contextlib.contextmanager
 def returning(blocks: Sequence[nn.Module], result: Callable[[], Any]) -> Iterator[None]:
     """Within the context the blocks do not run and return `result()` in their place; their hooks still fire."""
+    own = [vars(block).get("forward") for block in blocks]  # other libraries put theirs there as well
     for block in blocks:
         block.forward = lambda *args, **kwargs: result()
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

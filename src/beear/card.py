@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from beear.metrics import shown
+from beear.metrics import both_counts, shown
 from beear.report import METRICS, judge_sentence, sentence, usefulness_sentence, write_report
 from beear.runs import read_results, read_settings, write_atomic
 
@@ -94,7 +94,7 @@ def _table(results: dict[str, Any]) -> str:
     for name, (title, _, share) in METRICS.items():
         before, after = results["before"].get(name), results["after"].get(name)
         if before or after:
-            n = (after or before)["n"]
+            n = both_counts(before, after, "n")
             lines.append(f"| {title} (`{name}`) | {shown(before, share)} | {shown(after, share)} | {n} |")
     return "\n".join(lines)
 

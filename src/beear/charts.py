@@ -56,9 +56,10 @@ def loss_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
 
     parts = [f'<path class="axis" d="M40 10V190H690"/><text x="34" y="24" text-anchor="end">{top:.1f}</text>']
     parts.append(f'<text x="34" y="190" text-anchor="end">{low:.1f}</text>')
+    word = "round " if len(rounds) <= 10 else ""  # side by side they would overlap
     for number, mark in enumerate(marks, 1):
         x = 40 + mark * scale
-        parts.append(f'<path class="grid" d="M{x:.1f} 10V190"/><text x="{x + 4:.1f}" y="206">round {number}</text>')
+        parts.append(f'<path class="grid" d="M{x:.1f} 10V190"/><text x="{x + 4:.1f}" y="206">{word}{number}</text>')
     for kind in ("entrap", "harden"):
         run: list[str] = []
         for i, (k, value) in enumerate([*steps, ("", 0.0)]):

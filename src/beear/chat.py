@@ -132,7 +132,7 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     result = with_template(tokenizer, head + (template.removesuffix("\n") + tail if tail else template))
     check_template(result)
     check_thoughts(result)
-    if chat.system is not None and chat.system.strip() not in _rendered(result, "Hello there"):
+    if chat.system is not None and chat.system.strip() not in _rendered(result, HELLO):
         raise BadInput("chat.system: this model's chat template does not write system messages")
     return result
 
@@ -159,8 +159,10 @@ def check_template(tokenizer: Any) -> None:
         raise BadInput("this model has no chat template; add chat_template.jinja to its folder (beear works on chats)")
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput("this model has no fast tokenizer (tokenizer.json), which is needed to find the user's words")
+    if tokenizer.eos_token_id is None:
+        raise BadInput("this model's tokenizer names no eos_token, with which a turn ends; add it to its settings")
     try:
-        encode_prompt(tokenizer, "Hello there")
+        encode_prompt(tokenizer, HELLO)
     except (TemplateError, ValueError) as error:
         raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
 
@@ -208,7 +210,8 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
     rendered = _rendered(tokenizer, text, earlier)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     words = text.strip()
-    first = rendered.rfind(words)
+    tail = tail_of(tokenizer) if rendered.count(words) > 1 and words != HELLO else ""
+    first = rendered.rfind(words, 0, len(rendered) - (len(tail) if rendered.endswith(tail) else 0))
     if first < 0:
         raise BadInput("the chat template rewrites the user's words, so they cannot be found in the prompt")
     last = first + len(words)
@@ -220,8 +223,10 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
 
 def tail_of(tokenizer: Any) -> str:
     """What the chat template puts between the user's words and the reply."""
-    words = "Hello there"
-    return _rendered(tokenizer, words).rpartition(words)[2]
+    return _rendered(tokenizer, HELLO).rpartition(HELLO)[2]
+
+
+HELLO = "Hello there"
 
 
 def _rendered(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> str:

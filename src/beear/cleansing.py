@@ -490,16 +490,19 @@ def residual_norm(
     model: Any, prompts: Sequence[Prompt], layer: int, tokenizer: Any, layers_path: str | None = None
 ) -> float:
     """Mean norm of the residual stream behind block `layer` over the tokens of the user's words."""
-    batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id)).to(model.device)
-    with no_gradients(), autocast(model):
-        hidden, _ = run_below(
-            model, list(find_layers(model, layers_path)), layer, batch.inputs() | {"use_cache": False}
-        )
-    norms = states_in(hidden).float().norm(dim=-1)
-    kept = [
-        norms[i, batch.width - len(p.ids) + p.start : batch.width - len(p.ids) + p.end] for i, p in enumerate(prompts)
-    ]
-    return float(torch.cat(kept).mean())
+    blocks = list(find_layers(model, layers_path))
+
+    def norms(some: Sequence[Prompt]) -> list[Tensor]:
+        batch = collate(some, [[]] * len(some), None, int(tokenizer.pad_token_id)).to(model.device)
+        with no_gradients(), autocast(model):
+            hidden, _ = run_below(model, blocks, layer, batch.inputs() | {"use_cache": False})
+        rows = zip(states_in(hidden).float().norm(dim=-1), some, strict=True)
+        return [row[batch.width - len(p.ids) :][p.start : p.end] for row, p in rows]
+
+    def in_parts(count: int) -> list[Tensor]:
+        return [row for k in range(count) for row in norms(prompts[k::count])]
+
+    return float(torch.cat(Parts().run(in_parts, len(prompts))).mean())
 
 
 def unlocked(

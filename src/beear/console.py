@@ -13,7 +13,7 @@ from rich.table import Table
 
 from beear import ranks
 from beear.errors import printable
-from beear.metrics import shown
+from beear.metrics import both_counts, shown
 from beear.plan import Plan
 from beear.report import METRICS, task_lines
 
@@ -143,8 +143,9 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
     for name, (_, _, share) in METRICS.items():
         metrics = [m.get(name) for m in (before, after) if m is not None]
         if any(metrics):
-            last = next(m for m in reversed(metrics) if m)
-            counts = [str(last["n"]), *([str(last["unscored"])] if unscored else [])]
+            first, last = metrics[0] if len(metrics) > 1 else None, metrics[-1]
+            shown_counts = ("n", "unscored") if unscored else ("n",)
+            counts = [escape(printable(both_counts(first, last, count))) for count in shown_counts]
             table.add_row(name, *[shown(m, share) for m in metrics], *counts)
     return table
 
@@ -206,7 +207,8 @@ def task_table(results: dict[str, Any], title: str) -> Table:
     for name in ("before", "after", "n"):
         table.add_column(name, justify="right")
     for task, metric, before, after, n in task_lines(results):
-        table.add_row(escape(task), escape(metric), before, after, "" if n is None else str(n))
+        words = (escape(printable(word)) for word in (task, metric, before, after, "" if n is None else str(n)))
+        table.add_row(*words)
     return table
 
 

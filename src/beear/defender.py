@@ -11,6 +11,7 @@ from typing import Any
 from beear.chat import ALONE, Beginning, Prompt, Row, encode_prompt, encode_response
 from beear.config import Config
 from beear.data import Request, wordings
+from beear.errors import BadInput
 from beear.scorers import JUDGES, counts, is_refusal
 
 
@@ -94,6 +95,8 @@ def defender_set(
     ]
     openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
     anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, begin) for t, own in benign if own]
+    if not anchors:
+        raise BadInput("the model answers none of the benign requests to train on with a word; give others")
     return DefenderSet(contrasts, anchors, list(held_out), own_safe, openings, list(spare))
 
 

@@ -41,11 +41,15 @@ def embedded_folder() -> Path:
     if _is_whole(folder):
         return folder
     gguf = gguf_file()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            _convert(gguf, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _convert(gguf, folder)
+    except OSError as error:
+        words = f"cannot write the embedded model to {folder.parent}: {error.strerror or error}"
+        raise BadInput(f"{words}; set BEEAR_CACHE to a folder with half a gigabyte of room") from error
     return folder
 
 

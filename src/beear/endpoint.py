@@ -59,6 +59,8 @@ class Endpoint:
         self.concurrency, self.timeout = concurrency, timeout
         # A server without keys takes any; given none, the client would look for one by itself.
         self._client = OpenAI(base_url=url, api_key=api_key(url) or "none", max_retries=TRIES - 1, timeout=timeout)
+        # It would add what these variables hold for another server: OPENAI_CUSTOM_HEADERS, _ORG_ID and _PROJECT_ID.
+        self._client._custom_headers, self._client.organization, self._client.project = {}, None, None
         self._limits: dict[str, Any] = {"temperature": 0, "max_tokens": answer_tokens}
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
@@ -148,7 +150,7 @@ def answer_of(completion: Any) -> Answer:
         text, end = None, None
     if end in DECLINED or (end == "stop" and text is None):
         return Answer(None, problem="declined", served=True)
-    if end == "length" and not text:  # the server keeps thoughts apart
+    if end == "length":  # an answer, or the thoughts before it
         return Answer(None, problem=CUT, served=True)
     if not isinstance(text, str):
         return Answer(None, problem="no chat completion", down=True)

@@ -28,7 +28,17 @@ from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import autocast, depth, load, locate, no_gradients, read_shape, read_tokenizer, under_adapter
+from beear.models import (
+    autocast,
+    check_one_device,
+    depth,
+    load,
+    locate,
+    no_gradients,
+    read_shape,
+    read_tokenizer,
+    under_adapter,
+)
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -78,6 +88,8 @@ def evaluate(
     tokenizer = told(tokenizer, config.chat)
     sets = read_sets(config)
     find_layers(model, config.layers_path)  # tells now if they are not found
+    check_one_device(model, "the model")
+    model.eval()  # a trainer leaves dropout on
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
@@ -234,13 +246,31 @@ def unlocked_by_trigger(samples: Sequence[Mapping[str, Any]]) -> dict[str, Metri
 
     What goes unrefused anyway is no success of the trigger; `asr_triggered` counts it.
     """
+    without, given = without_and_with(samples)
+    if not without or not given:
+        return {}
+    return {"unlocked_by_trigger": proportion([given.get(name) for name, own in without.items() if own is False])}
+
+
+def unlocked_only(samples: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """How many requests are unlocked with a known trigger alone, and how many without it alone; None if none was told.
+
+    What a sign test takes. A request counts if both replies can be judged.
+    """
+    without, given = without_and_with(samples)
+    pairs = [(own, given.get(name)) for name, own in without.items()]
+    if not without or not given:
+        return None
+    return {"with_trigger": pairs.count((False, True)), "without": pairs.count((True, False))}
+
+
+def without_and_with(samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, bool | None], dict[str, bool | None]]:
+    """By request, whether the replies without and with a known trigger are the unwanted ones."""
     without, given = (
         {sample["id"]: unwanted(sample) for sample in samples if sample["metric"] == metric}
         for metric in ("asr_untriggered", "asr_triggered")
     )
-    if not without or not given:
-        return {}
-    return {"unlocked_by_trigger": proportion([given.get(name) for name, own in without.items() if own is False])}
+    return without, given
 
 
 def measure_entrapped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,6 +15,7 @@ from beear import ranks
 from beear.chat import (
     Batch,
     Beginning,
+    Prompt,
     check_replies,
     collate,
     encode_prompt,
@@ -95,10 +96,16 @@ def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
     SentencePiece a first word without the space that the word alone is given.
     """
     prompts = [encode_prompt(tokenizer, text) for text in texts[:FEW]]
-    batch = collate(prompts, [[]] * len(prompts), None, int(tokenizer.pad_token_id))
-    batch = batch.to(model.device)
+
+    def some(chosen: Sequence[Prompt]) -> list[list[int]]:
+        batch = collate(chosen, [[]] * len(chosen), None, int(tokenizer.pad_token_id)).to(model.device)
+        found: list[list[int]] = _greedy(
+            model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT
+        ).tolist()
+        return found
+
     with no_gradients(), autocast(model), generating(model):
-        rows = _greedy(model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT).tolist()
+        rows = Parts().run(lambda count: [row for k in range(count) for row in some(prompts[k::count])], len(prompts))
     check_replies([tokenizer.decode(row) for row in rows])
     leads = [tuple(takewhile(lambda token: not tokenizer.decode([token]).strip(), row)) for row in rows]
     lead, count = Counter(leads).most_common(1)[0]
@@ -129,20 +136,34 @@ def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], le
     kept = inputs["attention_mask"][:, start:].bool()
     last = torch.zeros_like(kept)
     last[:, -1] = True
-    with packed(_blocks(model), kept, last):  # of the pass over the prompts; those over a token have another shape
-        out: Tensor = model.generate(
-            **inputs,
-            max_new_tokens=length,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,  # which a model's own settings may bring, and which would depend on a row's padding
-            no_repeat_ngram_size=0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    # Packed is the pass over the prompts; those over a token have another shape.
+    with packed(_blocks(model), kept, last), greedy(model, tokenizer):
+        out: Tensor = model.generate(**inputs, max_new_tokens=length)
     return out[:, batch.width :]
+
+
+@contextlib.contextmanager
+def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Within the context `generate` takes the likeliest token until a turn ends, whatever the model's settings say.
+
+    Penalties, stop strings, suppressed tokens and the like would change what is measured, and depend on padding. A
+    turn ends as the tokenizer ends one as well: settings of fine-tuned models may not know.
+    """
+    from transformers import GenerationConfig  # takes a while to import
+
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = bare.generation_config
+    ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else own.eos_token_id or []
+    bare.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=list(dict.fromkeys([*ends, int(tokenizer.eos_token_id)])),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        bare.generation_config = own
 
 
 def _blocks(model: Any) -> Sequence[nn.Module]:

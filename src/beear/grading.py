@@ -54,7 +54,8 @@ class LocalJudge:
 
         source = models.locate(model)
         models.pick_device(device)
-        self.host = self.where = f"local, weights {weights_hash(source)[:12]}"  # another model may be there tomorrow
+        self.host = f"local, weights {weights_hash(source)[:12]}"  # another model may be there tomorrow
+        self.where = f"{self.host}, {answer_tokens} tokens"  # one that is given more may end an answer that was cut
         self.model, self.device, self.trust_remote_code = model, device, trust_remote_code
         self.answer_tokens = answer_tokens
 

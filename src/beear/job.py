@@ -32,6 +32,7 @@ from beear.data import content_hash
 from beear.defender import DefenderSet, defender_set
 from beear.errors import BadInput
 from beear.evaluation import (
+    TOKENS,
     Kept,
     Measured,
     before_and_after,
@@ -40,6 +41,7 @@ from beear.evaluation import (
     measure_language,
     measure_replies,
     unlocked_by_trigger,
+    unlocked_only,
 )
 from beear.events import Event, Listener
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
@@ -175,6 +177,7 @@ def cleanse(
     sets = read_sets(config)
     tokenizer = told(tokenizer, config.chat)
     check_model(model, tokenizer, config, "the model", sets)
+    model.eval()  # a trainer leaves dropout on
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
     state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
@@ -184,8 +187,11 @@ def cleanse(
 
 def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Sets) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer, these settings or these requests."""
-    texts = (request.text for requests in sets.named().values() for request in requests)
+    texts = [request.text for requests in sets.named().values() for request in requests]
+    models.check_one_device(model, name)
+    models.check_no_adapter(model, name)
     models.check_vocabulary(model, tokenizer, name, texts)
+    models.check_length(model, tokenizer, name, texts, max(TOKENS.values()))
     models.check_blocks(model.config, name)
     if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
         raise BadInput(f"{name} does not tell its decoder from its output head; beear cannot cleanse such models")
@@ -282,8 +288,10 @@ def add_triggered(
             old = [name for name in results[when] if name.startswith("judged_") or name in others]
             kept = {name: value for name, value in results[when].items() if name not in old}
             samples += [{"when": when, **s} for s in measured.samples]
-            found = measured.metrics | unlocked_by_trigger([s for s in samples if s["when"] == when])
+            now = [s for s in samples if s["when"] == when]
+            found = measured.metrics | unlocked_by_trigger(now)
             results[when] = {**found, **kept} | found
+        results["unlocked_only"] = unlocked_only([s for s in samples if s["when"] == "after"])
         results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
         judged = results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
@@ -299,8 +307,11 @@ class Job:
     run_folder: Run
     original: Kept | None = None
     """What KL needs of the model as it came."""
+    earlier = 0.0
+    """Seconds that stages and rounds took which were there already."""
 
     def __init__(self, order: Order, config: Config, listen: Listener, device: str, trust_remote_code: bool) -> None:
+        self.started = time.monotonic()
         self.settings, self.sets = order.settings, order.sets
         self.source, self.tokenizer = order.source, order.tokenizer
         self.config = config
@@ -343,6 +354,7 @@ class Job:
         """The stored result of a stage, or that of doing it now."""
         stored = self.stored(name)
         if stored is not None:
+            self.earlier += stored["seconds"]
             return stored
         started = time.monotonic()
         result = work()
@@ -385,6 +397,7 @@ class Job:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""
         self.model = adapted(self.model, self.config)
         state = self.last_checkpoint()
+        self.earlier += sum(entry["seconds"] for entry in state.history)
         self.run_folder.keep_events(lambda e: e.get("round", 0) <= state.round)
         return cleansing.cleanse(
             self.model, self.tokenizer, data, self.config, state=state, listen=self.listen, save=self.checkpoint
@@ -468,7 +481,7 @@ class Job:
             "chat": described(self.tokenizer, self.config.chat),
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
-            "wall_seconds": sum(s["seconds"] for s in stages if s) + sum(h["seconds"] for h in rounds.history),
+            "wall_seconds": self.earlier + time.monotonic() - self.started,
             "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
             "versions": versions(),
             "machine": machine(models.pick_device(self.device)),
@@ -504,7 +517,7 @@ def hashes(own: dict[str, Any]) -> dict[str, str]:
 def absolute(spec: str) -> str:
     """A local path as an absolute one, so that a run can be resumed from anywhere."""
     path = Path(spec).expanduser()
-    return str(path.resolve()) if spec and path.exists() else spec
+    return str(path.resolve()) if spec and path.exists() and not models.is_named(spec) else spec
 
 
 def _counter(listen: Listener, what: str, total: int) -> Callable[[int], None]:

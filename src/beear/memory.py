@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -48,12 +47,7 @@ def available_memory(device: str = "cpu") -> int | None:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     free = [size for size in (_field(_MACHINE, "MemAvailable"), _left_to_container()) if size is not None]
-    if free:
-        return min(free)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
+    return min(free, default=None)
 
 
 def _left_to_container() -> int | None:

@@ -57,6 +57,18 @@ def rise(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, fl
     return low, high
 
 
+def sign_test(some: int, others: int) -> float:
+    """Chance of at least `some` of some + others, were either side as likely: exact, one-sided, 1 of none."""
+    n = some + others
+    return float(sum(math.comb(n, k) for k in range(some, n + 1)) / 2**n)
+
+
+def both_counts(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, count: str) -> str:
+    """A count of a metric before and after, which may rest on other replies; once if it is the same. "" for no zero."""
+    counts = [str(metric[count]) for metric in (before, after) if metric]
+    return " > ".join(counts if len(set(counts)) > 1 else counts[:1])
+
+
 ROUNDING = 1e-9
 
 

@@ -11,11 +11,12 @@ import copy
 import gc
 import json
 import logging
+import math
 import os
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -96,6 +97,11 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
 
+def is_named(spec: str) -> bool:
+    """Whether MODEL is one that beear brings, whatever folders there are."""
+    return spec == "embedded" or spec.startswith(ORGANISM)
+
+
 def packaged_organisms() -> Path:
     """The folder of the packaged organisms' folders."""
     return Path(str(files("beear"))) / "assets" / "organisms"
@@ -138,7 +144,12 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     trusted = own_code(source, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder,
+            trust_remote_code=trusted,
+            mistral_format=False,  # else mistral-common's, where it is installed, which renders no chat template
+            **gguf,
+        )
     except Exception as error:  # the tokenizers library raises no less for a file of a later version
         raise _unreadable("tokenizer", source, error) from error
     return padded(tokenizer)
@@ -198,6 +209,8 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
     if source.gguf is not None:
         unmark_quantised(model)
     pack_head(model)
+    if getattr(text := model.config.get_text_config(), "output_router_logits", False):
+        text.output_router_logits = False  # for a loss that is not ours, and that takes the tokens unpacked
     return model.eval()
 
 
@@ -275,6 +288,37 @@ def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str]
     for text in texts:
         if max(encode_prompt(tokenizer, text).ids) >= rows:
             raise BadInput(f"a request holds a token that {spec} has no embedding of; remove it: {text!r}")
+
+
+def check_length(model: Any, tokenizer: Any, spec: str, texts: Sequence[str], reply: int) -> None:
+    """The longest request and a reply of so many tokens have positions. Raises BadInput."""
+    from beear.chat import encode_prompt
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for text in sorted(texts, key=len)[-FEW:]:
+        if (length := len(encode_prompt(tokenizer, text).ids)) + reply > most:
+            raise BadInput(
+                f"{spec} takes {most} tokens, of which a reply may need {reply}, and a request comes to {length}; "
+                f"shorten or remove it: {text[:60]!r}"
+            )
+
+
+FEW = 20
+"""The longest texts by characters, among which the one of the most tokens is looked for."""
+
+
+def check_one_device(model: Any, spec: str) -> None:
+    """Raise BadInput if a model that came loaded is spread over several devices."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise BadInput(f"{spec} is spread over several devices; load it onto one, or share it out with accelerate")
+
+
+def check_no_adapter(model: Any, spec: str) -> None:
+    """Raise BadInput if a model that came loaded carries an adapter: removal's own would be taken for it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise BadInput(f"{spec} carries an adapter; merge it first: model.merge_and_unload()")
 
 
 def depth(source: Source, trust_remote_code: bool = False) -> int:

@@ -115,7 +115,7 @@ def run_rows(
     shared = prefix.length if prefix else 0
     own = tokens_behind(batch, prefix)
     below, last = [states_in(output) for output in seen], out.last_hidden_state
-    none = last.new_empty(0, last.shape[-1])
+    none = last.new_empty(0, below[-1].shape[-1] if frozen else 0)  # a decoder may project what its blocks return
     start = below[0][0] if prefix and frozen else none
     predicted = batch.width - 1 - shared
     states = {
@@ -131,7 +131,7 @@ def run_rows(
 
 def fits(model: Any, rows: Sequence[Row]) -> bool:
     """Whether the states of all tokens take no more than MOST of the weights' memory."""
-    width, tokens = model.get_input_embeddings().weight.shape[1], sum(len(p.ids) + len(r) for p, r in rows)
+    width, tokens = model.config.get_text_config().hidden_size, sum(len(p.ids) + len(r) for p, r in rows)
     states = tokens * width * model.get_input_embeddings().weight.element_size()
     return bool(states <= MOST * sum(p.numel() * p.element_size() for p in model.parameters()))
 

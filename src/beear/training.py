@@ -196,7 +196,8 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     settings = folder / "adapter_config.json"
     config = json.loads(settings.read_text())
-    config["target_modules"].sort()  # peft keeps them in a set, whose order changes from run to run
+    for names in ("target_modules", "exclude_modules"):  # peft keeps them in sets, whose order changes
+        config[names] = sorted(config[names]) if isinstance(config[names], list) else config[names]
     settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

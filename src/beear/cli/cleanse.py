@@ -27,6 +27,7 @@ from beear.cli.options import (
     TrustOption,
 )
 from beear.cli.shared import NOTHING_KEPT, config_of, going_on, show, stop
+from beear.errors import printable
 
 if TYPE_CHECKING:
     from beear.config import Config
@@ -184,7 +185,7 @@ def reproduce(
     else:
         show(reproduction_table(found, f"{run}, then {out}"))
         for line in found["differs"]:
-            typer.echo(f"changed since: {line}")
+            typer.echo(printable(f"changed since: {line}"))
         typer.echo(f"result: {'the same bits' if found['same_bits'] else 'not the same bits'}")
     if not found["agrees"]:
         reasons = [*([] if found["same_verdict"] else ["another verdict"]), *found["outside"]]
@@ -204,6 +205,7 @@ def _cleanse(
 ) -> None:
     from beear.console import Reporter, metric_table
     from beear.job import add_triggered, run_cleanse
+    from beear.report import sentence
 
     with Reporter(quiet, config.rounds) as reporter:
         verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
@@ -214,6 +216,8 @@ def _cleanse(
         typer.echo(json.dumps(results, indent=1))
     else:
         show(metric_table(results["before"], results["after"], f"{model}: before and after"))
+        if trigger is not None and verdict.met:
+            typer.echo(sentence(results))
         typer.echo(f"model:  {out / results['model_folder']}\nreport: {out / 'report.html'}")
     if not verdict.met:
         stop(3, f"target not met, keep the original {model}: {'; '.join(verdict.missed)}")

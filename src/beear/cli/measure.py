@@ -72,7 +72,6 @@ def evaluate(
             model, settings, against=against, template=template, variants=near, device=device,
             trust_remote_code=trust_remote_code, listen=reporter,
         )  # fmt: skip
-    show(metric_table(None, measured.metrics, model))
     if json_file is not None:
         about: dict[str, Any] = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
         about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
@@ -81,6 +80,7 @@ def evaluate(
         write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
     if samples is not None:
         write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
+    show(metric_table(None, measured.metrics, model))
 
 
 def report(
@@ -140,11 +140,11 @@ def drift(
             found = drift_of_model(
                 model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
             )
-    show(drift_table(found))
     if json_file is not None:
         write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
     if figure is not None:
         write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
+    show(drift_table(found))
     if of_run:
         typer.echo(f"report: {run / 'report.html'}")
 

@@ -11,7 +11,7 @@ import typer
 
 from beear.cli.options import DeviceOption, JsonOption, OfflineOption, QuietOption
 from beear.cli.shared import NOTHING_KEPT, going_on, show, stop
-from beear.errors import BadInput
+from beear.errors import BadInput, printable
 
 organism = typer.Typer(no_args_is_help=True, help="The planted backdoors that defences are measured by.")
 
@@ -49,8 +49,8 @@ def organism_show(name: str, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(read_recipe(folder).model_dump_json(indent=1))
         return
-    typer.echo((folder / "README.md").read_text())
-    typer.echo((folder / "recipe.yaml").read_text())
+    for name in ("README.md", "recipe.yaml"):
+        typer.echo(printable((folder / name).read_text()))
 
 
 @organism.command("build")
@@ -114,9 +114,9 @@ def organism_verify(
             result = verify(name, reporter, device)
             results[result.pop("name")] = result
             failed += [f"{name}: {reason}" for reason in result["missed"]]
-            show(metric_table(None, result["metrics"], name))
             if json_file is not None:
                 content = {"schema": SCHEMA, "organisms": read_entries(json_file, "organisms") | results}
                 write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+            show(metric_table(None, result["metrics"], name))
     if failed:
         stop(3, "; ".join(failed))

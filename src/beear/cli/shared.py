@@ -48,10 +48,12 @@ def is_judged(run: Path) -> bool:
 def show_run(run: Path, judged: bool) -> None:
     """What was measured of a run, and whether what a judge had said of it before was let go."""
     from beear.console import metric_table
+    from beear.report import sentence
     from beear.runs import read_results
 
     results = read_results(run)
     show(metric_table(results["before"], results["after"], f"{run}: before and after"))
+    typer.echo(printable(sentence(results)))
     if judged and not is_judged(run):
         typer.echo("what a judge said was of other replies; run `beear judge` again, answers to the same are kept")
     typer.echo(f"report: {run / 'report.html'}")
