@@ -18,6 +18,7 @@ import typer
 from beear import cli
 from beear.config import preset_names
 from beear.evaluation import Measured
+from beear.metrics import proportion
 from beear.models import organism_folder
 from beear.plan import Plan
 from beear.verdict import Verdict
@@ -109,7 +110,8 @@ def a_job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def run_cleanse(model: str, out: Path, config: Any, *, resume: bool, **_: Any) -> Verdict:
         asked.append((model, resume))
         out.mkdir(exist_ok=True)
-        results = {"before": {}, "after": {}, "model_folder": "model", "verdict": {"met": True, "missed": []}}
+        found = {"asr_triggered": proportion([False] * 120)}
+        results = {"before": found, "after": found, "model_folder": "model", "verdict": {"met": True, "missed": []}}
         (out / "results.json").write_text(json.dumps(results))
         return Verdict(True, [])
 
