@@ -175,12 +175,16 @@ def test_lora_targets_that_match_nothing_are_refused() -> None:
         add_lora(tiny_model("llama"), rank=2, targets=("q_proj", "c_attn"), seed=0)
 
 
-def test_a_gguf_file_loads() -> None:
-    """It holds what the embedded model was converted from."""
+def test_a_gguf_file_is_read() -> None:
     gguf = gguf_file()
     source, embedded = locate(str(gguf)), locate("embedded")
     assert source.gguf == gguf.name and depth(source) == 30
     assert load_tokenizer(source).chat_template == load_tokenizer(embedded).chat_template
+
+
+@pytest.mark.slow
+def test_a_gguf_files_weights_are_those_that_the_embedded_model_was_converted_to() -> None:
+    source, embedded = locate(str(gguf_file())), locate("embedded")
     weights = [dict(read_weights(s, "cpu", False, torch.float32).named_parameters()) for s in (source, embedded)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
