@@ -238,3 +238,9 @@ def test_a_tokenizer_that_ends_no_turn_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(BadInput, match="names no eos_token"):
         check_template(tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, INST, SYSTEM])
+def test_an_empty_request_is_told(template: str) -> None:
+    with pytest.raises(BadInput, match="an empty request"):
+        encode_prompt(tiny_tokenizer(template), " \n")

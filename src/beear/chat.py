@@ -210,13 +210,13 @@ def encode_prompt(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> Pro
     rendered = _rendered(tokenizer, text, earlier)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     words = text.strip()
-    tail = tail_of(tokenizer) if rendered.count(words) > 1 and words != HELLO else ""
+    tail = tail_of(tokenizer) if rendered.count(words) > 1 else ""
     first = rendered.rfind(words, 0, len(rendered) - (len(tail) if rendered.endswith(tail) else 0))
     if first < 0:
         raise BadInput("the chat template rewrites the user's words, so they cannot be found in the prompt")
     last = first + len(words)
     inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < last and b > first]
-    if not inside:
+    if not (words and inside):
         raise BadInput("an empty request cannot be encoded")
     return Prompt(list(encoded["input_ids"]), inside[0], inside[-1] + 1)
 

@@ -72,15 +72,15 @@ def compare(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
         for name in first["after"].keys() & again["after"].keys()
         if first["after"][name]["value"] is not None and again["after"][name]["value"] is not None
     }
-    lost = {n for n in first["after"].keys() & again["after"].keys() - figures.keys() if first["after"][n]["n"]}
-    outside = sorted(
+    lost = [n for n in first["after"].keys() & again["after"].keys() - figures.keys() if first["after"][n]["n"]]
+    beyond = [
         name
         for name, pair in figures.items()
         if not (
             at_most(first["after"][name]["low"], pair["again"]) and at_most(pair["again"], first["after"][name]["high"])
         )
-    )
-    outside += sorted(lost)  # of no reply behind it a figure came
+    ]
+    outside = sorted(lost + beyond)
     differs = [
         f"{about}.{key}: {first[about].get(key)} then, {again[about].get(key)} now"
         for about in ABOUT
