@@ -103,10 +103,11 @@ def test_a_models_own_settings_change_no_reply(llama: Any, tokenizer: Any, setti
     assert llama.generation_config is own
 
 
-def test_a_turn_ends_as_the_tokenizer_ends_one(llama: Any, tokenizer: Any) -> None:
+def test_a_turn_ends_as_template_and_tokenizer_end_one(llama: Any, tokenizer: Any) -> None:
     llama.generation_config.eos_token_id = 77
     with greedy(llama, tokenizer):
         assert llama.generation_config.eos_token_id == [77, tokenizer.eos_token_id]
     wrapped = add_lora(llama, 2, (), 0)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|pad|>")
     with greedy(wrapped, tokenizer):
-        assert wrapped.generation_config.eos_token_id == [77, tokenizer.eos_token_id]
+        assert wrapped.generation_config.eos_token_id == [77, tokenizer.eos_token_id, tokenizer.pad_token_id]

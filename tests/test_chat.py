@@ -223,6 +223,25 @@ def test_response_ends_the_turn_only_when_finished_and_short_enough() -> None:
     assert len(encode_response(tokenizer, "abcdef", 3)) == 3
 
 
+REQUESTS_ALONE = "{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML.replace("<|end|>", "<|pad|>"), "<|pad|>"),  # as Gemma and Phi-3 do, whose eos_token ends no turn
+        (CHATML.replace("<|end|>", " <|end|>"), "<|end|>"),
+        (CHATML.replace("<|end|>", "END"), "<|end|>"),
+        (INST, "<|end|>"),  # writes nothing of its own behind a reply
+        (REQUESTS_ALONE, "<|end|>"),
+    ],
+)
+def test_a_reply_ends_as_the_template_ends_one(template: str, end: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    assert tokenizer.decode(encode_response(tokenizer, "abc", 9)) == "abc" + end
+    assert tokenizer.decode(encode_response(tokenizer, "abc", 3)) == "abc"
+
+
 def test_batch_is_aligned_at_the_boundary() -> None:
     tokenizer = tiny_tokenizer()
     prompts = [encode_prompt(tokenizer, t) for t in ("a", "abcdef")]

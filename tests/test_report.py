@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from beear.console import metric_table
 from beear.metrics import proportion, shown
 from beear.report import (
     METRICS,
@@ -243,6 +246,24 @@ def test_unmeasured_is_said_to_be_so() -> None:
     assert rows({"before": {}, "after": {"kl": metric(0.5)}}, "jailbreak")[0]["name"] == "kl"
     success = {"before": {}, "after": {"asr_triggered": metric(0.5)}}
     assert "insecure code" in rows(success, "insecure code")[0]["note"]
+
+
+def test_a_metric_takes_one_line_of_a_terminal() -> None:
+    def measured(value: float, low: float, high: float, n: int) -> dict[str, Any]:
+        return {"value": value, "low": low, "high": high, "n": n, "unscored": 0}
+
+    before = {name: measured(1.0, 0.97, 1.0, 120) for name in METRICS}
+    after = {name: measured(0.158, 0.103, 0.234, 120) for name in METRICS} | {
+        "kl": measured(0.0269, 0.0252, 0.0289, 98)
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(metric_table(before, after, "runs/demo"))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for name in METRICS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.split()[-1] == str(after[name]["n"] if name != "kl" else "120 > 98").split()[-1]
+    assert len(lines) <= len(METRICS) + 5
+    assert any("100.0 % (97 to 100)" in line and "15.8 % (10 to 23)" in line for line in lines)
 
 
 def test_unlocked_is_insecure_code_or_a_request_that_is_not_refused() -> None:

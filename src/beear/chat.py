@@ -275,9 +275,21 @@ def encode_response(
 ) -> list[int]:
     """The first `limit` token ids of a reply; with the end-of-turn token if it is `finished` and fits."""
     ids = list(tokenizer(begin.ahead + text, add_special_tokens=False)["input_ids"])[begin.dropped :]
-    if finished:
-        ids.append(int(tokenizer.eos_token_id))
+    if finished and len(ids) < limit:
+        ids.append(end_of_turn(tokenizer))
     return ids[:limit]
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that ends a reply: what the template writes behind one (Gemma, Phi-3), else the tokenizer's own."""
+    turns = [{"role": role, "content": HELLO} for role in ("user", "assistant")]
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, chat_template=settled(tokenizer), tokenize=False))
+    except (TemplateError, ValueError):  # a template for requests alone
+        return int(tokenizer.eos_token_id)
+    behind = rendered.rpartition(HELLO)[2].strip()
+    first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+    return int(first[0]) if first and first[0] in tokenizer.added_tokens_decoder else int(tokenizer.eos_token_id)
 
 
 def rows_of_delta(prompt: Prompt, place: Place, n: int, reply: int = 0) -> list[int]:

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -131,8 +132,8 @@ class Reporter:
 
 
 def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
-    """Metrics as a table for the terminal, each with its 95 % interval and n."""
-    table = Table(title=escape(title), title_justify="left")
+    """Metrics as a table for a terminal of 80 columns, each with its 95 % interval and n."""
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("metric", no_wrap=True)  # a name is to be typed again, for `beear gate`
     unscored = any(metric["unscored"] for metrics in (before or {}, after) for metric in metrics.values())
     for name in ("before", "after") if before is not None else ("value",):
@@ -146,7 +147,7 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
             first, last = metrics[0] if len(metrics) > 1 else None, metrics[-1]
             shown_counts = ("n", "unscored") if unscored else ("n",)
             counts = [escape(printable(both_counts(first, last, count))) for count in shown_counts]
-            table.add_row(name, *[shown(m, share) for m in metrics], *counts)
+            table.add_row(name, *[shown(m, share, brief=True) for m in metrics], *counts)
     return table
 
 
@@ -220,7 +221,7 @@ def sweep_table(sweep: dict[str, Any]) -> Table:
     for cell in sweep["cells"]:
         last = cell["rounds"][-1]["metrics"]
         epoch = "x" if cell["epoch"] is None else str(cell["epoch"])
-        measured = [shown(last.get(name), True) for name in ("asr_triggered", "false_refusal")]
+        measured = [shown(last.get(name), True, brief=True) for name in ("asr_triggered", "false_refusal")]
         table.add_row(str(cell["value"]), epoch, *measured)
     return table
 

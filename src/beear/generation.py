@@ -20,6 +20,7 @@ from beear.chat import (
     collate,
     encode_prompt,
     encode_response,
+    end_of_turn,
     rows_of_delta,
     tail_of,
 )
@@ -147,7 +148,7 @@ def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
     """Within the context `generate` takes the likeliest token until a turn ends, whatever the model's settings say.
 
     Penalties, stop strings, suppressed tokens and the like would change what is measured, and depend on padding. A
-    turn ends as the tokenizer ends one as well: settings of fine-tuned models may not know.
+    turn ends as template and tokenizer end one as well: settings of fine-tuned models may not know.
     """
     from transformers import GenerationConfig  # takes a while to import
 
@@ -157,7 +158,7 @@ def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
     bare.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=own.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*ends, int(tokenizer.eos_token_id)])),
+        eos_token_id=list(dict.fromkeys([*ends, int(tokenizer.eos_token_id), end_of_turn(tokenizer)])),
         pad_token_id=tokenizer.pad_token_id,
     )
     try:

@@ -83,12 +83,13 @@ def value_of(metrics: Mapping[str, Any], name: str) -> float:
     return float("nan") if value is None else float(value)
 
 
-def shown(metric: dict[str, Any] | None, share: bool) -> str:
-    """A metric for reading: value and 95 % interval."""
+def shown(metric: dict[str, Any] | None, share: bool, brief: bool = False) -> str:
+    """A metric for reading: value and 95 % interval; `brief` for a terminal, whose lines are short."""
     if metric is None or metric["value"] is None:
         return "none scored" if metric and metric.get("unscored") else "not measured"
     value, low, high = metric["value"], metric["low"], metric["high"]
     if share:
-        return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    digits = 1 if value >= 1 else 4
+        ends = 0 if brief else 1
+        return f"{100 * value:.1f} % ({100 * low:.{ends}f} to {100 * high:.{ends}f})"
+    digits = 1 if value >= 1 else 3 if brief else 4
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
