@@ -284,6 +284,7 @@ def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> Non
     page = (tmp_path / "both.html").read_text()
     assert "2 cleansings compared" in page and page.count("<article") == 2
     table = page[page.index('class="compared"') : page.index("intervals stand with each run")]
+    assert table.count('scope="col"') == 1 + 2 and table.count('scope="row"') == 1 + len(METRICS)
     assert table.count("90.0 &gt; 10.0") >= 2 and "NOT met" in table
     write_report([run], tmp_path / "one.html")
     assert "cleansings compared" not in (tmp_path / "one.html").read_text()

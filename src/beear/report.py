@@ -73,19 +73,18 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def comparison(views: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Several runs beside each other: a row for each, before and after of what any of them measured."""
+    """Several runs beside each other: a column for each, before and after of what any of them measured."""
     if len(views) < 2:
         return None
-    found = {row["name"]: row for view in views for row in view["rows"]}
-    names = [name for name in METRICS if name in found]
-    rows = []
+    by_name = [{row["name"]: row for row in view["rows"]} for view in views]
+    names = [name for name in METRICS if any(name in found for found in by_name)]
+    runs = []
     for view in views:
-        by_name = {row["name"]: row for row in view["rows"]}
-        cells = [short(by_name.get(name), METRICS[name][2]) for name in names]
         results = view["results"]
         met = "NOT met" if not results["verdict"]["met"] else "met" if view["good"] else "met, but the trigger works"
-        rows.append({"run": view["name"], "model": results["model"], "met": met, "cells": cells})
-    return {"titles": [METRICS[name][0] for name in names], "rows": rows}
+        runs.append({"run": view["name"], "model": results["model"], "met": met})
+    rows = [(METRICS[name][0], [short(found.get(name), METRICS[name][2]) for found in by_name]) for name in names]
+    return {"runs": runs, "rows": rows}
 
 
 def short(row: dict[str, Any] | None, share: bool) -> str:
