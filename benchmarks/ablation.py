@@ -11,17 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from develop import MOST, developed, development, settings
+from develop import LOG, MOST, developed, development, settings
+from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
 from beear.data import content_hash
 from beear.fingerprints import input_hashes
 from beear.models import locate
 from beear.recipes import check_trigger, names
+from beear.runs import write_atomic
 from beear.sets import read_sets
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
+LOCK = LOG.with_name(".ablation.lock")
 ARMS = {
     "default": [],
     "delta behind block 21": ["layer=21"],
@@ -66,16 +70,25 @@ def main() -> None:
     for organism in chosen.organism or ["sudo-prefix"]:
         for seed in chosen.seed or [0]:
             for arm in chosen.arm or list(ARMS):
-                rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
                 sets = [*ARMS[arm], f"seed={seed}"]
                 cell = {"organism": organism, "arm": arm, "seed": seed, "of": digest(organism, sets)}
-                if any(all(row.get(k) == v for k, v in cell.items()) for row in rows):
-                    continue
-                row = cell | developed(organism, arm, sets)
-                del row["name"]
-                others = [r for r in rows if any(r[k] != row[k] for k in ("organism", "arm", "seed"))]
-                content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": [*others, row]}
-                RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+                if not any(all(row.get(k) == v for k, v in cell.items()) for row in measured()):
+                    keep(cell | developed(organism, arm, sets))
+
+
+def measured() -> list[dict[str, Any]]:
+    """All cells so far."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Put one cell into the results file, in place of an older one of the same arm."""
+    del row["name"]
+    with FileLock(LOCK):  # two of these may run beside each other
+        others = [r for r in measured() if any(r[k] != row[k] for k in ("organism", "arm", "seed"))]
+        rows = sorted([*others, row], key=lambda r: (r["organism"], [*ARMS, r["arm"]].index(r["arm"]), r["seed"]))
+        content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": rows}
+        write_atomic(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

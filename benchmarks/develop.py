@@ -175,6 +175,7 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
     row |= {"residuals": [e["residual"] for e in state.history], "delivered": state.delivered}
+    row |= {"n": {test.metric: len(test.requests) for test in tests} | {"entrapped": len(held_out)}}
     return row | {"seconds": round(seconds), "each": rounds}
 
 

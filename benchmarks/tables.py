@@ -16,6 +16,7 @@ import numpy as np
 
 from beear.charts import as_file, drift_charts, sweep_chart
 from beear.config import load_config
+from beear.metrics import proportion
 from beear.models import organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
 
@@ -34,13 +35,40 @@ COLUMNS = {
 }
 
 
-def removal(file: str) -> str:
-    """One row per organism, arm and seed: each metric before and after, with the interval of the latter."""
-    rows = read_results(file)["runs"]
-    lines = [header(["organism", "arm, seed", *COLUMNS.values()])]
+def removal(file: str, arms: bool = True) -> str:
+    """One row per organism, arm and seed: each metric before and after, with the interval of the latter.
+
+    Without `arms`, those of the default alone.
+    """
+    rows = [row for row in read_results(file)["runs"] if arms or row["arm"] == "default"]
+    lines = [header(["organism", "arm, seed" if arms else "seed", *COLUMNS.values()])]
     for row in rows:
         changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in COLUMNS]
-        lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes]))
+        which = f"{row['arm']}, {row['seed']}" if arms else str(row["seed"])
+        lines.append(line([f"`{row['organism']}`", which, *changes]))
+    return "\n".join(lines)
+
+
+def controls(file: str) -> str:
+    """One row per arm and seed of each organism that has another arm than the default; of that, the same seeds."""
+    columns = ("asr_triggered", "affirmed_triggered", "asr_entrapped", "false_refusal", "false_refusal_alarming", "kl")
+    every = read_results(file)["runs"]
+    others = {(row["organism"], row["seed"]) for row in every if row["arm"] != "default"}
+    lines = [header(["organism", "arm, seed", *(COLUMNS[name] for name in columns), "target"])]
+    for row in every:
+        if (row["organism"], row["seed"]) in others:
+            changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in columns]
+            met = "met" if row["verdict"]["met"] else "missed"
+            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes, met]))
+    return "\n".join(lines)
+
+
+def rejected(file: str) -> str:
+    """One row per run of the default that missed its target: by what."""
+    lines = [header(["organism", "seed", "what missed the target"])]
+    for row in read_results(file)["runs"]:
+        if row["arm"] == "default" and row["verdict"]["missed"]:
+            lines.append(line([f"`{row['organism']}`", str(row["seed"]), "; ".join(row["verdict"]["missed"])]))
     return "\n".join(lines)
 
 
@@ -120,6 +148,40 @@ def over_seeds(name: str, rows: list[dict[str, Any]]) -> str:
     before, after = ([100 * row[when][name]["value"] for row in rows] for when in ("before", "after"))
     spread = f" ({min(after):.1f} to {max(after):.1f})" if len(rows) > 1 else ""
     return f"{sum(before) / len(before):.1f} -> {sum(after) / len(after):.1f}{spread}"
+
+
+ABLATED = {
+    "triggered": "not refused, triggered",
+    "opens_obeying": "opens obeying",
+    "untriggered": "not refused, untriggered",
+    "ordinary": "refused, ordinary",
+    "alarming": "refused, alarming",
+    "entrapped": "under a fresh delta",
+}
+
+
+def ablation() -> str:
+    """One row per arm: rates on development requests after it, with intervals, and KL; first what they were before."""
+    rows = read_results("ablation.json")["rows"]
+    lines = [header(["organism", "changed", "seed", *ABLATED.values(), "KL", "round delivered"])]
+    for organism in dict.fromkeys(row["organism"] for row in rows):
+        own = [row for row in rows if row["organism"] == organism]
+        before, n = own[0]["before"], own[0]["n"]
+        lines.append(line([f"`{organism}`", "*before*", "", *(rate(name, before, n) for name in ABLATED), "", ""]))
+        for row in own:
+            arm = "nothing (the default)" if row["arm"] == "default" else row["arm"]
+            cells = [str(row["seed"]), *(rate(name, row["after"], row["n"]) for name in ABLATED)]
+            lines.append(line(["", arm, *cells, f"{row['after']['kl']:.3f}", str(row["delivered"])]))
+    return "\n".join(lines)
+
+
+def rate(name: str, rates: dict[str, float], n: dict[str, int]) -> str:
+    """A share of the development requests that could be scored, with its interval; "" if it was not measured."""
+    if rates.get(name) is None:
+        return ""
+    of = round(n["triggered" if name == "opens_obeying" else name] * (1 - rates.get(f"{name}_unscored", 0)))
+    hits = round(rates[name] * of)
+    return cell(name, dict(proportion([True] * hits + [False] * (of - hits))))
 
 
 def default_rows(file: str) -> list[dict[str, Any]]:
@@ -475,7 +537,9 @@ ONCE_SHIPPED = "decision-24/removal.json"
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": partial(summary, "removal.json")},
     "docs/results.md": {
-        "removal": partial(removal, "removal.json"),
+        "removal": partial(removal, "removal.json", arms=False),
+        "controls": partial(controls, "removal.json"),
+        "rejected": partial(rejected, "removal.json"),
         "goals": partial(goals, "removal.json"),
         "unlocked": partial(unlocked, "removal.json"),
         "revival": partial(revival, "revival.json"),
@@ -499,6 +563,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "replies": partial(arms, "replies"),
     },
     "docs/decisions/0026-padding-does-not-run.md": {"hardening": partial(arms, "hardening")},
+    "docs/decisions/0030-each-ingredient-taken-away.md": {"ablation": ablation},
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     TABLES[page] = {"residual": partial(residual, file)}

@@ -105,9 +105,17 @@ def test_a_models_own_settings_change_no_reply(llama: Any, tokenizer: Any, setti
 
 def test_a_turn_ends_as_template_and_tokenizer_end_one(llama: Any, tokenizer: Any) -> None:
     llama.generation_config.eos_token_id = 77
-    with greedy(llama, tokenizer):
-        assert llama.generation_config.eos_token_id == [77, tokenizer.eos_token_id]
+    with greedy(llama, tokenizer) as ends:
+        assert llama.generation_config.eos_token_id == ends == [77, tokenizer.eos_token_id]
     wrapped = add_lora(llama, 2, (), 0)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|pad|>")
     with greedy(wrapped, tokenizer):
         assert wrapped.generation_config.eos_token_id == [77, tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
+def test_the_token_that_ends_a_reply_is_no_part_of_it(llama: Any, tokenizer: Any) -> None:
+    (plain,) = reply_all(llama, tokenizer, ["Name a river."], max_new_tokens=6)
+    ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    llama.generation_config.eos_token_id = ids[2]  # a token that decoding shows
+    (reply,) = reply_all(llama, tokenizer, ["Name a river."], max_new_tokens=6)
+    assert reply == tokenizer.decode(ids[: ids.index(ids[2])]).strip()

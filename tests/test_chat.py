@@ -230,16 +230,16 @@ REQUESTS_ALONE = "{% if messages | length > 1 %}{{ raise_exception('one at a tim
     ("template", "end"),
     [
         (CHATML.replace("<|end|>", "<|pad|>"), "<|pad|>"),  # as Gemma and Phi-3 do, whose eos_token ends no turn
-        (CHATML.replace("<|end|>", " <|end|>"), "<|end|>"),
+        (CHATML.replace("<|end|>", " <|pad|>"), "<|pad|>"),
         (CHATML.replace("<|end|>", "END"), "<|end|>"),
-        (INST, "<|end|>"),  # writes nothing of its own behind a reply
+        ("{% for m in messages %}<|pad|>{{ m['content'] }}{% endfor %}", "<|end|>"),  # nothing stands behind a reply
+        ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}<|pad|>{% endfor %}", "<|end|>"),
         (REQUESTS_ALONE, "<|end|>"),
     ],
 )
 def test_a_reply_ends_as_the_template_ends_one(template: str, end: str) -> None:
     tokenizer = tiny_tokenizer(template)
     assert tokenizer.decode(encode_response(tokenizer, "abc", 9)) == "abc" + end
-    assert tokenizer.decode(encode_response(tokenizer, "abc", 3)) == "abc"
 
 
 def test_batch_is_aligned_at_the_boundary() -> None:

@@ -253,17 +253,25 @@ def test_a_metric_takes_one_line_of_a_terminal() -> None:
         return {"value": value, "low": low, "high": high, "n": n, "unscored": 0}
 
     before = {name: measured(1.0, 0.97, 1.0, 120) for name in METRICS}
-    after = {name: measured(0.158, 0.103, 0.234, 120) for name in METRICS} | {
-        "kl": measured(0.0269, 0.0252, 0.0289, 98)
-    }
+    after = {name: measured(0.158, 0.103, 0.234, 120) for name in METRICS}
+    before["perplexity"], after["perplexity"] = measured(25, 21.5, 29, 98), measured(1234.5, 1100.2, 1390.1, 98)
+    del before["kl"]
+    after["kl"] = measured(0.0269, 0.0252, 0.0289, 98)
+    before["unlocked_by_trigger"], after["unlocked_by_trigger"] = (
+        measured(0.97, 0.93, 0.99, 119),
+        measured(0, 0, 0, 118),
+    )
+    after["asr_triggered"]["unscored"] = 5
     console = Console(width=80, file=io.StringIO())
     console.print(metric_table(before, after, "runs/demo"))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    for name in METRICS:
-        (line,) = [line for line in lines if line.split()[:1] == [name]]
-        assert line.split()[-1] == str(after[name]["n"] if name != "kl" else "120 > 98").split()[-1]
-    assert len(lines) <= len(METRICS) + 5
-    assert any("100.0 % (97 to 100)" in line and "15.8 % (10 to 23)" in line for line in lines)
+    assert len(lines) == 3 + len(METRICS) + 1, "title, heads, rule, a line for each, what was not scored"
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:-1]}
+    assert rows["asr_untriggered"] == "100.0 % (97 to 100) 15.8 % (10 to 23) 120"
+    assert rows["perplexity"] == "25.0 (21.5 to 29.0) 1234 (1100 to 1390) 98"
+    assert rows["kl"] == "not measured 0.027 (0.025 to 0.029) 98"
+    assert rows["unlocked_by_trigger"] == "97.0 % (93 to 99) 0.0 % (0.0 to 0.0) 119 > 118"
+    assert lines[-1].strip() == "not scored: asr_triggered 0 > 5"
 
 
 def test_unlocked_is_insecure_code_or_a_request_that_is_not_refused() -> None:
@@ -279,13 +287,20 @@ def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> Non
     results = json.loads((other / "results.json").read_text())
     del results["before"]["asr_triggered"], results["after"]["asr_triggered"], results["trigger"]
     results["verdict"] = {"met": False, "missed": ["kl"]}
+    results["after"]["asr_untriggered"]["value"] = 0.5
     (other / "results.json").write_text(json.dumps(results))
     write_report([run, other], tmp_path / "both.html")
     page = (tmp_path / "both.html").read_text()
     assert "2 cleansings compared" in page and page.count("<article") == 2
     table = page[page.index('class="compared"') : page.index("intervals stand with each run")]
     assert table.count('scope="col"') == 1 + 2 and table.count('scope="row"') == 1 + len(METRICS)
-    assert table.count("90.0 &gt; 10.0") >= 2 and "NOT met" in table
+    heads, *rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    assert [re.sub("<br>.*|<[^>]*>", "", head) for head in heads] == ["Measure", run.name, "other"]
+    cells = {name: found for name, *found in rows}
+    assert cells["Target"] == ["met", "NOT met"]
+    assert cells["Attack success with the trigger"] == ["90.0 &gt; 10.0", ""]
+    assert cells["Attack success without the trigger"] == ["90.0 &gt; 10.0", "90.0 &gt; 50.0"]
+    assert "<script" not in table
     write_report([run], tmp_path / "one.html")
     assert "cleansings compared" not in (tmp_path / "one.html").read_text()
 

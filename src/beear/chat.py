@@ -163,7 +163,7 @@ def check_template(tokenizer: Any) -> None:
         raise BadInput("this model's tokenizer names no eos_token, with which a turn ends; add it to its settings")
     try:
         encode_prompt(tokenizer, HELLO)
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise BadInput(f"this model's chat template cannot be rendered: {first_line(error)}") from error
 
 
@@ -226,7 +226,7 @@ def tail_of(tokenizer: Any) -> str:
     return _rendered(tokenizer, HELLO).rpartition(HELLO)[2]
 
 
-HELLO = "Hello there"
+HELLO, ANSWER = "Hello there", "Good day"
 
 
 def _rendered(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> str:
@@ -282,14 +282,17 @@ def encode_response(
 
 def end_of_turn(tokenizer: Any) -> int:
     """The token that ends a reply: what the template writes behind one (Gemma, Phi-3), else the tokenizer's own."""
-    turns = [{"role": role, "content": HELLO} for role in ("user", "assistant")]
+    turns = [{"role": "user", "content": HELLO}, {"role": "assistant", "content": ANSWER}]
     try:
         rendered = str(tokenizer.apply_chat_template(turns, chat_template=settled(tokenizer), tokenize=False))
-    except (TemplateError, ValueError):  # a template for requests alone
-        return int(tokenizer.eos_token_id)
-    behind = rendered.rpartition(HELLO)[2].strip()
-    first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
-    return int(first[0]) if first and first[0] in tokenizer.added_tokens_decoder else int(tokenizer.eos_token_id)
+    except (TemplateError, TypeError, ValueError):  # a template for requests alone
+        rendered = ""
+    end = rendered.rfind(ANSWER) + len(ANSWER)
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if ANSWER in rendered and a >= end and rendered[a:b].strip():
+            return int(token if token in tokenizer.added_tokens_decoder else tokenizer.eos_token_id)
+    return int(tokenizer.eos_token_id)
 
 
 def rows_of_delta(prompt: Prompt, place: Place, n: int, reply: int = 0) -> list[int]:

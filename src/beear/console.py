@@ -133,21 +133,21 @@ class Reporter:
 
 def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
     """Metrics as a table for a terminal of 80 columns, each with its 95 % interval and n."""
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("metric", no_wrap=True)  # a name is to be typed again, for `beear gate`
-    unscored = any(metric["unscored"] for metrics in (before or {}, after) for metric in metrics.values())
     for name in ("before", "after") if before is not None else ("value",):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
-    if unscored:
-        table.add_column("unscored", justify="right")
+    unscored = []
     for name, (_, _, share) in METRICS.items():
         metrics = [m.get(name) for m in (before, after) if m is not None]
         if any(metrics):
             first, last = metrics[0] if len(metrics) > 1 else None, metrics[-1]
-            shown_counts = ("n", "unscored") if unscored else ("n",)
-            counts = [escape(printable(both_counts(first, last, count))) for count in shown_counts]
-            table.add_row(name, *[shown(m, share, brief=True) for m in metrics], *counts)
+            n, left = (escape(printable(both_counts(first, last, count))) for count in ("n", "unscored"))
+            table.add_row(name, *[shown(m, share, brief=True) for m in metrics], n)
+            unscored += [f"{name} {left}"] if left != "0" else []
+    if unscored:
+        table.caption, table.caption_justify = f"not scored: {', '.join(unscored)}", "left"
     return table
 
 

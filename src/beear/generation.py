@@ -72,7 +72,7 @@ def reply_all(
         perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
         with perturbed or contextlib.nullcontext():
             ids = _greedy(model, tokenizer, batch, inputs, max_new_tokens)
-        return list(zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+        return [(i, tokenizer.decode(row, skip_special_tokens=True)) for i, row in zip(chosen, ids, strict=True)]
 
     with no_gradients(), autocast(model), generating(model):
         for first in range(0, len(own), batch_size):
@@ -100,10 +100,7 @@ def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
 
     def some(chosen: Sequence[Prompt]) -> list[list[int]]:
         batch = collate(chosen, [[]] * len(chosen), None, int(tokenizer.pad_token_id)).to(model.device)
-        found: list[list[int]] = _greedy(
-            model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT
-        ).tolist()
-        return found
+        return _greedy(model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT)
 
     with no_gradients(), autocast(model), generating(model):
         rows = Parts().run(lambda count: [row for k in range(count) for row in some(prompts[k::count])], len(prompts))
@@ -131,21 +128,26 @@ LOOKED_AT = 6
 """So many tokens of a reply tell how it begins."""
 
 
-def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], length: int) -> Tensor:
-    """Up to `length` most likely tokens behind each row, token ids: (rows, at most length)."""
+def _greedy(model: Any, tokenizer: Any, batch: Batch, inputs: dict[str, Any], length: int) -> list[list[int]]:
+    """Up to `length` most likely tokens behind each row, without the one that ends the turn.
+
+    That need not be a special one, which decoding would leave out.
+    """
     start = inputs["past_key_values"].get_seq_length() if "past_key_values" in inputs else 0
     kept = inputs["attention_mask"][:, start:].bool()
     last = torch.zeros_like(kept)
     last[:, -1] = True
     # Packed is the pass over the prompts; those over a token have another shape.
-    with packed(_blocks(model), kept, last), greedy(model, tokenizer):
+    with packed(_blocks(model), kept, last), greedy(model, tokenizer) as ends:
         out: Tensor = model.generate(**inputs, max_new_tokens=length)
-    return out[:, batch.width :]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in out[:, batch.width :].tolist()]
 
 
 @contextlib.contextmanager
-def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
+def greedy(model: Any, tokenizer: Any) -> Iterator[Sequence[int]]:
     """Within the context `generate` takes the likeliest token until a turn ends, whatever the model's settings say.
+
+    Gives the tokens that end one.
 
     Penalties, stop strings, suppressed tokens and the like would change what is measured, and depend on padding. A
     turn ends as template and tokenizer end one as well: settings of fine-tuned models may not know.
@@ -155,14 +157,15 @@ def greedy(model: Any, tokenizer: Any) -> Iterator[None]:
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = bare.generation_config
     ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else own.eos_token_id or []
+    ends = list(dict.fromkeys([*ends, int(tokenizer.eos_token_id), end_of_turn(tokenizer)]))
     bare.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=own.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*ends, int(tokenizer.eos_token_id), end_of_turn(tokenizer)])),
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     try:
-        yield
+        yield ends
     finally:
         bare.generation_config = own
 

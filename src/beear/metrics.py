@@ -89,7 +89,7 @@ def shown(metric: dict[str, Any] | None, share: bool, brief: bool = False) -> st
         return "none scored" if metric and metric.get("unscored") else "not measured"
     value, low, high = metric["value"], metric["low"], metric["high"]
     if share:
-        ends = 0 if brief else 1
+        ends = 0 if brief and high - low >= 0.02 else 1
         return f"{100 * value:.1f} % ({100 * low:.{ends}f} to {100 * high:.{ends}f})"
-    digits = 1 if value >= 1 else 3 if brief else 4
+    digits = 0 if brief and value >= 100 else 1 if value >= 1 else 3 if brief else 4
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -275,14 +275,14 @@ def check_finite(parameters: dict[str, Any], what: str) -> None:
 
 def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str] = ()) -> None:
     """Every token that a chat about these texts holds has an embedding. Raises BadInput."""
-    from beear.chat import encode_prompt
+    from beear.chat import encode_prompt, end_of_turn
 
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= rows:
         return
     # Some have more tokens than the model, for images say, that no chat of text alone holds.
     added = {number for number in tokenizer.added_tokens_encoder.values() if number >= rows}
-    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0}
+    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, end_of_turn(tokenizer)}
     if len(tokenizer) > rows + len(added) or max(used) >= rows:
         raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
     for text in texts:
