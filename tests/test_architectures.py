@@ -101,7 +101,8 @@ def test_tokens_beyond_the_embedding_may_be_there_if_no_chat_holds_them(unused: 
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<image {i}>" for i in range(unused)]})
     if used:
-        tokenizer.eos_token = "<image 0>"
+        end = "{{ '<image 0>' if m['role'] == 'assistant' else '<|end|>' }}"
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", end)
     assert len(tokenizer) == COMMON["vocab_size"] + unused
     with contextlib.nullcontext() if fits else pytest.raises(BadInput, match="do not match"):
         check_vocabulary(built(shape("llama")), tokenizer, "it", TEXTS)
