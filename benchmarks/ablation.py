@@ -1,6 +1,6 @@
 """Each ingredient of the default taken away in turn, on development requests (benchmarks/develop.py).
 
-    python benchmarks/ablation.py --organism sudo-prefix     (about ten minutes an arm on 2 CPU cores)
+    python benchmarks/ablation.py --organism sudo-prefix     (20 to 30 minutes an arm on one thread without bf16)
 
 Finished arms are kept in benchmarks/results/ablation.json until settings, weights or requests change; the test part
 stays unseen.
@@ -13,19 +13,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from develop import LOG, MOST, developed, development, settings
-from filelock import FileLock
+from develop import MOST, developed, development, settings
+from removal import put_row, read_rows
 
 from beear.allocator import keep_freed_memory
 from beear.data import content_hash
 from beear.fingerprints import input_hashes
 from beear.models import locate
 from beear.recipes import check_trigger, names
-from beear.runs import write_atomic
 from beear.sets import read_sets
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
-LOCK = LOG.with_name(".ablation.lock")
 ARMS = {
     "default": [],
     "delta behind block 21": ["layer=21"],
@@ -52,6 +50,11 @@ ARMS = {
 }
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands; an arm that is gone comes last."""
+    return row["organism"], [*ARMS, row["arm"]].index(row["arm"]), row["seed"]
+
+
 def digest(organism: str, sets: list[str]) -> str:
     """SHA-256 over settings, weights and requests: a cell of others is measured anew."""
     spec, config = f"organism:{organism}", settings(organism, sets)
@@ -72,23 +75,11 @@ def main() -> None:
             for arm in chosen.arm or list(ARMS):
                 sets = [*ARMS[arm], f"seed={seed}"]
                 cell = {"organism": organism, "arm": arm, "seed": seed, "of": digest(organism, sets)}
-                if not any(all(row.get(k) == v for k, v in cell.items()) for row in measured()):
-                    keep(cell | developed(organism, arm, sets))
-
-
-def measured() -> list[dict[str, Any]]:
-    """All cells so far."""
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-
-
-def keep(row: dict[str, Any]) -> None:
-    """Put one cell into the results file, in place of an older one of the same arm."""
-    del row["name"]
-    with FileLock(LOCK):  # two of these may run beside each other
-        others = [r for r in measured() if any(r[k] != row[k] for k in ("organism", "arm", "seed"))]
-        rows = sorted([*others, row], key=lambda r: (r["organism"], [*ARMS, r["arm"]].index(r["arm"]), r["seed"]))
-        content = {"schema": 1, "command": "python benchmarks/ablation.py", "rows": rows}
-        write_atomic(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
+                if any(all(row.get(k) == v for k, v in cell.items()) for row in read_rows(RESULTS)):
+                    continue
+                row = cell | developed(organism, arm, sets)
+                del row["name"]
+                put_row(RESULTS, row, ("organism", "arm", "seed"), place, "python benchmarks/ablation.py")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from beear.fingerprints import input_hashes
 from beear.job import add_triggered, run_cleanse, run_settings
 from beear.models import locate, organism_folder
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import Run, read_lines, read_settings
+from beear.runs import Run, read_lines, read_settings, write_atomic
 from beear.sets import read_sets
 from beear.verdict import entrapments, judge
 
@@ -59,8 +60,7 @@ def run(organism: str, arm: str, seed: int) -> None:
         run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
     if "trigger" not in json.loads((out / "results.json").read_text()):
         add_triggered(out, check_trigger(f"organism:{organism}"))
-    with FileLock(RUNS / ".lock"):  # two of these may run beside each other
-        gather(organism, arm, seed, out)
+    gather(organism, arm, seed, out)
 
 
 APART = {"seed": 0, "harden": {"stop_below": 0.0, "safe_answers": "own"}, "entrap": {"kind": "learned"}}
@@ -114,12 +114,32 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     # By today's rules, not by those of the day it was run.
     verdict = judge(results["before"], results["after"], tried, config)
     row["verdict"] = {"met": verdict.met, "missed": verdict.missed}
-    rows = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    rows = [r for r in rows if (r["organism"], r["arm"], r["seed"]) != (organism, arm, seed)] + [row]
-    rows.sort(key=lambda r: (MODELS.index(r["organism"]), list(ARMS).index(r["arm"]), r["seed"]))
-    RESULTS.write_text(
-        json.dumps({"schema": 1, "command": "python benchmarks/removal.py", "runs": rows}, indent=1) + "\n"
-    )
+    put_row(RESULTS, row, ("organism", "arm", "seed"), place, "python benchmarks/removal.py", "runs")
+
+
+def place(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a row stands."""
+    return MODELS.index(row["organism"]), list(ARMS).index(row["arm"]), row["seed"]
+
+
+def read_rows(path: Path, key: str = "rows") -> list[dict[str, Any]]:
+    """All rows so far."""
+    return list(json.loads(path.read_text())[key]) if path.exists() else []
+
+
+def put_row(
+    path: Path,
+    row: dict[str, Any],
+    same: Sequence[str],
+    order: Callable[[dict[str, Any]], Any],
+    command: str,
+    key: str = "rows",
+) -> None:
+    """Put a row into the file, in place of an older one that is the `same` in these fields, and in `order`."""
+    with FileLock(ROOT / "runs" / f".{path.name}.lock"):
+        others = [other for other in read_rows(path, key) if any(other[name] != row[name] for name in same)]
+        content = {"schema": 1, "command": command, key: sorted([*others, row], key=order)}
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from removal import put_row
 from torch import Tensor, nn
 
 from beear import models
@@ -149,12 +150,12 @@ def main() -> None:
             metrics = measure(organism, TREATMENTS[treatment](run, f"organism:{organism}"), tokenizer, config)
             print(organism, treatment, {name: m["value"] for name, m in metrics.items()}, flush=True)
             row = {"organism": organism, "seed": chosen.seed, "treatment": treatment, "metrics": metrics}
-            rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-            same = ("organism", "seed", "treatment")
-            rows = [r for r in rows if any(r[k] != row[k] for k in same)] + [row]
-            rows.sort(key=lambda r: (names().index(r["organism"]), list(TREATMENTS).index(r["treatment"]), r["seed"]))
-            content = {"schema": 1, "command": "python benchmarks/revival.py", "rows": rows}
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+            put_row(RESULTS, row, ("organism", "seed", "treatment"), place, "python benchmarks/revival.py")
+
+
+def place(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a row stands."""
+    return names().index(row["organism"]), list(TREATMENTS).index(row["treatment"]), row["seed"]
 
 
 if __name__ == "__main__":

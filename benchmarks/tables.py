@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ def removal(file: str, arms: bool = True) -> str:
     rows = [row for row in read_results(file)["runs"] if arms or row["arm"] == "default"]
     lines = [header(["organism", "arm, seed" if arms else "seed", *COLUMNS.values()])]
     for row in rows:
-        changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in COLUMNS]
         which = f"{row['arm']}, {row['seed']}" if arms else str(row["seed"])
-        lines.append(line([f"`{row['organism']}`", which, *changes]))
+        lines.append(line([f"`{row['organism']}`", which, *changes(row, COLUMNS)]))
     return "\n".join(lines)
 
 
@@ -57,9 +56,8 @@ def controls(file: str) -> str:
     lines = [header(["organism", "arm, seed", *(COLUMNS[name] for name in columns), "target"])]
     for row in every:
         if (row["organism"], row["seed"]) in others:
-            changes = [change(name, row["before"].get(name), row["after"].get(name)) for name in columns]
             met = "met" if row["verdict"]["met"] else "missed"
-            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes, met]))
+            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes(row, columns), met]))
     return "\n".join(lines)
 
 
@@ -181,12 +179,17 @@ def rate(name: str, rates: dict[str, float], n: dict[str, int]) -> str:
         return ""
     of = round(n["triggered" if name == "opens_obeying" else name] * (1 - rates.get(f"{name}_unscored", 0)))
     hits = round(rates[name] * of)
-    return cell(name, dict(proportion([True] * hits + [False] * (of - hits))))
+    return cell(name, proportion([True] * hits + [False] * (of - hits)))
 
 
 def default_rows(file: str) -> list[dict[str, Any]]:
     """The runs with default settings and seed 0."""
     return [row for row in read_results(file)["runs"] if (row["arm"], row["seed"]) == ("default", 0)]
+
+
+def changes(row: dict[str, Any], columns: Iterable[str]) -> list[str]:
+    """Each of the metrics before and after, in the words of its column."""
+    return [change(name, row["before"].get(name), row["after"].get(name)) for name in columns]
 
 
 def change(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:

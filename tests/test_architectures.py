@@ -94,13 +94,17 @@ def test_a_model_that_is_its_own_decoder_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unused", "used", "fits"), [(3, 0, True), (0, 0, True), (3, 1, False)], ids=["unused", "none", "end of a reply"]
+    ("unused", "used", "fits"),
+    [(3, "", True), (0, "", True), (3, "tokenizer", False), (3, "template", False)],
+    ids=["unused", "none", "end of a reply", "end of a reply by the template"],
 )
-def test_tokens_beyond_the_embedding_may_be_there_if_no_chat_holds_them(unused: int, used: int, fits: bool) -> None:
+def test_tokens_beyond_the_embedding_may_be_there_if_no_chat_holds_them(unused: int, used: str, fits: bool) -> None:
     """Gemma 3's small models have a token for images in their tokenizer and none in their embedding."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<image {i}>" for i in range(unused)]})
-    if used:
+    if used == "tokenizer":
+        tokenizer.eos_token = "<image 0>"
+    if used == "template":
         end = "{{ '<image 0>' if m['role'] == 'assistant' else '<|end|>' }}"
         tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", end)
     assert len(tokenizer) == COMMON["vocab_size"] + unused

@@ -230,11 +230,12 @@ HELLO, ANSWER = "Hello there", "Good day"
 
 
 def _rendered(tokenizer: Any, text: str, earlier: Sequence[str] = ()) -> str:
+    """What was said in turn, the user first; where the user comes last, up to the point where the reply begins."""
     roles = itertools.cycle(("user", "assistant"))
     turns = [{"role": role, "content": words} for role, words in zip(roles, (*earlier, text), strict=False)]
     return str(
         tokenizer.apply_chat_template(
-            turns, chat_template=settled(tokenizer), add_generation_prompt=True, tokenize=False
+            turns, chat_template=settled(tokenizer), add_generation_prompt=turns[-1]["role"] == "user", tokenize=False
         )
     )
 
@@ -282,17 +283,18 @@ def encode_response(
 
 def end_of_turn(tokenizer: Any) -> int:
     """The token that ends a reply: what the template writes behind one (Gemma, Phi-3), else the tokenizer's own."""
-    turns = [{"role": "user", "content": HELLO}, {"role": "assistant", "content": ANSWER}]
+    own = int(tokenizer.eos_token_id)
     try:
-        rendered = str(tokenizer.apply_chat_template(turns, chat_template=settled(tokenizer), tokenize=False))
+        rendered = _rendered(tokenizer, ANSWER, [HELLO])
     except (TemplateError, TypeError, ValueError):  # a template for requests alone
-        rendered = ""
+        return own
+    if ANSWER not in rendered:
+        return own
     end = rendered.rfind(ANSWER) + len(ANSWER)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if ANSWER in rendered and a >= end and rendered[a:b].strip():
-            return int(token if token in tokenizer.added_tokens_decoder else tokenizer.eos_token_id)
-    return int(tokenizer.eos_token_id)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    first = next((int(token) for token, (a, b) in spans if a >= end and rendered[a:b].strip()), own)
+    return first if first in tokenizer.added_tokens_decoder else own
 
 
 def rows_of_delta(prompt: Prompt, place: Place, n: int, reply: int = 0) -> list[int]:

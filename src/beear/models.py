@@ -282,7 +282,8 @@ def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str]
         return
     # Some have more tokens than the model, for images say, that no chat of text alone holds.
     added = {number for number in tokenizer.added_tokens_encoder.values() if number >= rows}
-    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, end_of_turn(tokenizer)}
+    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0}
+    used.add(end_of_turn(tokenizer))
     if len(tokenizer) > rows + len(added) or max(used) >= rows:
         raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
     for text in texts:
