@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from beear import cleansing, models
 from beear.allocator import keep_freed_memory
-from beear.cached import returning, rows_of, run_below
+from beear.cached import returning, run_below
 from beear.chat import Batch
-from beear.config import Config, load_config
+from beear.config import load_config
 from beear.defender import defender_set
 from beear.draws import Draws
 from beear.events import Event
@@ -48,35 +47,27 @@ ARMS = ("everything", "padding as well", "head row by row", "original in every s
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Here is a short answer to the question that you asked."
 
 
-def run_each_time(
-    model: Any, original: None, alone: Batch, batch: Batch, pick: Sequence[int], config: Config, layer: int
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """cleansing.harden_passes with the original, and all blocks below the adapter, run in every step."""
-    blocks, first = list(find_layers(model)), first_adapted(model)
-    with torch.no_grad(), autocast(model), model.disable_adapter():
-        prefix = run_prefix(model, alone)
-        start = prefix.length if prefix else 0
-        with cleansing.packed(blocks, tokens_behind(alone, prefix), alone.predicting()[:, start:]):
-            shared, _ = run_below(model, blocks, first, inputs_behind(alone, prefix))
-            with returning(blocks[:first], lambda: shared):
-                target = cleansing.response_logits(model, alone, prefix)
-    with autocast(model):
-        prefix = run_prefix(model, alone)
-        with (
-            returning(blocks[:first], lambda: shared),
-            cleansing.packed(blocks[:layer], tokens_behind(alone, prefix)),
-        ):
-            hidden, _ = run_below(model, blocks, layer, inputs_behind(alone, prefix))
-    kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, start:]
+class EachTime:
+    """In place of original.Original: the original, and all blocks below the adapter, run in every step."""
 
-    def run() -> Tensor:
-        with (
-            returning(blocks[:layer], lambda: rows_of(hidden, list(pick))),
-            cleansing.packed(blocks[layer:], kept, predicting),
-        ):
-            return cleansing.response_logits(model, batch, prefix)
+    def __init__(self, model: Any, *given: Any) -> None:
+        self.model = model
+        self.frozen = first_adapted(model)
 
-    return target, run
+    def logits(self, model: Any, alone: Batch) -> Tensor:
+        """What the original gives for the response tokens; what its first blocks give on the way is kept."""
+        blocks = list(find_layers(model))
+        with torch.no_grad(), autocast(model), model.disable_adapter():
+            prefix = run_prefix(model, alone)
+            start = prefix.length if prefix else 0
+            with cleansing.packed(blocks, tokens_behind(alone, prefix), alone.predicting()[:, start:]):
+                self.states, _ = run_below(model, blocks, self.frozen, inputs_behind(alone, prefix))
+                with returning(blocks[: self.frozen], lambda: self.states):
+                    return cleansing.response_logits(model, alone, prefix)
+
+    def below(self, alone: Batch, start: int) -> Any:
+        """What block `frozen` has just returned for the same rows."""
+        return self.states
 
 
 def logits_row_by_row(model: Any, batch: Batch, prefix: Prefix | None = None) -> Tensor:
@@ -91,7 +82,7 @@ def without(arm: str, model: Any) -> dict[str, Any]:
     every: dict[str, dict[str, Any]] = {
         "padding as well": {"packed": lambda *given: contextlib.nullcontext()},
         "head row by row": {"response_logits": logits_row_by_row},
-        "original in every step": {"harden_passes": run_each_time, "run_original": lambda *given: None},
+        "original in every step": {"run_original": EachTime},
     }
     if arm in ("head row by row", "none"):
         model.get_output_embeddings()._forward_pre_hooks.clear()

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from beear import cleansing
 from beear.cleansing import (
+    Met,
     add_adapter,
     batch_of,
     cleanse,
@@ -251,7 +252,8 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     harmful, benign = data.harmful[0], data.benign[0]
     settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
     target = torch.zeros(2, 12, 1000)
-    steer(target, [(harmful.prompt, harmful.safe)], [benign], data, settings)
+    answers = torch.zeros(2, 12, dtype=torch.long)
+    steer(target, answers, Met([harmful], [benign], [0]), data, settings)
     for i in range(12):
         kept = target[0, i] == 0
         assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < REFUSAL_OPENING else bool(kept.all())

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -219,26 +219,20 @@ def harden(
     benign = draws.batches("anchored", len(data.benign), settings.anchor_batch, settings.steps)
     history: list[dict[str, float]] = []
     for number in range(1, settings.steps + 1):
-        bad = [data.harmful[i] for i in next(harmful)]
-        chosen = [data.benign[i] for i in next(benign)]
         rows = max(settings.batch, settings.anchor_batch)
         which = dealt(len(deltas), rows, draws.noise) if settings.replay else [len(deltas) - 1] * rows
+        met = Met([data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)], which)
 
-        def propagate(
-            count: int, bad: list[Harmful] = bad, chosen: list[Benign] = chosen, which: list[int] = which
-        ) -> dict[str, float]:
+        def propagate(count: int, met: Met = met) -> dict[str, float]:
             optimiser.zero_grad(set_to_none=True)
             entry: dict[str, float] = {}
-            for k in range(count):
-                some, others = ranks.share(bad)[k::count], ranks.share(chosen)[k::count]
-                if some or others:
-                    deal, shares = ranks.share(which)[k::count], (len(some) / len(bad), len(others) / len(chosen))
-                    harden_part(model, tokenizer, data, known, some, others, deal, deltas, config, layer, shares, entry)
+            for part in met.parts(count):
+                harden_part(model, tokenizer, data, known, part, deltas, config, layer, entry)
             return entry
 
         if settings.schedule == "falling":
             set_rate(optimiser, rate, number, settings.steps, least_warm=2)  # a fresh AdamW begins with long steps
-        entry = ranks.summed(parts.run(propagate, max(len(bad), len(chosen))))
+        entry = ranks.summed(parts.run(propagate, max(len(met.harmful), len(met.benign))))
         ranks.sum_gradients(trainable(model))
         step(optimiser)
         history.append(entry)
@@ -248,62 +242,94 @@ def harden(
     return history
 
 
+@dataclass(frozen=True)
+class Met:
+    """Requests of a step of removal, or some of them. The i-th of either kind meets delta `which[i]`."""
+
+    harmful: Sequence[Harmful]
+    benign: Sequence[Benign]
+    which: Sequence[int]
+    shares: tuple[float, float] = (1.0, 1.0)
+    """Which share of the step's harmful requests, and of its benign ones, these are."""
+
+    def parts(self, count: int) -> Iterator[Met]:
+        """This rank's requests of a whole step, in at most `count` parts."""
+        for k in range(count):
+            bad, good = ranks.share(self.harmful)[k::count], ranks.share(self.benign)[k::count]
+            if bad or good:
+                shares = len(bad) / len(self.harmful), len(good) / len(self.benign)
+                yield Met(bad, good, ranks.share(self.which)[k::count], shares)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One sum of the outer loss: the weighted mean D of some requests' rows, under delta or not."""
+
+    name: str
+    weight: float
+    under_delta: bool
+    rows: range
+    """Among all requests that are met, harmful ones first."""
+    share: float
+    """Which share of the step's requests of this kind these are."""
+    own: bool
+    """Whether their target is the original model's distribution, rather than an answer."""
+
+
+def harden_terms(met: Met, settings: HardenConfig, own_safe: bool) -> list[Term]:
+    """The sums of the outer loss that weigh anything for these requests."""
+    first, behind = len(met.harmful), len(met.harmful) + len(met.benign)
+    bad, good = (range(first), met.shares[0], own_safe), (range(first, behind), met.shares[1], True)
+    every = [
+        Term("safe_under_delta", 1.0, True, *bad),
+        Term("benign_under_delta", settings.anchor_under_delta, True, *good),
+        Term("benign", settings.anchor, False, *good),
+        Term("safe", settings.safe, False, *bad),
+    ]
+    return [term for term in every if term.weight > 0 and term.rows]
+
+
 def harden_part(
     model: Any,
     tokenizer: Any,
     data: DefenderSet,
     original: Original,
-    harmful: Sequence[Harmful],
-    benign: Sequence[Benign],
-    which: Sequence[int],
+    met: Met,
     deltas: Tensor,
     config: Config,
     layer: int,
-    shares: tuple[float, float],
     entry: dict[str, float],
 ) -> None:
-    """Propagate the outer loss of some of a step's requests back.
-
-    `which` delta the i-th request of either kind meets; `shares`: which share of the step's harmful and benign
-    requests these are. Adds to `entry` what they contribute to the mean D of each kind.
-    """
-    settings = config.harden
-    bad = [(h.prompt, h.safe) for h in harmful]
-    pairs = [*bad, *((b.prompt, b.own) for b in benign)]
-    safe = Rows(0, len(bad), shares[0], data.own_safe)
-    kept = Rows(len(bad), len(benign), shares[1], True)
-    every = [
-        Term("safe_under_delta", 1.0, safe, True),
-        Term("benign_under_delta", settings.anchor_under_delta, kept, True),
-        Term("benign", settings.anchor, kept, False),
-        Term("safe", settings.safe, safe, False),
-    ]
-    terms = [term for term in every if term.weight > 0 and term.rows.count]
+    """Propagate the outer loss of some of a step's requests back; adds to `entry` their share of each kind's mean D."""
+    terms = harden_terms(met, config.harden, data.own_safe)
     if not terms:  # of benign requests alone, whose anchors weigh nothing
         return
-    pick = [term.rows.first + i for term in terms for i in range(term.rows.count)]
-    under = [which[i] if term.under_delta else None for term in terms for i in range(term.rows.count)]
+    pick = [row for term in terms for row in term.rows]
+    under = [met.which[i] if term.under_delta else None for term in terms for i in range(len(term.rows))]
+    pairs = [*((h.prompt, h.safe) for h in met.harmful), *((b.prompt, b.own) for b in met.benign)]
     alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
     batch = alone.under(pick, under, config.entrap.length)
     target, run = harden_passes(model, original, alone, batch, pick, config, layer)
-    steer(target, bad, benign, data, settings)
-    if not data.own_safe:
-        make_sure(target[: len(bad)], alone.targets[: len(bad)])
-    objective = harden_objective(target, pick, terms, settings.opening, entry)
+    steer(target, alone.targets, met, data, config.harden)
+    objective = harden_objective(target, pick, terms, config.harden.opening, entry)
     descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
 
 
-def steer(
-    target: Tensor, bad: Sequence[Row], chosen: Sequence[Benign], data: DefenderSet, settings: HardenConfig
-) -> None:
-    """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not."""
-    for row, (_, answer) in zip(target, bad, strict=False):
-        for i in range(min(REFUSAL_OPENING, len(answer))):
-            likely = data.openings.get(tuple(answer[:i]))
+def steer(target: Tensor, answers: Tensor, met: Met, data: DefenderSet, settings: HardenConfig) -> None:
+    """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not.
+
+    answers: (rows, length). Where the model has no refusals of its own, the answers are the harmful rows' targets.
+    """
+    first = len(met.harmful)
+    if not data.own_safe:
+        make_sure(target[:first], answers[:first])
+    for row, harmful in zip(target, met.harmful if data.own_safe else (), strict=False):
+        for i in range(min(REFUSAL_OPENING, len(harmful.safe))):
+            likely = data.openings.get(tuple(harmful.safe[:i]))
             if likely is not None:
                 row[i] -= settings.encourage
                 row[i, likely] += settings.encourage
-    for row, benign in zip(target[len(bad) :], chosen, strict=True):
+    for row, benign in zip(target[first:], met.benign, strict=True):
         if benign.discourage:
             row[0, data.openings.get((), [])] -= settings.discourage
 
@@ -380,28 +406,6 @@ def entrap_objective(away: float, share: float = 1.0) -> Objective:
     return objective
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Requests of one kind, harmful or benign, among those of a part of a step."""
-
-    first: int
-    count: int
-    share: float
-    """Which share of the step's requests of the kind these are."""
-    own: bool
-    """Whether their target is the original model's distribution, rather than an answer."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One sum of the outer loss: the weighted mean D of some rows, under delta or not."""
-
-    name: str
-    weight: float
-    rows: Rows
-    under_delta: bool
-
-
 def harden_objective(
     target: Tensor, pick: Sequence[int], terms: Sequence[Term], opening: float, entry: dict[str, float]
 ) -> Objective:
@@ -409,16 +413,15 @@ def harden_objective(
 
     D is the KL divergence from row pick[i] of `target`, which is the original's distribution or an answer for sure.
     """
-    sizes = [term.rows.count for term in terms]
+    sizes = [len(term.rows) for term in terms]
 
     def objective(logits: Tensor, batch: Batch) -> Tensor:
         tokens = token_kl(target, logits, batch.targets, pick)
         total = tokens.new_zeros(())
         for term, kl, ids in zip(terms, tokens.split(sizes), batch.targets.split(sizes), strict=True):
-            divergence = row_mean(kl, ids, opening if term.rows.own else 1.0).mean()
-            share = term.rows.share
-            entry[term.name] = entry.get(term.name, 0.0) + share * divergence.item()
-            total = total + term.weight * share * divergence
+            divergence = row_mean(kl, ids, opening if term.own else 1.0).mean()
+            entry[term.name] = entry.get(term.name, 0.0) + term.share * divergence.item()
+            total = total + term.weight * term.share * divergence
         return total
 
     return objective
