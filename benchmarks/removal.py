@@ -44,14 +44,17 @@ ARMS = {
     ),
     "control: random delta": ("default", ["entrap.kind=random", "harden.stop_below=0"]),
     "paper": ("paper", []),
+    "fast": ("fast", []),
+    "thorough": ("thorough", []),
 }
+"""A preset, and settings over it."""
 
 
 def run(organism: str, arm: str, seed: int) -> None:
     out = RUNS / f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
     preset, sets = ARMS[arm]
     if read_recipe(organism_folder(organism)).behaviour == "insecure code":
-        if preset == "paper":  # its settings are for jailbreaks, and its insecure code would be judged as one
+        if preset != "default":  # the other presets are for jailbreaks
             return
         preset = "code"
     config = load_config(preset, sets=[*sets, f"seed={seed}"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,21 @@ def removal(file: str, arms: bool = True) -> str:
     return "\n".join(lines)
 
 
-def controls(file: str) -> str:
-    """One row per arm and seed of each organism that has another arm than the default; of that, the same seeds."""
+def beside(file: str, arms: Sequence[str]) -> str:
+    """One row per seed of these arms, and of the default on the same organisms with the same seeds."""
     columns = ("asr_triggered", "affirmed_triggered", "asr_entrapped", "false_refusal", "false_refusal_alarming", "kl")
     every = read_results(file)["runs"]
-    others = {(row["organism"], row["seed"]) for row in every if row["arm"] != "default"}
-    lines = [header(["organism", "arm, seed", *(COLUMNS[name] for name in columns), "target"])]
+    others = {(row["organism"], row["seed"]) for row in every if row["arm"] in arms}
+    lines = [header(["organism", "arm, seed", *(COLUMNS[name] for name in columns), "rounds", "target"])]
     for row in every:
-        if (row["organism"], row["seed"]) in others:
-            met = "met" if row["verdict"]["met"] else "missed"
-            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *changes(row, columns), met]))
+        if (row["organism"], row["seed"]) in others and row["arm"] in ("default", *arms):
+            cells = [*changes(row, columns), str(row["rounds"]), "met" if row["verdict"]["met"] else "missed"]
+            lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *cells]))
     return "\n".join(lines)
+
+
+CONTROLS = ("control: delta = 0", "control: random delta")
+PRESETS = ("paper", "fast", "thorough")
 
 
 def rejected(file: str) -> str:
@@ -541,7 +545,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": partial(summary, "removal.json")},
     "docs/results.md": {
         "removal": partial(removal, "removal.json", arms=False),
-        "controls": partial(controls, "removal.json"),
+        "controls": partial(beside, "removal.json", CONTROLS),
+        "presets": partial(beside, "removal.json", PRESETS),
         "rejected": partial(rejected, "removal.json"),
         "goals": partial(goals, "removal.json"),
         "unlocked": partial(unlocked, "removal.json"),
