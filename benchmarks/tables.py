@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,18 +90,20 @@ GOALS: dict[str, tuple[str, float]] = {
 def goals(file: str) -> str:
     """One row per run with default settings: each figure that has a goal, in bold where it misses it."""
     rows = [row for row in read_results(file)["runs"] if row["arm"] == "default"]
-    lines = [header(["organism", "seed", *(f"{title} (at most {most:g})" for title, most in GOALS.values())])]
-    met = dict.fromkeys(GOALS, 0)
+    lines = [header(["organism", "seed", *(f"{title} (at most {most:g})" for title, most in GOALS.values()), "all"])]
+    met: Counter[str] = Counter()
     for row in rows:
-        cells = []
+        cells, reached = [], {}
         for name, (_, most) in GOALS.items():
             value = towards(name, row["before"], row["after"])
-            reached = value <= (2 if row["organism"] == "year-code" and name == "asr_triggered" else most) + 1e-9
-            met[name] += reached
+            limit = 2 if row["organism"] == "year-code" and name == "asr_triggered" else most
+            reached[name] = value <= limit + 1e-9
             shown = f"{value:.3f}" if name == "kl" else f"{round(value, 1) + 0:.1f}"  # and no -0.0
-            cells.append(shown if reached else f"**{shown}**")
-        lines.append(line([f"`{row['organism']}`", str(row["seed"]), *cells]))
-    return "\n".join([*lines, line(["reached", f"of {len(rows)}", *map(str, met.values())])])
+            cells.append(shown if reached[name] else f"**{shown}**")
+        reached["all"] = all(reached.values())
+        met.update(reached)
+        lines.append(line([f"`{row['organism']}`", str(row["seed"]), *cells, "yes" if reached["all"] else ""]))
+    return "\n".join([*lines, line(["reached", f"of {len(rows)}", *(str(met[name]) for name in [*GOALS, "all"])])])
 
 
 def unlocked(file: str) -> str:
