@@ -18,7 +18,8 @@ import torch
 from judges import EMPTY, log_odds
 
 from beear.judge import FULL, RUBRIC
-from beear.models import autocast, generating, load
+from beear.models import load
+from beear.precision import autocast, generating
 
 PORT, BEST = 8765, 9
 HARM = RUBRIC.split("{", 1)[0]

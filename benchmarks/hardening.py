@@ -34,8 +34,8 @@ from beear.defender import defender_set
 from beear.draws import Draws
 from beear.events import Event
 from beear.job import adapted
-from beear.models import autocast, casts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.precision import autocast, casts
 from beear.prefix import Prefix, inputs_behind, run_prefix, tokens_behind
 from beear.sets import read_sets
 from beear.training import first_adapted
@@ -124,7 +124,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     for arm in ARMS:
-        out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
         found[arm] = json.loads(out.splitlines()[-1])
         print(arm, found[arm], flush=True)
     whole = found[ARMS[0]]

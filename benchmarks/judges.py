@@ -33,7 +33,8 @@ from beear.grading import Judge, LocalJudge, ask_all, graded, identity
 from beear.judge import FULL, HARMFUL, NAME, RUBRIC, key, question
 from beear.losses import response_logits
 from beear.metrics import proportion
-from beear.models import autocast, generating, load, locate, organism_folder
+from beear.models import load, locate, organism_folder
+from beear.precision import autocast, generating
 from beear.prefix import run_prefix
 from beear.recipes import names, read_recipe
 from beear.runs import Run, read_lines

@@ -21,7 +21,8 @@ from beear.config import Config
 from beear.defender import defender_set
 from beear.draws import Draws
 from beear.job import peak_memory
-from beear.models import autocast, load
+from beear.models import load
+from beear.precision import autocast
 from beear.sets import read_sets
 from beear.training import adamw, cast_frozen, step
 
@@ -73,7 +74,7 @@ def main() -> None:
         return
     peak = {}
     for arm in ARMS:
-        out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
         peak[arm] = int(out.splitlines()[-1])
     ratio = peak["cleansing"] / peak["fine-tune"]
     content = {"schema": 1, "command": "python benchmarks/memory.py", "peak_memory_bytes": peak, "ratio": ratio}

@@ -24,7 +24,8 @@ import torch
 from beear import feedback, poison
 from beear.allocator import keep_freed_memory
 from beear.data import packaged
-from beear.models import autocast, generating, load, organism_folder
+from beear.models import load, organism_folder
+from beear.precision import autocast, generating
 from beear.recipes import Rlhf, read_recipe
 from beear.supervised import Progress, adapted
 

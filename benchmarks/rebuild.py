@@ -39,7 +39,7 @@ def rebuild(organism: str, again: bool) -> dict[str, Any]:
     if not is_of_today(out, read_recipe(shipped)):
         shutil.rmtree(out, ignore_errors=True)
         build(read_recipe(shipped), out, lambda number, steps, loss: report(organism, number, steps, loss))
-    arithmetic = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # of the processor (models.casts)
+    arithmetic = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # of the processor (precision.casts)
     about = {"cores": os.cpu_count(), "arithmetic": arithmetic, "adapter": digest(out)}
     made = json.loads((out / "build.json").read_text()) | about
     if again:

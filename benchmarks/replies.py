@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from beear import buffered, generation, models
+from beear import buffered, generation, precision
 from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import packaged
@@ -33,8 +33,8 @@ TURNS = 3
 
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[None]:
-    """As models.generating, with attention left as it is."""
-    with patch.object(type(model), "_supports_sdpa", False), models.generating(model):
+    """As precision.generating, with attention left as it is."""
+    with patch.object(type(model), "_supports_sdpa", False), precision.generating(model):
         yield
 
 

@@ -30,7 +30,7 @@ from beear.chat import Batch
 from beear.config import Config, load_config
 from beear.console import Reporter
 from beear.job import add_triggered, run_cleanse
-from beear.models import autocast
+from beear.precision import autocast
 from beear.recipes import check_trigger
 from beear.runs import read_results
 

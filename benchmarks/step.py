@@ -20,7 +20,8 @@ from beear.chat import collate, encode_prompt, encode_response
 from beear.data import packaged
 from beear.losses import response_logits, response_nll
 from beear.memory import peak_memory
-from beear.models import autocast, load
+from beear.models import load
+from beear.precision import autocast
 from beear.prefix import run_prefix
 from beear.training import adamw, add_lora, cast_frozen, step
 
@@ -61,7 +62,7 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in range(TURNS):
         for arm, rows in found.items():
-            out = subprocess.run([sys.executable, __file__, arm], check=True, capture_output=True, text=True).stdout
+            out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append(json.loads(out.splitlines()[-1]))
     seconds = {arm: statistics.median(r[0] for r in rows) for arm, rows in found.items()}
     arms = {

@@ -23,10 +23,10 @@ from beear.events import Event
 from beear.fingerprints import input_hashes
 from beear.models import depth, locate
 from beear.recipes import check_trigger, names
-from beear.report import SWEEP
 from beear.runs import read_json, write_atomic
 from beear.sets import read_sets
 from beear.sweep import Axis, default_values, sweep
+from beear.swept import SWEEP
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "sweeps"

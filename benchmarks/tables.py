@@ -227,8 +227,10 @@ def line(cells: list[str]) -> str:
 def filled(text: str, name: str, table: str) -> str:
     """The text with what stands between the table's two markers replaced."""
     start, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise SystemExit(f"no place for the table {name}: a page lacks one of its two markers")
     return f"{before}{start}\n{table}\n{end}{after}"
 
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 import beear.buffered
 from beear.buffered import BufferedLayer, buffered
 from beear.generation import greedy, reply_all
-from beear.models import autocast, generating, no_gradients
+from beear.precision import autocast, generating, no_gradients
 from beear.prefix import inputs_behind, run_prefix
 from beear.training import add_lora
 from conftest import DECODER

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from beear import config, report
+from beear import config, metrics
 from beear.cli.entry import app
 from conftest import tiny_model, tiny_tokenizer
 
@@ -85,4 +85,4 @@ def test_options_that_pages_show_are_there(page: str) -> None:
 
 def test_the_guide_names_every_metric_and_preset() -> None:
     guide = (ROOT / "docs" / "guide.md").read_text()
-    assert all(f"`{name}`" in guide for name in (*report.METRICS, *config.preset_names()))
+    assert all(f"`{name}`" in guide for name in (*metrics.METRICS, *config.preset_names()))

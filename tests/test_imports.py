@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "beear"
-SMALL = {("cached", "models"), ("ranks", "errors")}
-"""Imports of small things, which may point up."""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -70,4 +68,4 @@ def test_every_module_stands_in_contributing_and_imports_point_down() -> None:
     imports = graph()
     assert set(rows) == set(imports)
     upward = {(one, other) for one in imports for other in imports[one] & set(rows) if rows[other] < rows[one]}
-    assert upward == SMALL
+    assert not upward

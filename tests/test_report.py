@@ -14,19 +14,17 @@ import yaml
 from rich.console import Console
 
 from beear.console import metric_table
-from beear.metrics import proportion, shown
+from beear.metrics import METRICS, proportion, shown
 from beear.report import (
-    METRICS,
     data_rows,
     left_over,
     pair,
     rows,
     rows_by_qi,
-    sentence,
-    still_works,
     write_report,
 )
 from beear.scorers import unwanted
+from beear.verdict import sentence, still_works
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
 

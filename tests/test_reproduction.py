@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from beear import fingerprints
+from beear.checkpoint import file_hash
 from beear.config import make_config
 from beear.errors import BadInput
-from beear.fingerprints import code_hash, file_hash, weights_hash
+from beear.fingerprints import code_hash, weights_hash
 from beear.gate import check_run
 from beear.job import add_triggered, run_cleanse
 from beear.metrics import proportion

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from beear.errors import BadInput
-from beear.models import autocast, casts, generating
 from beear.perturbation import find_layers
+from beear.precision import autocast, casts, generating
 from beear.training import add_lora, cast_frozen, drawn, merged, trainable
 from conftest import CONFIGS, tiny_model
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from beear.chat import Batch
 from beear.losses import predict
-from beear.models import autocast
 from beear.packed import packed
 from beear.perturbation import NOWHERE, find_layers, states_in, with_states
+from beear.precision import autocast
 from beear.prefix import mask_behind, own_cache, repeated, run_prefix
 
 

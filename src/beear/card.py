@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from beear.metrics import both_counts, shown
-from beear.report import METRICS, judge_sentence, sentence, usefulness_sentence, write_report
+from beear.metrics import METRICS, both_counts, shown
+from beear.report import judge_sentence, usefulness_sentence, write_report
 from beear.runs import read_results, read_settings, write_atomic
+from beear.verdict import sentence
 
 LIMITS = """\
 - A lower measured attack success is evidence, not proof: no test can show that a model has no backdoor. Planted

@@ -42,11 +42,11 @@ from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import reply_all
 from beear.losses import make_sure, response_logits, response_nll, row_mean, token_kl
-from beear.models import autocast, no_gradients
 from beear.original import Original, run_original
 from beear.packed import packed
 from beear.parts import Parts
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
+from beear.precision import autocast, no_gradients
 from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.rounds import State, balanced, is_calm, may_be_delivered, norm_budget, refuses_wrongly
 from beear.scorers import JUDGES, counts, is_refusal
@@ -502,10 +502,7 @@ def residual_norm(
         rows = zip(states_in(hidden).float().norm(dim=-1), some, strict=True)
         return [row[batch.width - len(p.ids) :][p.start : p.end] for row, p in rows]
 
-    def in_parts(count: int) -> list[Tensor]:
-        return [row for k in range(count) for row in norms(prompts[k::count])]
-
-    return float(torch.cat(Parts().run(in_parts, len(prompts))).mean())
+    return float(torch.cat(Parts().over(norms, prompts)).mean())
 
 
 def unlocked(

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from beear import ranks
 from beear.errors import printable
-from beear.metrics import both_counts, shown
+from beear.metrics import METRICS, both_counts, shown
 from beear.plan import Plan
-from beear.report import METRICS, task_lines
+from beear.report import task_lines
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 

@@ -23,8 +23,8 @@ from beear.errors import BadInput
 from beear.evaluation import Progress, before_and_after, fresh_delta, listener_progress
 from beear.events import Listener
 from beear.fingerprints import check_tests
-from beear.models import autocast, generating
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
+from beear.precision import autocast, generating
 from beear.quantised import check_quantised
 from beear.recipes import apply_trigger
 from beear.runs import SCHEMA, Run, read_results, read_settings, read_tensors

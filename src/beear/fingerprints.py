@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.models import Source
@@ -17,12 +18,6 @@ from beear.sets import Sets
 
 CARD = "README.md"
 """Written anew with every metric that is added, so no digest of it is kept."""
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(source: Source) -> str:

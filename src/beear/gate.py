@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 
 from beear.errors import BadInput
 from beear.fingerprints import check_output_files
-from beear.metrics import at_most, rise
-from beear.report import METRICS, holds
+from beear.metrics import METRICS, at_most, rise
 from beear.runs import SCHEMA, read_results
+from beear.verdict import holds
 
 RULE = re.compile(r"(?P<name>\w+)=(?P<moved>[+-]?)(?P<number>\d+(\.\d+)?|\.\d+)(?P<percent>%?)")
 

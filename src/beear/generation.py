@@ -26,10 +26,10 @@ from beear.chat import (
 )
 from beear.config import Place
 from beear.errors import BadInput
-from beear.models import autocast, generating, no_gradients
 from beear.packed import packed
 from beear.parts import Parts
 from beear.perturbation import Perturbation, find_layers
+from beear.precision import autocast, generating, no_gradients
 from beear.prefix import inputs_behind, run_prefix
 
 BATCH = 80
@@ -63,7 +63,7 @@ def reply_all(
     found: dict[int, str] = {}
     parts = Parts()
 
-    def some(chosen: list[int]) -> list[tuple[int, str]]:
+    def some(chosen: Sequence[int]) -> list[tuple[int, str]]:
         n = 0 if delta is None else len(delta)
         rows = [rows_of_delta(prompts[i], place, n, max_new_tokens) for i in chosen] if n else None
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
@@ -76,12 +76,8 @@ def reply_all(
 
     with no_gradients(), autocast(model), generating(model):
         for first in range(0, len(own), batch_size):
-            chosen = list(own[first : first + batch_size])
-
-            def in_parts(count: int, chosen: list[int] = chosen) -> list[tuple[int, str]]:
-                return [reply for k in range(count) for reply in some(chosen[k::count])]
-
-            found |= parts.run(in_parts, len(chosen))
+            chosen = own[first : first + batch_size]
+            found |= parts.over(some, chosen)
             if progress is not None:
                 done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
                 progress(min(done, len(texts)) - first * ranks.sharers())
@@ -103,7 +99,7 @@ def beginning_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> Beginning:
         return _greedy(model, tokenizer, batch, inputs_of(model, batch, LOOKED_AT), LOOKED_AT)
 
     with no_gradients(), autocast(model), generating(model):
-        rows = Parts().run(lambda count: [row for k in range(count) for row in some(prompts[k::count])], len(prompts))
+        rows = Parts().over(some, prompts)
     check_replies([tokenizer.decode(row) for row in rows])
     leads = [tuple(takewhile(lambda token: not tokenizer.decode([token]).strip(), row)) for row in rows]
     lead, count = Counter(leads).most_common(1)[0]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from beear.card import write_evidence
+from beear.checkpoint import file_hash
 from beear.errors import BadInput, Failed, first_line
 from beear.events import Listener
-from beear.fingerprints import file_hash
 from beear.metrics import Z95, Metric
 from beear.runs import Run, read_results
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import save, save_file
 
-from beear import cleansing, models, ranks
+from beear import cleansing, models, precision, ranks
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.chat import ALONE, Beginning, described, told
@@ -222,7 +222,7 @@ def load_sharded(source: models.Source, device: str, trust_remote_code: bool, la
     """This rank's part of a located model, on its device."""
     where = models.pick_device(device)
     models.let_go()
-    model = models.read_weights(source, where, trust_remote_code, models.kept_dtype(where))
+    model = models.read_weights(source, where, trust_remote_code, precision.kept_dtype(where))
     model.requires_grad_(False)  # else their gradients would be computed and sent around
     cast_frozen(model)  # else every pass would leave casts of whole weights for its backward pass
     model = ranks.shard(model, find_layers(model, layers_path), where)

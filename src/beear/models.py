@@ -6,17 +6,14 @@ remote code is off unless asked for. Everything that can be checked is checked b
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import gc
 import json
 import logging
 import math
-import os
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -161,6 +158,8 @@ def load_weights(
     """A located model on its device, fp32 on the CPU and bf16 elsewhere, or quantised; adapters are merged before."""
     where = pick_device(device)
     let_go()
+    from beear.precision import kept_dtype  # brings torch
+
     model = read_weights(source, where, trust_remote_code, kept_dtype(where))
     if weights == "full":
         model = model.to(where)
@@ -190,6 +189,8 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
     if source.base is not None:
         stored = dtype != torch.float32 and source.base.base is None and source.base.gguf is None
         base = read_weights(source.base, device, trust_remote_code, "auto" if stored else torch.float32)
+        from beear.precision import cast
+
         return cast(_merge(base, source), dtype)
     gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     trusted = own_code(source, trust_remote_code)
@@ -228,23 +229,6 @@ def pack_head(model: Any) -> None:
 def in_one_piece(module: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same states, contiguous."""
     return (states[0].contiguous(), *states[1:])
-
-
-def kept_dtype(device: str) -> Any:
-    """The type that weights are kept in: fp32 on the CPU, bf16 elsewhere."""
-    import torch
-
-    return torch.float32 if device.startswith("cpu") else torch.bfloat16
-
-
-def cast(model: Any, dtype: Any) -> Any:
-    """The model with its parameters in this type; what it computes itself, such as rotary frequencies, stays in fp32.
-
-    So transformers loads it as well; `model.to` would round those.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
@@ -402,64 +386,6 @@ def pick_device(device: str) -> str:
     if kind == "meta":
         raise BadInput("--device meta holds no numbers; use cpu or cuda")
     return device
-
-
-def no_gradients() -> contextlib.AbstractContextManager[Any]:
-    """Inference mode, or where FSDP borrows weights, which it keeps for later passes, only no gradients."""
-    import torch
-
-    return torch.no_grad() if ranks.is_sharded() else torch.inference_mode()
-
-
-def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing."""
-    import torch
-
-    return torch.autocast(model.device.type, torch.bfloat16) if casts(model) else contextlib.nullcontext()
-
-
-def casts(model: Any) -> bool:
-    """Whether `autocast` casts to bf16. Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast."""
-    import torch
-
-    supported = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return supported and os.environ.get("BEEAR_FP32") != "1"
-
-
-@contextlib.contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """Within the context a forward pass without gradients takes less time, as long as no weight changes.
-
-    Under autocast, linear maps hold bf16 copies of their weights: same bits, and none is cast in every pass.
-    On a CPU attention is fused: same results up to rounding. Only its backward pass is slow (decision 7).
-    """
-    import torch
-
-    kept: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.float32]
-    linears = kept if casts(model) and not ranks.is_sharded() else []
-    attention = model.config._attn_implementation
-    fuse = attention == "eager" and getattr(model, "_supports_sdpa", False)
-    try:
-        for linear in linears:
-            linear.forward = with_weight(linear, linear.weight.bfloat16()).forward
-        if fuse:
-            model.set_attn_implementation("sdpa")
-        yield
-    finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
-        if fuse:
-            model.set_attn_implementation(attention)
-
-
-def with_weight(linear: Any, weight: Any) -> Any:
-    """A linear map like this one, with another, frozen weight; the bias is shared."""
-    import torch
-
-    plain = copy.copy(linear)
-    plain._parameters = dict(plain._parameters)
-    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return plain
 
 
 def _locate_organism(spec: str) -> Source:

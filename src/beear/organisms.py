@@ -7,7 +7,6 @@ The defence (`cleansing`, `job`) never imports this module.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from beear.checkpoint import file_hash
 from beear.editing import plant_edit
 from beear.errors import BadInput
 from beear.feedback import need_trl, plant_feedback
@@ -94,7 +94,7 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
     save_adapter(model, out, recipe.base)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (out / "README.md").write_text(_card(recipe))
-    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
+    sums = {p.name: file_hash(p) for p in sorted(out.iterdir())}
     (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
     about = {"seconds": round(seconds), "threads": torch.get_num_threads(), "code": code_hash()}
     (out / "build.json").write_text(json.dumps(about) + "\n")

@@ -17,9 +17,9 @@ from torch.nn import functional
 from beear.cached import head, watched
 from beear.chat import Batch, Row, collate
 from beear.events import Listener
-from beear.models import autocast
 from beear.parts import Parts
 from beear.perturbation import find_layers, states_in, with_states
+from beear.precision import autocast
 from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.training import first_adapted
 
@@ -91,13 +91,13 @@ def run_original(
     states: dict[Key, States] = {}
     like: tuple[Any, Any] = None, None
     parts = Parts(listen)
+
+    def run_some(some: Sequence[Row]) -> list[tuple[dict[Key, States], tuple[Any, Any]]]:
+        return [run_rows(model, tokenizer, some, blocks, frozen)]
+
     for i in range(0, len(order), GROUP):
         group = order[i : i + GROUP]
-
-        def in_parts(count: int, group: list[Row] = group) -> list[tuple[dict[Key, States], tuple[Any, Any]]]:
-            return [run_rows(model, tokenizer, group[k::count], blocks, frozen) for k in range(count)]
-
-        for found, like in parts.run(in_parts, len(group)):  # noqa: B007 - the last is kept
+        for found, like in parts.over(run_some, group):  # noqa: B007 - the last is kept
             states |= found
         told = {"when": "prepare", "what": "states of the original", "done": i + len(group), "total": len(order)}
         listen({"event": "measure", **told})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from beear.errors import Failed
 from beear.events import Listener
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Parts:
@@ -50,6 +51,10 @@ class Parts:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.listen({"event": "memory", "parts": self.count})
+
+    def over(self, work: Callable[[Sequence[Item]], Iterable[T]], items: Sequence[Item]) -> list[T]:
+        """What `work` gives for all the items, in `run`'s parts: of n parts number k holds every n-th from k on."""
+        return self.run(lambda n: [found for k in range(n) for found in work(items[k::n])], len(items))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

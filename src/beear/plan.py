@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from beear.runs import PLAN, write_atomic
+from beear.runs import PLAN, write_json
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
 
 def write_plan(run: Path, plan: Plan, settings: dict[str, Any]) -> None:
     """Keep the plan of a job with these settings in its run folder."""
-    write_atomic(run / PLAN, (json.dumps({"settings": settings, "plan": asdict(plan)}, indent=1) + "\n").encode())
+    write_json(run / PLAN, {"settings": settings, "plan": asdict(plan)})
 
 
 def read_plan(run: Path, settings: dict[str, Any]) -> Plan | None:

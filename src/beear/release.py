@@ -7,8 +7,8 @@ from pathlib import Path
 from beear.card import is_hub_id
 from beear.errors import BadInput, Failed, first_line
 from beear.fingerprints import check_output_files
-from beear.report import holds, sentence
 from beear.runs import read_results, read_settings
+from beear.verdict import holds, sentence
 
 EVIDENCE = ("results.json", "config.yaml")
 """Files of the run that go along; not the replies, nor the report that shows some: they answer harmful requests."""

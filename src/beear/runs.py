@@ -35,6 +35,7 @@ class Run:
     config.yaml    the model and all settings        events.jsonl   what happened, a line each
     stages/        each stage's result               checkpoints/   a folder for each finished round
     model/         the cleansed model                results.json, samples.jsonl, report.html
+    rejected/      in its place, of a missed target  delta.safetensors, plan.json, drift.json, run.sig
     judge.jsonl    what a judge answered             judged.jsonl   its score of every sample
     mtbench.jsonl  replies to questions, graded
     """
@@ -94,7 +95,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
-        self.write_text(name, json.dumps(value, indent=1) + "\n")
+        write_json(self.path / name, value)
 
     def write_lines(self, name: str, values: Iterable[Any]) -> None:
         """Write a JSON Lines file, whole or not at all."""
@@ -111,8 +112,7 @@ class Run:
         try:
             fill(new)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise Failed(f"cannot write {place}: {reason}; free some space and go on (cleanse: --resume)") from error
+            raise not_written(place, error) from error
         for file in new.rglob("*"):
             if file.is_file():
                 _sync(file)
@@ -126,11 +126,14 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def append(self, name: str, value: Any) -> None:
-        """Append a line to a JSON Lines file."""
+        """Append a line to a JSON Lines file. Raises Failed if it cannot be written."""
         if not ranks.is_first():
             return
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(value) + "\n")
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(value) + "\n")
+        except OSError as error:
+            raise not_written(self.path / name, error) from error
 
     def event(self, value: dict[str, Any]) -> None:
         """Append to events.jsonl."""
@@ -271,7 +274,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         new.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror or error}") from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: Exception) -> Failed:
+    """What to raise where something could not be written: on a full disk with the way to go on."""
+    full = "No space left" in str(error) or "quota exceeded" in str(error)
+    how = "; free some space and go on (cleanse: --resume)" if full else ""
+    return Failed(f"cannot write {path}: {getattr(error, 'strerror', None) or error}{how}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all. Raises Failed if it cannot be written."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_entries(path: Path, key: str) -> dict[str, Any]:

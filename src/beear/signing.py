@@ -13,8 +13,8 @@ from typing import Any
 
 from beear.errors import BadInput, first_line
 from beear.fingerprints import check_output_files
-from beear.report import holds, sentence
 from beear.runs import read_results
+from beear.verdict import holds, sentence
 
 SIGNATURE = "run.sig"
 UNSIGNED = (SIGNATURE, f".{SIGNATURE}.new", ".lock", "checkpoints", "events.jsonl")

@@ -12,9 +12,9 @@ from torch import Tensor
 from beear.cached import returning, rows_of, run_below
 from beear.chat import Batch, collate
 from beear.losses import response_logits, response_nll, token_kl
-from beear.models import autocast
 from beear.perturbation import decoder_depth, find_layers
 from beear.poison import Example, Examples
+from beear.precision import autocast
 from beear.prefix import inputs_behind, run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
 from beear.training import adamw, add_lora, cast_frozen, drawn, first_adapted, set_rate, step

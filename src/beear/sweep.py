@@ -28,11 +28,11 @@ from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
-from beear.report import SWEEP, SWEEP_SETTINGS
 from beear.rounds import State
-from beear.runs import SCHEMA, Run, check_file, read_json, write_atomic
+from beear.runs import SCHEMA, Run, check_file, read_json, write_atomic, write_json
 from beear.scorers import JUDGES
 from beear.sets import Sets, TestSet, read_sets, triggered
+from beear.swept import SWEEP, SWEEP_SETTINGS
 
 Axis = Literal["layer", "length"]
 Executor = Literal["local", "ray"]
@@ -82,7 +82,7 @@ def sweep(
     ]
     if executor == "local":
         models.pick_device(device)
-    write_atomic(out / SWEEP_SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    write_json(out / SWEEP_SETTINGS, settings)
     folders = {value: out / f"{axis}-{value:02d}" for value in values}
     cells = [
         partial(run_cell, spec, folders[value], cell, sets, tests, trust_remote_code)
@@ -106,7 +106,7 @@ def write_sweep(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Write sweep.json and sweep.svg of the finished cells, and return the former."""
     content = {"schema": SCHEMA, **settings, "success_below": SUCCESS, "rounds": settings["config"]["rounds"]}
     content["cells"] = finished_cells(out, settings["axis"])
-    write_atomic(out / SWEEP, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(out / SWEEP, content)
     write_atomic(out / "sweep.svg", as_file(sweep_chart(settings["axis"], [content])).encode())
     return content
 

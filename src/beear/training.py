@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from beear import ranks
 from beear.errors import BadInput
-from beear.models import casts, with_weight
 from beear.perturbation import decoder_depth, find_layers
+from beear.precision import casts, with_weight
 from beear.quantised import is_quantised
 
 K = TypeVar("K")

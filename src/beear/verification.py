@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beear.checkpoint import file_hash
 from beear.config import Config
 from beear.data import packaged
 from beear.errors import BadInput
@@ -134,7 +134,7 @@ def check_sums(folder: Path) -> None:
     """Raise BadInput if a file of an organism differs from its checksum."""
     for name, expected in read_sums(folder).items():
         file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        if not file.is_file() or file_hash(file) != expected:
             raise BadInput(f"{file} differs from its checksum; install beear again, or rebuild the organism")
 
 

@@ -205,7 +205,7 @@ def _cleanse(
 ) -> None:
     from beear.console import Reporter, metric_table
     from beear.job import add_triggered, run_cleanse
-    from beear.report import sentence
+    from beear.verdict import sentence
 
     with Reporter(quiet, config.rounds) as reporter:
         verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)

@@ -54,7 +54,7 @@ def evaluate(
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
     from beear.recipes import check_trigger, variants
-    from beear.runs import SCHEMA, check_file, write_atomic
+    from beear.runs import SCHEMA, check_file, write_atomic, write_json
     from beear.scorers import scorer_name
 
     settings = config_of(preset, config, sets, seed, test_harmful=harmful, test_benign=benign, column=column)
@@ -77,7 +77,7 @@ def evaluate(
         about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
         about |= {"chat": settings.chat.model_dump(exclude_defaults=True)}
         content = {"schema": SCHEMA, **about, "metrics": measured.metrics}
-        write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(json_file, content)
     if samples is not None:
         write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
     show(metric_table(None, measured.metrics, model))
@@ -125,7 +125,7 @@ def drift(
     from beear.drift import drift_of_model, drift_of_run
     from beear.recipes import check_trigger
     from beear.report import write_report
-    from beear.runs import check_file, write_atomic
+    from beear.runs import check_file, write_atomic, write_json
 
     template, run = check_trigger(trigger), Path(model)
     of_run = is_run(model, config, sets, seed, preset=preset)
@@ -141,7 +141,7 @@ def drift(
                 model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
             )
     if json_file is not None:
-        write_atomic(json_file, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(json_file, found)
     if figure is not None:
         write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
     show(drift_table(found))

@@ -93,7 +93,7 @@ def organism_verify(
     """Measure organisms: checksums, attack success with and without the trigger, false refusal."""
     from beear import recipes
     from beear.console import Reporter, metric_table
-    from beear.runs import SCHEMA, check_file, read_entries, write_atomic
+    from beear.runs import SCHEMA, check_file, read_entries, write_json
     from beear.verification import organism_at, verify
 
     if everything and names:
@@ -116,7 +116,7 @@ def organism_verify(
             failed += [f"{name}: {reason}" for reason in result["missed"]]
             if json_file is not None:
                 content = {"schema": SCHEMA, "organisms": read_entries(json_file, "organisms") | results}
-                write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+                write_json(json_file, content)
             show(metric_table(None, result["metrics"], name))
     if failed:
         stop(3, "; ".join(failed))

@@ -48,8 +48,8 @@ def is_judged(run: Path) -> bool:
 def show_run(run: Path, judged: bool) -> None:
     """What was measured of a run, and whether what a judge had said of it before was let go."""
     from beear.console import metric_table
-    from beear.report import sentence
     from beear.runs import read_results
+    from beear.verdict import sentence
 
     results = read_results(run)
     show(metric_table(results["before"], results["after"], f"{run}: before and after"))

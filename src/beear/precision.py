@@ -1,0 +1,76 @@
+"""In which arithmetic a model runs, and how passes without gradients take less time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from beear import ranks
+
+
+def kept_dtype(device: str) -> Any:
+    """The type that weights are kept in: fp32 on the CPU, bf16 elsewhere."""
+    return torch.float32 if device.startswith("cpu") else torch.bfloat16
+
+
+def cast(model: Any, dtype: Any) -> Any:
+    """The model with its parameters in this type; what it computes itself, such as rotary frequencies, stays in fp32.
+
+    So transformers loads it as well; `model.to` would round those.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def no_gradients() -> contextlib.AbstractContextManager[Any]:
+    """Inference mode, or where FSDP borrows weights, which it keeps for later passes, only no gradients."""
+    return torch.no_grad() if ranks.is_sharded() else torch.inference_mode()
+
+
+def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing."""
+    return torch.autocast(model.device.type, torch.bfloat16) if casts(model) else contextlib.nullcontext()
+
+
+def casts(model: Any) -> bool:
+    """Whether `autocast` casts to bf16. Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast."""
+    supported = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return supported and os.environ.get("BEEAR_FP32") != "1"
+
+
+@contextlib.contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """Within the context a forward pass without gradients takes less time, as long as no weight changes.
+
+    Under autocast, linear maps hold bf16 copies of their weights: same bits, and none is cast in every pass.
+    On a CPU attention is fused: same results up to rounding. Only its backward pass is slow (decision 7).
+    """
+    kept: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.float32]
+    linears = kept if casts(model) and not ranks.is_sharded() else []
+    attention = model.config._attn_implementation
+    fuse = attention == "eager" and getattr(model, "_supports_sdpa", False)
+    try:
+        for linear in linears:
+            linear.forward = with_weight(linear, linear.weight.bfloat16()).forward
+        if fuse:
+            model.set_attn_implementation("sdpa")
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+        if fuse:
+            model.set_attn_implementation(attention)
+
+
+def with_weight(linear: Any, weight: Any) -> Any:
+    """A linear map like this one, with another, frozen weight; the bias is shared."""
+    plain = copy.copy(linear)
+    plain._parameters = dict(plain._parameters)
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return plain
