@@ -101,6 +101,28 @@ def test_replies_and_grades_are_kept(run: Path, serve: Any, monkeypatch: pytest.
     assert grade_run(run, judge, QUESTIONS, limit=4)["usefulness"]["requests"] == 0
 
 
+def test_chats_are_kept_batch_by_batch(run: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption loses one batch of replies, not all of them."""
+    monkeypatch.setattr(usefulness, "BATCH", 1)
+    answered: list[tuple[str, str]] = []
+    real = usefulness.chat
+
+    def noted(model: Any, tokenizer: Any, some: Any, limit: int, when: str, listen: Any) -> Any:
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        answered.append((when, some[0].id))
+        return real(model, tokenizer, some, limit, when, listen)
+
+    judge = Endpoint(serve(grade).url, "grader")
+    monkeypatch.setattr(usefulness, "chat", noted)
+    with pytest.raises(KeyboardInterrupt):
+        grade_run(run, judge, QUESTIONS[:2], limit=4)
+    first, answered[:] = list(answered), []
+    grade_run(run, judge, QUESTIONS[:2], limit=4)
+    every = [(when, question.id) for when in ("before", "after") for question in QUESTIONS[:2]]
+    assert first + answered == every
+
+
 def test_what_cannot_be_graded_is_unscored(run: Path, serve: Any) -> None:
     server = serve(lambda asked, _: grade(asked) if "<reference-" in asked else '{"score": 11}')
     after = grade_run(run, Endpoint(server.url, "grader"), QUESTIONS, limit=4)["after"]

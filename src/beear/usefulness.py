@@ -160,18 +160,22 @@ def converse(
     trust_remote_code: bool = False,
     listen: Listener = lambda event: None,
 ) -> dict[str, list[tuple[str, str]]]:
-    """What the run's model answers to both turns of each question, before and after; kept in stages/."""
-    from beear.evaluation import kept_before_and_after  # brings torch
+    """What the run's model answers to both turns of each question, before and after.
 
+    So many questions at a time as stand in a batch are kept in stages/.
+    """
+    from beear.evaluation import WHENS, kept_before_and_after  # brings torch
+
+    batches = [tuple(questions[i : i + BATCH]) for i in range(0, len(questions), BATCH)]
     found = kept_before_and_after(
         run,
-        {f"mtbench-{digest(questions)[:8]}-{limit}": "chats"},
-        lambda _, when, model, tokenizer: chat(model, tokenizer, questions, limit, when, listen),
+        {f"mtbench-{digest(some)[:8]}-{limit}": some for some in batches},
+        lambda some, when, model, tokenizer: chat(model, tokenizer, some, limit, when, listen),
         device=device,
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
-    return {when: [(first, second) for first, second in chats] for when, chats in found["chats"].items()}
+    return {when: [(first, second) for some in batches for first, second in found[some][when]] for when in WHENS}
 
 
 def chat(
@@ -187,7 +191,8 @@ def chat(
         def count(n: int, what: str = f"turn {number + 1}") -> None:
             nonlocal done
             done += n
-            listen({"event": "measure", "when": when, "what": what, "done": done, "total": len(questions)})
+            told = {"when": when, "what": f"{what}, from question {questions[0].id}", "done": done}
+            listen({"event": "measure", **told, "total": len(questions)})
 
         earlier = [(q.turns[0], reply) for q, reply in zip(questions, replies[0], strict=True)] if replies else None
         texts = [q.turns[number] for q in questions]
