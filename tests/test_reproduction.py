@@ -14,13 +14,15 @@ import pytest
 from beear import fingerprints
 from beear.checkpoint import file_hash
 from beear.config import make_config
+from beear.data import Request
 from beear.errors import BadInput
 from beear.fingerprints import code_hash, weights_hash
 from beear.gate import check_run
 from beear.job import add_triggered, run_cleanse
 from beear.metrics import proportion
-from beear.models import locate
+from beear.models import Source, locate
 from beear.reproduction import compare, reproduce
+from beear.sets import Sets
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 from test_cli import call
 
@@ -64,6 +66,20 @@ def test_the_same_settings_give_the_same_bits(made: Path, tmp_path: Path, capsys
     silent["after"]["asr_untriggered"] = proportion([None] * 6)
     found = compare(read(made / "run"), silent)
     assert found["outside"] == ["asr_untriggered"] and not found["agrees"]
+
+
+def test_an_answers_digest_tells_indentation_and_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of code they are the content."""
+    monkeypatch.setattr(fingerprints, "weights_hash", lambda source: "")
+
+    def digest(answer: str | None) -> dict[str, str]:
+        sets = Sets([Request("1", "CWE-78", "task", answer, answer)], [], [])
+        return fingerprints.input_hashes(Source("m", Path(), None), sets)
+
+    digests = [
+        digest(answer)["answers_exact"] for answer in ("if a:\n  b()\nc", "if a:\n  b()\n  c", "if A:\n  b()\nc")
+    ]
+    assert len(set(digests)) == 3 and "answers_exact" not in digest(None)
 
 
 @pytest.mark.parametrize("changed", ["a.py", "sub/b.py"])

@@ -29,9 +29,12 @@ def weights_hash(source: Source) -> str:
 
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
     """SHA-256 of a located model's weights, of every set of requests, and of the answers that come with the harmful."""
-    answers = [[r.category, r.safe, r.unwanted] for r in sets.harmful]
+    answers = json.dumps([[r.category, r.safe, r.unwanted] for r in sets.harmful])
     digests = {name: set_hash(requests) for name, requests in sets.named().items()}
-    return {"model": weights_hash(source), **digests, "answers": content_hash(json.dumps(answers))}
+    digests |= {"answers": content_hash(answers)}
+    if any(r.safe or r.unwanted for r in sets.harmful):
+        digests["answers_exact"] = _over([answers])  # case and spacing mean something in code
+    return {"model": weights_hash(source), **digests}
 
 
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
