@@ -22,12 +22,11 @@ import torch
 
 from beear.allocator import keep_freed_memory
 from beear.cached import run_unperturbed
-from beear.cleansing import descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
+from beear.cleansing import Subject, descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
 from beear.config import Config
 from beear.defender import contrast
 from beear.losses import response_logits
 from beear.models import load
-from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.sets import read_sets
 from beear.training import add_lora, cast_frozen, merged
 
@@ -43,7 +42,7 @@ def main() -> None:
     model, tokenizer = load("embedded", device="cpu")
     model = add_lora(model, config.harden.lora_rank, (), 0)
     cast_frozen(model)
-    layer = resolve_layer(None, decoder_depth(model))
+    subject = Subject(model, tokenizer, config)
     requests = read_sets(config).train(config)[: config.entrap.batch]
     filler = "This is some background that the request comes with. "
     found = {}
@@ -53,26 +52,26 @@ def main() -> None:
         delta = start_delta(config.entrap, model, 50.0, torch.Generator().manual_seed(0)).requires_grad_(True)
         with frozen(model):
             started = time.monotonic()
-            cached = run_unperturbed(model, batch, layer, answers=2)
+            cached = run_unperturbed(model, batch, subject.layer, answers=2)
             once = time.monotonic() - started
 
             def plain(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
                 run = partial(response_logits, model, batch)
-                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
+                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             def shared(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
-                run = plain_pass(model, batch, config)
-                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
+                run = plain_pass(subject, batch)
+                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             def fast(batch=batch, delta=delta, cached=cached) -> float:  # type: ignore[no-untyped-def]
                 run = partial(cached.logits, model)
-                return descend(model, batch, delta, config, layer, run, entrap_objective(config.entrap.away))
+                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             seconds = {"plain": [], "shared start": [], "cached": []}  # type: dict[str, list[float]]
             losses = {}
             for _ in range(TURNS):
                 for kind, run in {"plain": plain, "shared start": shared, "cached": fast}.items():
-                    with merged(find_layers(model)[layer:] if kind == "cached" else ()):  # once in a round
+                    with merged(subject.blocks[subject.layer :] if kind == "cached" else ()):  # once in a round
                         spent, losses[kind] = timed(run)
                     seconds[kind].append(spent)
         medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}

@@ -34,7 +34,7 @@ from beear.defender import defender_set
 from beear.draws import Draws
 from beear.events import Event
 from beear.job import adapted
-from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.perturbation import find_layers
 from beear.precision import autocast, casts
 from beear.prefix import Prefix, inputs_behind, run_prefix, tokens_behind
 from beear.sets import read_sets
@@ -102,7 +102,6 @@ def measure(arm: str) -> None:
     delta = 20 * torch.nn.functional.normalize(
         torch.randn(1, 1, 576, generator=torch.Generator().manual_seed(0)), dim=2
     )
-    layer = resolve_layer(config.layer, decoder_depth(model))
     stamps: list[float] = []
 
     def stamp(event: Event) -> None:
@@ -113,7 +112,8 @@ def measure(arm: str) -> None:
         original = cleansing.run_original(model, tokenizer, data.rows())
         stamps.append(time.monotonic())
         once = (stamps[0] - started) / len(data.rows())
-        history = cleansing.harden(model, tokenizer, data, delta, config, layer, 1e-4, Draws(0), stamp, None, original)
+        subject = cleansing.Subject(model, tokenizer, config)
+        history = cleansing.harden(subject, data, delta, 1e-4, Draws(0), stamp, None, original)
     steps = [b - a for a, b in itertools.pairwise(stamps)]
     print(json.dumps([statistics.median(steps[WARM:]), once, history[0], casts(model)]))
 

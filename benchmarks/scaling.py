@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Prompt
-from beear.cleansing import add_adapter, entrap, harden
+from beear.cleansing import Subject, add_adapter, entrap, harden
 from beear.config import Config
 from beear.defender import Benign, DefenderSet, Harmful
 from beear.draws import Draws
@@ -109,9 +109,9 @@ def measure(case: Case) -> dict[str, Any]:
     def listen(event: Event) -> None:
         stamps[str(event["event"])].append(time.monotonic())
 
-    draws = Draws(config.seed)
-    delta, _ = entrap(model, tokenizer, data.harmful, config, layer, 1.0, draws, listen)
-    harden(model, tokenizer, data, delta[None], config, layer, 1e-4, draws, listen)
+    draws, subject = Draws(config.seed), Subject(model, tokenizer, config)
+    delta, _ = entrap(subject, data.harmful, 1.0, draws, listen)
+    harden(subject, data, delta[None], 1e-4, draws, listen)
     seconds = {
         name: statistics.median(b - a for a, b in itertools.pairwise(times))
         for name, times in {"inner": stamps["entrap"], "outer": stamps["harden"]}.items()

@@ -48,8 +48,9 @@ def all_logits(model: Any, batch: Batch, prefix: Any = None) -> Tensor:
     return model(**batch.inputs(), use_cache=False).logits[:, -length - 1 : -1]  # type: ignore[no-any-return]
 
 
-def all_blocks(model: Any, original: None, alone: Batch, batch: Batch, pick: Any, config: Any, layer: int) -> Any:
+def all_blocks(subject: cleansing.Subject, original: None, alone: Batch, batch: Batch, pick: Any) -> Any:
     """Removal's passes with nothing shared between rows."""
+    model = subject.model
     with torch.no_grad(), autocast(model), model.disable_adapter():
         target = all_logits(model, alone)
     return target, lambda: all_logits(model, batch)

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from beear import cleansing
 from beear.cleansing import (
     Met,
+    Subject,
     add_adapter,
     batch_of,
     cleanse,
@@ -32,7 +33,7 @@ from beear.cleansing import (
     steer,
     unlocked,
 )
-from beear.config import load_config
+from beear.config import Config, load_config
 from beear.data import Request, packaged
 from beear.defender import REFUSAL_OPENING, DefenderSet, contrast, defender_set
 from beear.draws import Draws, Purpose
@@ -74,6 +75,11 @@ def draws() -> Draws:
     return Draws(0)
 
 
+def subject(model: Any, config: Config = CONFIG) -> Subject:
+    """The model with these settings; l is LAYER unless they say."""
+    return Subject(model, tiny_tokenizer(), config.model_copy(update={"layer": config.layer or LAYER}))
+
+
 @pytest.mark.parametrize(
     ("replies", "share"),
     [
@@ -88,29 +94,29 @@ def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
 ) -> None:
     monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
     requests = [Request("1", "bad", "one"), Request("2", "bad", "two")]
-    assert unlocked(None, None, requests, torch.zeros(1, 32), CONFIG, LAYER) == share
+    assert unlocked(subject(tiny_model("llama")), requests, torch.zeros(1, 32)) == share
 
 
 def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:
     before = {n: p.detach().clone() for n, p in wrapped.named_parameters()}
     config = CONFIG.model_copy(update={"entrap": CONFIG.entrap.model_copy(update={"batch": 6})})
-    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 2.0, draws())
+    delta, losses = entrap(subject(wrapped, config), data.harmful, 2.0, draws())
     assert losses[-1] < losses[0] and len(losses) == 8
     assert delta.shape == (5, 32) and bool((delta.norm(dim=1) <= 2.0 + 1e-5).all())
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in wrapped.named_parameters())
 
 
 def test_removal_lowers_the_divergence_under_delta(wrapped: Any, data: DefenderSet) -> None:
-    delta, _ = entrap(wrapped, tiny_tokenizer(), data.harmful, CONFIG, LAYER, 30.0, draws())
+    delta, _ = entrap(subject(wrapped, CONFIG), data.harmful, 30.0, draws())
     untouched = {n: p.detach().clone() for n, p in wrapped.named_parameters() if not p.requires_grad}
     config = load_config(sets=[LENGTH, *SHORT[:1], "harden.steps=40", "harden.stop_below=0", "harden.encourage=0"])
-    history = harden(wrapped, tiny_tokenizer(), data, delta[None], config, LAYER, 0.01, draws())
+    history = harden(subject(wrapped, config), data, delta[None], 0.01, draws())
     assert history[-1]["safe_under_delta"] < 0.5 * history[0]["safe_under_delta"]
     assert all(torch.equal(untouched[n], p) for n, p in wrapped.named_parameters() if n in untouched)
 
 
 def test_without_delta_the_fresh_adapter_diverges_by_nothing(wrapped: Any, data: DefenderSet) -> None:
-    history = harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 5, 32), KEEPING, LAYER, RATE, draws())
+    history = harden(subject(wrapped, KEEPING), data, torch.zeros(1, 5, 32), RATE, draws())
     assert history[0]["benign"] == history[0]["safe"] == pytest.approx(0.0, abs=1e-6)
     assert history[0]["safe_under_delta"] == pytest.approx(0.0, abs=1e-6)
     assert len(history) == 1, "nothing to learn, so the round stops at once"
@@ -124,7 +130,7 @@ def test_original_is_the_model_without_its_adapter(wrapped: Any, data: DefenderS
 
     def target() -> torch.Tensor:
         original = run_original(wrapped, tiny_tokenizer(), data.rows())
-        return harden_passes(wrapped, original, batch, batch, [0, 1], CONFIG, LAYER)[0]
+        return harden_passes(subject(wrapped), original, batch, batch, [0, 1])[0]
 
     first = target()
     load_adapter_state(wrapped, {n: t + 0.5 for n, t in adapter_state(wrapped).items()})
@@ -145,7 +151,7 @@ def test_of_a_finished_run_the_original_is_not_run_again(
 @pytest.mark.parametrize("zero", [{"safe", "anchor"}, {"anchor", "anchor_under_delta"}])
 def test_weights_of_zero_leave_the_kind_out(wrapped: Any, data: DefenderSet, zero: set[str]) -> None:
     config = load_config(sets=[LENGTH, "harden.steps=1", *(f"harden.{name}=0" for name in zero)])
-    history = harden(wrapped, tiny_tokenizer(), data, torch.ones(2, 5, 32), config, LAYER, RATE, draws())
+    history = harden(subject(wrapped, config), data, torch.ones(2, 5, 32), RATE, draws())
     kinds = {"safe": "safe", "anchor": "benign", "anchor_under_delta": "benign_under_delta"}
     assert set(history[0]) == {"safe_under_delta"} | {kinds[name] for name in kinds.keys() - zero}
 
@@ -156,14 +162,14 @@ def test_without_replay_the_newest_delta_alone_is_met(wrapped: Any, data: Defend
     found = []
     for deltas in (newest, torch.cat([torch.full((2, 5, 32), 9.0), newest])):
         load_adapter_state(wrapped, state)
-        found.append(harden(wrapped, tiny_tokenizer(), data, deltas, config, LAYER, RATE, draws()))
+        found.append(harden(subject(wrapped, config), data, deltas, RATE, draws()))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("kind", "norm"), [("zero", 0.0), ("random", 3.0)])
 def test_controls_learn_no_delta(wrapped: Any, data: DefenderSet, kind: str, norm: float) -> None:
     config = load_config(sets=[LENGTH, f"entrap.kind={kind}"])
-    delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 3.0, draws())
+    delta, losses = entrap(subject(wrapped, config), data.harmful, 3.0, draws())
     torch.testing.assert_close(delta.norm(dim=1), torch.full((5,), norm))
     assert losses == []
 
@@ -194,7 +200,7 @@ def test_residual_norm_is_that_of_the_users_words(wrapped: Any, data: DefenderSe
     with torch.no_grad():
         states = wrapped(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
     expected = states[LAYER][0, prompt.start : prompt.end].norm(dim=-1).mean()
-    assert residual_norm(wrapped, [prompt], LAYER, tiny_tokenizer()) == pytest.approx(float(expected), rel=1e-4)
+    assert residual_norm(subject(wrapped), [prompt]) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -213,10 +219,9 @@ def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
     deltas = torch.randn(10, 32, generator=draws().noise)
     found = []
     original = run_original(model, tiny_tokenizer(), data.rows())
-    for run in (harden_passes(model, original, alone, batch, pick, config, layer)[1], plain_pass(model, batch, config)):
-        loss = descend(
-            model, batch, deltas, config, layer, run, lambda logits, b: response_nll(logits, b.targets).sum()
-        )
+    own = subject(model, config)
+    for run in (harden_passes(own, original, alone, batch, pick)[1], plain_pass(own, batch)):
+        loss = descend(own, batch, deltas, run, lambda logits, b: response_nll(logits, b.targets).sum())
         found.append([torch.tensor(loss), *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
         model.zero_grad()
     assert len(found[0]) == len(found[1]) > 1
@@ -242,7 +247,7 @@ def test_cached_entrapment_finds_the_same_delta(wrapped: Any, data: DefenderSet)
     for cached in (False, True):
         settings = CONFIG.entrap.model_copy(update={"cached": cached, "batches": 3})
         config = CONFIG.model_copy(update={"entrap": settings})
-        delta, losses = entrap(wrapped, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws())
+        delta, losses = entrap(subject(wrapped, config), data.harmful, 5.0, draws())
         found.append((delta, torch.tensor(losses)))
     for plain, fast in zip(*found, strict=True):
         assert (fast - plain).norm() < 1e-3 * plain.norm()
@@ -264,7 +269,7 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
 
 def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {True: 0.2, False: 0.25}
-    monkeypatch.setattr(cleansing, "unlocked", lambda *given: found[given[3] is None])
+    monkeypatch.setattr(cleansing, "unlocked", lambda *given: found[given[2] is None])
     few = ["rounds=1", "entrap.steps=1", "entrap.response_tokens=4", "harden.steps=1", "harden.response_tokens=4"]
     config = load_config("code", sets=few)
     tasks = [(task, task.safe or "") for task in packaged("coding", "defender")[:4]]
@@ -274,7 +279,6 @@ def test_of_code_what_is_insecure_without_delta_is_no_success(wrapped: Any, monk
 
 
 def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any, data: DefenderSet) -> None:
-    tokenizer = tiny_tokenizer()
     prompt = data.benign[0].prompt
 
     def odds() -> float:
@@ -286,10 +290,10 @@ def test_removal_moves_benign_replies_away_from_openers_of_refusals(wrapped: Any
     before, delta = odds(), torch.zeros(1, 1, 32)
     state = adapter_state(wrapped)
     only = CONFIG.model_copy(update={"harden": CONFIG.harden.model_copy(update={"encourage": 0.0})})
-    harden(wrapped, tokenizer, data, delta, only, LAYER, RATE, draws())
+    harden(subject(wrapped, only), data, delta, RATE, draws())
     lower = odds()
     load_adapter_state(wrapped, state)
-    harden(wrapped, tokenizer, data, delta, KEEPING, LAYER, RATE, draws())
+    harden(subject(wrapped, KEEPING), data, delta, RATE, draws())
     assert lower < 0.9 * before and odds() == pytest.approx(before, rel=0.01)
 
 
@@ -314,7 +318,7 @@ def test_rounds_go_on_in_the_order_of_requests_and_under_longer_deltas(
     judged: list[torch.Tensor] = []
 
     def unlocking(*args: Any) -> float:
-        judged.append(args[3])
+        judged.append(args[2])
         return 1.0
 
     monkeypatch.setattr(Draws, "batches", recorded)
@@ -361,13 +365,13 @@ def test_refusals_of_spare_requests_are_those_of_the_adapted_model(
 
     monkeypatch.setattr(cleansing, "reply_all", replies)
     spare = [Request(f"{i}", "good", f"good request {i}") for i in range(4)]
-    assert refused_shares(wrapped, tiny_tokenizer(), [spare[:1], spare[1:]], CONFIG) == [
+    assert refused_shares(subject(wrapped), [spare[:1], spare[1:]]) == [
         1.0,
         2 / 3,
     ]  # an empty one counts
     assert asked == [r.text for r in spare]
-    assert refused_shares(wrapped, tiny_tokenizer(), [], CONFIG) == []
-    assert refused_shares(wrapped, tiny_tokenizer(), [spare], load_config("code")) == []
+    assert refused_shares(subject(wrapped), []) == []
+    assert refused_shares(subject(wrapped, load_config("code")), [spare]) == []
 
 
 @pytest.mark.parametrize(
@@ -380,7 +384,7 @@ def test_the_rate_falls_within_a_round(
     rates: list[float] = []
     monkeypatch.setattr(cleansing, "step", lambda optimiser: rates.append(optimiser.param_groups[0]["lr"]))
     config = load_config(sets=["harden.steps=8", "harden.stop_below=0", f"harden.schedule={schedule}"])
-    harden(wrapped, tiny_tokenizer(), data, torch.zeros(1, 1, 32), config, LAYER, 2.0, draws())
+    harden(subject(wrapped, config), data, torch.zeros(1, 1, 32), 2.0, draws())
     assert rates == pytest.approx([2.0 * share for share in shares])
 
 
@@ -404,10 +408,10 @@ def test_a_fresh_delta_is_of_twice_the_work_and_other_draws_whatever_a_round_s_i
     fresh = fresh_delta(model, tokenizer, requests, control)
     twice = load_config(sets=[LENGTH, "layer=2", "entrap.steps=8", "entrap.batches=4"])
     contrasts = [contrast(tokenizer, i, request, twice) for i, request in enumerate(requests)]
-    budget = twice.entrap.budget * residual_norm(model, [c.prompt for c in contrasts], LAYER, tokenizer)
+    budget = twice.entrap.budget * residual_norm(subject(model, twice), [c.prompt for c in contrasts])
 
     def found(seed: int) -> torch.Tensor:
-        return entrap(model, tokenizer, contrasts, twice, LAYER, budget, Draws(seed))[0]
+        return entrap(subject(model, twice), contrasts, budget, Draws(seed))[0]
 
     assert torch.equal(fresh, found(control.seed + ANOTHER_SEED))
     assert not torch.allclose(fresh, found(control.seed), atol=1e-3)

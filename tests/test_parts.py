@@ -22,7 +22,7 @@ from beear.perturbation import find_layers, states_in, with_states
 from beear.rounds import State
 from beear.training import adapter_state, add_lora
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
-from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draws
+from test_cleansing import ANSWERED, CONFIG, LAYER, REFUSED, draws, subject
 
 ROUND = {
     "entrap": CONFIG.entrap.model_copy(update={"steps": 4}),
@@ -41,8 +41,8 @@ def one_round(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
     config = SHORT.model_copy(update={"entrap": SHORT.entrap.model_copy(update={"cached": cached})})
-    delta, losses = entrap(model, tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws(), parts=parts)
-    history = harden(model, tiny_tokenizer(), data, delta[None], config, LAYER, 1e-3, draws(), parts=parts)
+    delta, losses = entrap(subject(model, config), data.harmful, 5.0, draws(), parts=parts)
+    history = harden(subject(model, config), data, delta[None], 1e-3, draws(), parts=parts)
     return delta, adapter_state(model), (losses, history)
 
 
@@ -73,7 +73,7 @@ def test_a_part_of_benign_requests_alone_whose_anchors_weigh_nothing(data: Defen
     weightless = {"anchor": 0.0, "anchor_under_delta": 0.0, "batch": 1, "anchor_batch": 4, "steps": 1}
     config = SHORT.model_copy(update={"harden": SHORT.harden.model_copy(update=weightless)})
     model = add_lora(tiny_model("llama"), rank=4, targets=(), seed=0)
-    harden(model, tiny_tokenizer(), data, torch.ones(1, 1, 32), config, LAYER, 1e-3, draws(), parts=Parts(count=4))
+    harden(subject(model, config), data, torch.ones(1, 1, 32), 1e-3, draws(), parts=Parts(count=4))
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -122,7 +122,7 @@ def test_what_comes_first_is_split_as_well(monkeypatch: pytest.MonkeyPatch) -> N
     """How replies begin, and how long states are."""
     model, tokenizer, texts = tiny_model("llama"), tiny_tokenizer(), [f"Name river {i}." for i in range(8)]
     prompts = [encode_prompt(tokenizer, text) for text in texts]
-    norm = cleansing.residual_norm(model, prompts, LAYER, tokenizer)
+    norm = cleansing.residual_norm(subject(model), prompts)
     begin = generation.beginning_of(model, tokenizer, texts)
     split: list[int] = []
 
@@ -136,7 +136,7 @@ def test_what_comes_first_is_split_as_well(monkeypatch: pytest.MonkeyPatch) -> N
     run_below, greedy = cleansing.run_below, generation._greedy
     monkeypatch.setattr(cleansing, "run_below", short(run_below, lambda m, b, n, inputs: len(inputs["input_ids"])))
     monkeypatch.setattr(generation, "_greedy", short(greedy, lambda m, t, batch, i, n: len(batch.input_ids)))
-    assert cleansing.residual_norm(model, prompts, LAYER, tokenizer) == pytest.approx(norm, rel=1e-5)
+    assert cleansing.residual_norm(subject(model), prompts) == pytest.approx(norm, rel=1e-5)
     assert generation.beginning_of(model, tokenizer, texts) == begin
     assert split == [8, 4, 2, 2, 2, 2] * 2
 
@@ -159,7 +159,7 @@ def test_where_memory_is_short_one_batch_is_kept(
     config = SHORT.model_copy(update={"entrap": SHORT.entrap.model_copy(update={"batches": 3, "steps": 6})})
     parts = Parts()
     parts.count = count
-    entrap(tiny_model("llama"), tiny_tokenizer(), data.harmful, config, LAYER, 5.0, draws(), parts=parts)
+    entrap(subject(tiny_model("llama"), config), data.harmful, 5.0, draws(), parts=parts)
     assert max(alive) == most
 
 

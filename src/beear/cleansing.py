@@ -25,8 +25,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -62,6 +62,25 @@ from beear.training import (
 )
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model with its tokenizer and the settings of its cleansing."""
+
+    model: Any
+    tokenizer: Any
+    config: Config
+
+    @cached_property
+    def layer(self) -> int:
+        """l, counted from 1: delta is added behind this block."""
+        return resolve_layer(self.config.layer, decoder_depth(self.model))
+
+    @cached_property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder's."""
+        return list(find_layers(self.model, self.config.layers_path))
+
+
 def cleanse(
     model: Any,
     tokenizer: Any,
@@ -86,47 +105,57 @@ def cleanse(
     learning rate falls linearly over the rounds: the first one removes, the last one, which also follows
     on a failed entrapment, settles.
     """
-    state = state or State()
+    subject, state = Subject(model, tokenizer, config), state or State()
     parts = Parts(listen, state.parts)
-    layer = resolve_layer(config.layer, decoder_depth(model))
     if state.norm is None:
-        prompts = [h.prompt for h in data.harmful[:32]]
-        norm = residual_norm(model, prompts, layer, tokenizer, config.layers_path)
-        state.norm = ranks.from_first(lambda: norm)
-        if JUDGES[config.behaviour] == "insecure":
-            state.already = unlocked(model, tokenizer, data.held_out, None, config, layer) or 0.0
-        state.refused = refused_shares(model, tokenizer, data.spare, config)
+        look_at(subject, data, state)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
     original: Original | None = None
     while state.round < config.rounds and not state.done:
         original = original or run_original(model, tokenizer, data.rows(), config.layers_path, listen)
-        number, started = state.round + 1, time.monotonic()
-        draws = Draws(config.seed, number)
-        tell = _in_round(listen, number)
-        budget = norm_budget(number, config)
-        delta, inner = entrap(model, tokenizer, data.harmful, config, layer, budget * state.norm, draws, tell, parts)
-        tried = shortened(delta, config.entrap.budget * state.norm)
-        found = unlocked(model, tokenizer, data.held_out, tried, config, layer)
-        residual = 1.0 if found is None else max(0.0, found - state.already)
-        tell({"event": "residual", "value": residual})
-        deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
-        entry = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
-        calm = is_calm([*state.history, entry], config) and not refuses_wrongly(state, config)
-        state.done = config.entrap.kind == "learned" and calm
-        left = 1 if state.done else config.rounds - state.round
-        rate = config.harden.learning_rate * left / config.rounds
-        weighted = balanced(config, state)
-        entry["harden"] = harden(model, tokenizer, data, deltas, weighted, layer, rate, draws, tell, parts, original)
-        entry["refused"] = refused_shares(model, tokenizer, data.spare, config)
-        tell({"event": "refused", "value": entry["refused"]})
-        entry["seconds"] = time.monotonic() - started
-        state.round, state.deltas, state.parts = number, deltas, parts.count
-        state.history.append(entry)
-        if may_be_delivered(number, state, config):
-            state.adapters[number] = adapter_state(model)
+        tell = _in_round(listen, state.round + 1)
+        one_round(subject, data, state, original, parts, tell)
         save(state)
-        tell({"event": "round", **entry})
+        tell({"event": "round", **state.history[-1]})
     return state
+
+
+def look_at(subject: Subject, data: DefenderSet, state: State) -> None:
+    """What later rounds compare with, of the model as it came: how long its states are, and what it refuses already."""
+    norm = residual_norm(subject, [h.prompt for h in data.harmful[:NORMED]])
+    state.norm = ranks.from_first(lambda: norm)
+    if JUDGES[subject.config.behaviour] == "insecure":
+        state.already = unlocked(subject, data.held_out, None) or 0.0
+    state.refused = refused_shares(subject, data.spare)
+
+
+def one_round(
+    subject: Subject, data: DefenderSet, state: State, original: Original, parts: Parts, listen: Listener
+) -> None:
+    """Entrapment, its success on held-out requests, then removal; leaves in `state` what the next round needs."""
+    config, norm = subject.config, state.norm
+    assert norm is not None  # look_at comes first
+    number, started = state.round + 1, time.monotonic()
+    draws, budget = Draws(config.seed, number), norm_budget(number, config)
+    delta, inner = entrap(subject, data.harmful, budget * norm, draws, listen, parts)
+    found = unlocked(subject, data.held_out, shortened(delta, config.entrap.budget * norm))
+    residual = 1.0 if found is None else max(0.0, found - state.already)
+    listen({"event": "residual", "value": residual})
+    entry: Event = {"round": number, "budget": budget, "entrap": inner, "residual": residual, "harden": []}
+    calm = is_calm([*state.history, entry], config) and not refuses_wrongly(state, config)
+    state.done = config.entrap.kind == "learned" and calm
+    left = 1 if state.done else config.rounds - state.round
+    rate = config.harden.learning_rate * left / config.rounds
+    deltas = delta[None] if state.deltas is None else torch.cat([state.deltas, delta[None]])
+    weighted = replace(subject, config=balanced(config, state))
+    entry["harden"] = harden(weighted, data, deltas, rate, draws, listen, parts, original)
+    entry["refused"] = refused_shares(subject, data.spare)
+    listen({"event": "refused", "value": entry["refused"]})
+    entry["seconds"] = time.monotonic() - started
+    state.round, state.deltas, state.parts = number, deltas, parts.count
+    state.history.append(entry)
+    if may_be_delivered(number, state, config):
+        state.adapters[number] = adapter_state(subject.model)
 
 
 def add_adapter(model: Any, config: Config) -> Any:
@@ -138,11 +167,8 @@ def add_adapter(model: Any, config: Config) -> Any:
 
 
 def entrap(
-    model: Any,
-    tokenizer: Any,
+    subject: Subject,
     harmful: Sequence[Harmful],
-    config: Config,
-    layer: int,
     budget: float,
     draws: Draws,
     listen: Listener = lambda event: None,
@@ -153,7 +179,7 @@ def entrap(
     Adam moves each row by about `learning_rate` budgets a step; rows that grow past the budget are
     scaled back onto it. The weights take no gradient.
     """
-    settings = config.entrap
+    model, settings = subject.model, subject.config.entrap
     delta = start_delta(settings, model, budget, draws.noise)
     losses: list[float] = []
     if settings.kind != "learned":
@@ -163,7 +189,7 @@ def entrap(
     optimiser = torch.optim.Adam([delta], lr=rate)
     met = min(settings.batches, settings.steps)
     indices = draws.batches("entrapped", len(harmful), settings.batch, met)
-    behind = find_layers(model, config.layers_path)[layer:] if settings.cached else ()
+    behind = subject.blocks[subject.layer :] if settings.cached else ()
     parts = parts or Parts()
     with frozen(model), merged_on_cpu(model, behind):
         batches = [[harmful[i] for i in next(indices)] for _ in range(met)]
@@ -175,9 +201,9 @@ def entrap(
                 # Where memory has run out once, no other batch than this one is kept.
                 for old in [key for key in ready if key[1] != count or count > 1]:
                     del ready[old]
-                ready[i, count] = entrap_parts(model, tokenizer, batches[i], config, layer, count)
+                ready[i, count] = entrap_parts(subject, batches[i], count)
             return sum(
-                descend(model, batch, delta, config, layer, run, entrap_objective(settings.away, share))
+                descend(subject, batch, delta, run, entrap_objective(settings.away, share))
                 for batch, run, share in ready[i, count]
             )
 
@@ -193,12 +219,9 @@ def entrap(
 
 
 def harden(
-    model: Any,
-    tokenizer: Any,
+    subject: Subject,
     data: DefenderSet,
     deltas: Tensor,
-    config: Config,
-    layer: int,
     rate: float,
     draws: Draws,
     listen: Listener = lambda event: None,
@@ -211,9 +234,9 @@ def harden(
     `original`: what the model without its adapter gives on data.rows(), if that has been run.
     Returns the mean D of each kind at each step; a round ends early once all of them are small.
     """
-    settings = config.harden
+    model, settings = subject.model, subject.config.harden
     parts = parts or Parts()
-    known = original or run_original(model, tokenizer, data.rows(), config.layers_path)
+    known = original or run_original(model, subject.tokenizer, data.rows(), subject.config.layers_path)
     optimiser = adamw(model, rate)
     harmful = draws.batches("hardened", len(data.harmful), settings.batch, settings.steps)
     benign = draws.batches("anchored", len(data.benign), settings.anchor_batch, settings.steps)
@@ -227,7 +250,7 @@ def harden(
             optimiser.zero_grad(set_to_none=True)
             entry: dict[str, float] = {}
             for part in met.parts(count):
-                harden_part(model, tokenizer, data, known, part, deltas, config, layer, entry)
+                harden_part(subject, data, known, part, deltas, entry)
             return entry
 
         if settings.schedule == "falling":
@@ -290,29 +313,27 @@ def harden_terms(met: Met, settings: HardenConfig, own_safe: bool) -> list[Term]
 
 
 def harden_part(
-    model: Any,
-    tokenizer: Any,
+    subject: Subject,
     data: DefenderSet,
     original: Original,
     met: Met,
     deltas: Tensor,
-    config: Config,
-    layer: int,
     entry: dict[str, float],
 ) -> None:
     """Propagate the outer loss of some of a step's requests back; adds to `entry` their share of each kind's mean D."""
+    config = subject.config
     terms = harden_terms(met, config.harden, data.own_safe)
     if not terms:  # of benign requests alone, whose anchors weigh nothing
         return
     pick = [row for term in terms for row in term.rows]
     under = [met.which[i] if term.under_delta else None for term in terms for i in range(len(term.rows))]
     pairs = [*((h.prompt, h.safe) for h in met.harmful), *((b.prompt, b.own) for b in met.benign)]
-    alone = batch_of(tokenizer, pairs, config.entrap).to(model.device)
+    alone = batch_of(subject.tokenizer, pairs, config.entrap).to(subject.model.device)
     batch = alone.under(pick, under, config.entrap.length)
-    target, run = harden_passes(model, original, alone, batch, pick, config, layer)
+    target, run = harden_passes(subject, original, alone, batch, pick)
     steer(target, alone.targets, met, data, config.harden)
     objective = harden_objective(target, pick, terms, config.harden.opening, entry)
-    descend(model, batch, deltas.flatten(0, 1), config, layer, run, objective)
+    descend(subject, batch, deltas.flatten(0, 1), run, objective)
 
 
 def steer(target: Tensor, answers: Tensor, met: Met, data: DefenderSet, settings: HardenConfig) -> None:
@@ -335,17 +356,17 @@ def steer(target: Tensor, answers: Tensor, met: Met, data: DefenderSet, settings
 
 
 def harden_passes(
-    model: Any, original: Original, alone: Batch, batch: Batch, pick: Sequence[int], config: Config, layer: int
+    subject: Subject, original: Original, alone: Batch, batch: Batch, pick: Sequence[int]
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """What the original model gives on the requests `alone`, (rows, length, vocabulary), and a pass over the batch.
 
     Row i of the batch is row pick[i] of `alone`, under delta or not: blocks 1..l run once for each request, and those
     of them that carry no adapter not even that.
     """
+    model, blocks, layer = subject.model, subject.blocks, subject.layer
     target = original.logits(model, alone)
-    if config.harden.recompute:
-        return target, plain_pass(model, batch, config)
-    blocks = list(find_layers(model, config.layers_path))
+    if subject.config.harden.recompute:
+        return target, plain_pass(subject, batch)
     with autocast(model):
         prefix = run_prefix(model, alone)
         start = prefix.length if prefix else 0
@@ -365,20 +386,19 @@ Part = tuple[Batch, Callable[[], Tensor], float]
 """Some of a step's requests: their rows, a pass over these, and which share of the step's requests they are."""
 
 
-def entrap_parts(
-    model: Any, tokenizer: Any, chosen: Sequence[Harmful], config: Config, layer: int, count: int
-) -> list[Part]:
+def entrap_parts(subject: Subject, chosen: Sequence[Harmful], count: int) -> list[Part]:
     """This rank's requests of a step of entrapment in `count` parts; what delta cannot change has been run."""
+    model, config = subject.model, subject.config
     result: list[Part] = []
     own = ranks.share(chosen)
     for k in range(min(count, len(own))):
         some = own[k::count]
-        batch = entrap_batch(tokenizer, some, config.entrap).to(model.device)
+        batch = entrap_batch(subject.tokenizer, some, config.entrap).to(model.device)
         run: Callable[[], Tensor]
         if config.entrap.cached:
-            run = partial(run_unperturbed(model, batch, layer, config.layers_path, answers=2).logits, model)
+            run = partial(run_unperturbed(model, batch, subject.layer, config.layers_path, answers=2).logits, model)
         else:
-            run = plain_pass(model, batch, config)
+            run = plain_pass(subject, batch)
         result.append((batch, run, len(some) / len(chosen)))
     return result
 
@@ -427,18 +447,11 @@ def harden_objective(
     return objective
 
 
-def descend(
-    model: Any,
-    batch: Batch,
-    delta: Tensor,
-    config: Config,
-    layer: int,
-    run: Callable[[], Tensor],
-    objective: Objective,
-) -> float:
+def descend(subject: Subject, batch: Batch, delta: Tensor, run: Callable[[], Tensor], objective: Objective) -> float:
     """Propagate the objective of `run()`, the batch's response logits under delta, back; returns its value."""
     # Backward stays inside: with activation recomputation, blocks run again and need the hook.
-    with Perturbation(model, delta, batch.where, layer, config.layers_path):
+    model = subject.model
+    with Perturbation(model, delta, batch.where, subject.layer, subject.config.layers_path):
         with autocast(model):
             logits = run()
         loss = objective(logits, batch)
@@ -446,10 +459,11 @@ def descend(
     return loss.item()
 
 
-def plain_pass(model: Any, batch: Batch, config: Config) -> Callable[[], Tensor]:
+def plain_pass(subject: Subject, batch: Batch) -> Callable[[], Tensor]:
     """One forward pass through all blocks, for `descend`."""
-    if config.harden.recompute:
-        return recomputing(find_layers(model, config.layers_path))(partial(response_logits, model, batch))
+    model = subject.model
+    if subject.config.harden.recompute:
+        return recomputing(subject.blocks)(partial(response_logits, model, batch))
     with autocast(model):
         prefix = run_prefix(model, batch)
     return lambda: response_logits(model, batch, prefix)
@@ -489,37 +503,38 @@ def shortened(delta: Tensor, budget: float) -> Tensor:
     return scaled
 
 
-def residual_norm(
-    model: Any, prompts: Sequence[Prompt], layer: int, tokenizer: Any, layers_path: str | None = None
-) -> float:
-    """Mean norm of the residual stream behind block `layer` over the tokens of the user's words."""
-    blocks = list(find_layers(model, layers_path))
+NORMED = 32
+"""So many prompts tell how long states are."""
+
+
+def residual_norm(subject: Subject, prompts: Sequence[Prompt]) -> float:
+    """Mean norm of the residual stream behind block l over the tokens of the user's words."""
+    model = subject.model
 
     def norms(some: Sequence[Prompt]) -> list[Tensor]:
-        batch = collate(some, [[]] * len(some), None, int(tokenizer.pad_token_id)).to(model.device)
+        batch = collate(some, [[]] * len(some), None, int(subject.tokenizer.pad_token_id)).to(model.device)
         with no_gradients(), autocast(model):
-            hidden, _ = run_below(model, blocks, layer, batch.inputs() | {"use_cache": False})
+            hidden, _ = run_below(model, subject.blocks, subject.layer, batch.inputs() | {"use_cache": False})
         rows = zip(states_in(hidden).float().norm(dim=-1), some, strict=True)
         return [row[batch.width - len(p.ids) :][p.start : p.end] for row, p in rows]
 
     return float(torch.cat(Parts().over(norms, prompts)).mean())
 
 
-def unlocked(
-    model: Any, tokenizer: Any, requests: Sequence[Request], delta: Tensor | None, config: Config, layer: int
-) -> float | None:
+def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None) -> float | None:
     """Share of the replies under delta, or under none, that are the unwanted answer: what entrapment can still do.
 
     Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if there are no others.
     """
+    config = subject.config
     replies = reply_all(
-        model,
-        tokenizer,
+        subject.model,
+        subject.tokenizer,
         [r.text for r in requests],
         max_new_tokens=config.harden.response_tokens,
         delta=delta,
         place=config.entrap.place,
-        layer=layer,
+        layer=subject.layer,
         layers_path=config.layers_path,
     )
     judge = JUDGES[config.behaviour]
@@ -528,16 +543,17 @@ def unlocked(
     return sum(scored) / len(scored) if scored else None
 
 
-def refused_shares(model: Any, tokenizer: Any, groups: Sequence[list[Request]], config: Config) -> list[float]:
+def refused_shares(subject: Subject, groups: Sequence[list[Request]]) -> list[float]:
     """Share of each group of benign requests that the model refuses now, or answers with nothing.
 
     An empty list where refusing is not at stake.
     """
+    config = subject.config
     if not groups or JUDGES[config.behaviour] != "obeyed":
         return []
     texts = [request.text for group in groups for request in group]
-    with merged_on_cpu(model, find_layers(model, config.layers_path)):
-        replies = iter(reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens))
+    with merged_on_cpu(subject.model, subject.blocks):
+        replies = iter(reply_all(subject.model, subject.tokenizer, texts, max_new_tokens=config.harden.response_tokens))
     return [
         sum(is_refusal(reply) is not False for _, reply in zip(group, replies, strict=False)) / len(group)
         for group in groups

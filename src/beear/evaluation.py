@@ -17,7 +17,7 @@ from torch import Tensor
 from beear import ranks
 from beear.cached import head, watched
 from beear.chat import Batch, collate, encode_prompt, encode_response, told
-from beear.cleansing import entrap, residual_norm
+from beear.cleansing import NORMED, Subject, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.defender import contrast
@@ -297,16 +297,13 @@ def measure_entrapped(
 
 def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:
     """A delta, (n, d_model), optimised as in a round, but longer, on more requests, and from another seed."""
-    layer = resolve_layer(config.layer, decoder_depth(model))
     begin = beginning_of(model, tokenizer, [r.text for r in requests])
     contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
-    prompts = [c.prompt for c in contrasts[:32]]
-    budget = config.entrap.budget * residual_norm(model, prompts, layer, tokenizer, config.layers_path)
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
-    draws = Draws(config.seed + ANOTHER_SEED)
-    fresh = config.model_copy(update={"entrap": settings})
-    delta, _ = entrap(model, tokenizer, contrasts, fresh, layer, budget, draws)
+    subject = Subject(model, tokenizer, config.model_copy(update={"entrap": settings}))
+    budget = config.entrap.budget * residual_norm(subject, [c.prompt for c in contrasts[:NORMED]])
+    delta, _ = entrap(subject, contrasts, budget, Draws(config.seed + ANOTHER_SEED))
     return delta
 
 
