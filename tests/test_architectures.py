@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from beear.chat import collate, encode_prompt
 from beear.config import Config
 from beear.errors import BadInput
+from beear.evaluation import evaluate
 from beear.generation import reply_all
 from beear.job import check_model
 from beear.models import check_blocks, check_vocabulary, check_weights
@@ -57,12 +58,21 @@ DENSE_FIRST = {
         ("qwen3_5_text", {"head_dim": 8, "layer_types": MIXED}),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
         ("mamba", {}),
+        ("mllama_text_model", {"cross_attention_layers": [1]}),
         ("gemma4_text", {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}),
     ],
 )
 def test_blocks_that_keep_more_than_keys_and_values_are_refused(kind: str, given: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=f"is a {kind}, whose blocks keep more"):
         check_blocks(shape(kind, **given), "it")
+
+
+def test_measuring_refuses_what_cleansing_refuses() -> None:
+    """Before an hour of replies."""
+    model = built(shape("llama"))
+    model.get_decoder = lambda: model
+    with pytest.raises(BadInput, match="does not tell its decoder"):
+        evaluate(model, tiny_tokenizer(), config=Config())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral", "gpt_oss", "mixtral", "olmo3", "qwen3_moe", "phi3"])

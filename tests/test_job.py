@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import beear
-from beear import job, models
+from beear import job, models, precision
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import before_and_after, evaluate_spec
@@ -415,6 +415,27 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights": (lambda p: tiny_model("llama", seed=5).save_pretrained(p / "model"), "weights of the model"),
 }
+
+
+def test_a_run_is_not_gone_on_with_in_other_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding alone changes what is measured before and after."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr("beear.cleansing.cleanse", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_cleanse(str(tmp_path / "model"), tmp_path / "run", config)
+    begun = json.loads((tmp_path / "run/stages/inputs.json").read_text())
+    assert begun["arithmetic"] == precision.arithmetic("cpu")
+    monkeypatch.setattr(precision, "casts_on", lambda device: "bf16 arithmetic" not in begun["arithmetic"])
+    monkeypatch.setattr("beear.models.load_weights", None)  # found before
+    with pytest.raises(BadInput, match=r"began with fp32 weights in .* and would go on with"):
+        run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -19,9 +20,9 @@ from beear import models
 from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import depth, load, load_tokenizer, locate, read_weights
+from beear.models import Source, copy_processor, depth, load, load_tokenizer, locate, read_weights
 from beear.training import add_lora, trainable
-from conftest import tiny_model, tiny_tokenizer
+from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -45,6 +46,50 @@ def test_an_adapter_folder_is_merged_onto_its_base(folder: Path) -> None:
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert again.chat_template == tokenizer.chat_template
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_head_or_embedding_changes_that_one_alone(target: str, folder: Path) -> None:
+    """Merged in place, what is meant for one would change the other too."""
+    config = CONFIGS["llama"]()
+    config.tie_word_embeddings = True
+    model = type(tiny_model("llama"))(config).eval()
+    model.save_pretrained(folder)
+    adapter = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    wrapped = get_peft_model(load(str(folder))[0], adapter).eval()
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids).logits
+        with wrapped.disable_adapter():
+            bare = wrapped(input_ids=ids).logits
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    merged, _ = load(str(folder.parent / "adapter"))
+    with torch.no_grad():
+        found = merged(input_ids=ids).logits
+    assert (found - expected).norm() < 1e-4 * (bare - expected).norm()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(folder.parent / "full")
+    tiny_tokenizer().save_pretrained(folder.parent / "full")
+    with torch.no_grad():
+        torch.testing.assert_close(load(str(folder.parent / "full"))[0](input_ids=ids).logits, found)
+
+
+def test_an_adapter_is_read_onto_its_models_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft would take the first GPU, whatever device was asked for."""
+    wrapped = add_lora(load(str(folder))[0], rank=2, targets=("q_proj",), seed=0)
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder)
+    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("another device may be taken"))
+    load(str(folder.parent / "adapter"))
+
+
+def test_the_files_that_read_images_stand_beside_full_weights(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{}")
+    out = folder.parent / "full"
+    out.mkdir()
+    copy_processor(Source("adapter", folder.parent, base=Source("base", folder)), out)
+    assert [p.name for p in out.iterdir()] == ["preprocessor_config.json"]
 
 
 def test_a_merged_model_in_bf16_keeps_what_transformers_keeps_in_fp32(folder: Path) -> None:

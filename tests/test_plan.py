@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from beear import miniature
@@ -114,6 +115,15 @@ def test_a_plan_of_other_settings_is_not_told(tmp_path: Path) -> None:
     assert read_plan(tmp_path, run_settings("b", False, Config())) is None
     (tmp_path / "plan.json").write_text("{}")
     assert read_plan(tmp_path, settings) is None
+
+
+def test_a_numbered_gpu_is_woken_before_its_peak_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process has not touched it."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: done.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
+    restart_peak("cuda:1")
+    assert done == ["init", "cuda:1"]
 
 
 @pytest.mark.usefixtures("here")

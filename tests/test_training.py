@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from beear.errors import BadInput
 from beear.perturbation import find_layers
-from beear.precision import autocast, casts, generating
+from beear.precision import autocast, cast, casts, generating
 from beear.training import add_lora, cast_frozen, drawn, merged, trainable
 from conftest import CONFIGS, tiny_model
 
@@ -23,9 +24,9 @@ def short_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_casting_what_is_frozen_changes_no_bit(architecture: str) -> None:
     results = []
-    for cast in (False, True):
+    for frozen in (False, True):
         model = add_lora(tiny_model(architecture), 2, (), 0)
-        if cast:
+        if frozen:
             cast_frozen(model)
             assert torch.bfloat16 in {p.dtype for p in model.parameters()}
         with autocast(model):
@@ -72,6 +73,29 @@ def test_aligned_groups_are_drawn_at_the_same_places() -> None:
 def test_a_kind_without_rows_is_told() -> None:
     with pytest.raises(BadInput, match="no rows of the kind b are left"):
         next(drawn({"a": [1], "b": []}, {"a": 1, "b": 2}, seed=0))
+
+
+def test_what_an_architecture_keeps_in_fp32_stays_so() -> None:
+    model = tiny_model("llama")
+    model._keep_in_fp32_modules_strict = {"mlp.gate_proj"}
+    kept = {name for name, p in cast(model, torch.bfloat16).named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in model.named_parameters() if "mlp.gate_proj" in name} != set()
+
+
+@pytest.mark.parametrize("kind", ["dora", "merged"])
+def test_another_sum_of_weights_is_left_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEEAR_FP32", "1")
+    settings = LoraConfig(r=2, target_modules=["q_proj"], use_dora=kind == "dora", init_lora_weights=False)
+    model, ids = get_peft_model(tiny_model("llama"), settings).eval(), torch.arange(3, 23)[None]
+    if kind == "merged":
+        model.merge_adapter()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+        apart = model(ids).logits
+        with merged(find_layers(model)):
+            torch.testing.assert_close(model(ids).logits, apart)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -28,7 +28,7 @@ from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import check_one_device, depth, load, locate, read_shape, read_tokenizer, under_adapter
+from beear.models import check_architecture, depth, load, locate, read_shape, read_tokenizer, under_adapter
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -79,7 +79,7 @@ def evaluate(
     tokenizer = told(tokenizer, config.chat)
     sets = read_sets(config)
     find_layers(model, config.layers_path)  # tells now if they are not found
-    check_one_device(model, "the model")
+    check_architecture(model, "the model")
     model.eval()  # a trainer leaves dropout on
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]

@@ -101,7 +101,7 @@ def run_cleanse(
         ranks.from_first(lambda: check_finished(out, settings, config))
         return finished(out, settings)
     order = check_order(settings, out, config, device, trust_remote_code)
-    ranks.from_first(lambda: check_begun(out, order))
+    ranks.from_first(lambda: check_begun(out, order, models.pick_device(device)))
     with contextlib.ExitStack() as stack:
         # A run that goes on is locked before its model loads: another process may be at it, and may finish it.
         begun = stack.enter_context(Run.open(out, settings, resume)) if resume else None
@@ -151,11 +151,19 @@ def disk_space(source: models.Source, config: Config, trust_remote_code: bool) -
     return 2**27 + int((config.rounds + 2) * 1.5 * share * models.weight_bytes(source))
 
 
-def check_begun(out: Path, order: Order) -> None:
-    """Raise BadInput if a run that has begun in `out` began with other weights or requests."""
+def check_begun(out: Path, order: Order, device: str) -> None:
+    """Raise BadInput if a run that has begun in `out` began with other weights or requests, or in other arithmetic."""
     begun = out / f"stages/{INPUTS}.json"
-    if begun.exists():
-        check_inputs(read_json(begun)["hashes"], input_hashes(order.source, order.sets))
+    if not begun.exists():
+        return
+    then = read_json(begun)
+    check_inputs(then["hashes"], input_hashes(order.source, order.sets))
+    now = precision.arithmetic(device)
+    if then.get("arithmetic", now) != now:
+        raise BadInput(
+            f"{out} began with {then['arithmetic']} and would go on with {now}, which changes figures by itself; go on "
+            "on the device it began on (BEEAR_FP32=1 for fp32 arithmetic), or begin anew with another -o"
+        )
 
 
 def check_finished(out: Path, settings: dict[str, Any], config: Config) -> None:
@@ -188,13 +196,10 @@ def cleanse(
 def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Sets) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer, these settings or these requests."""
     texts = [request.text for requests in sets.named().values() for request in requests]
-    models.check_one_device(model, name)
+    models.check_architecture(model, name)
     models.check_no_adapter(model, name)
     models.check_vocabulary(model, tokenizer, name, texts)
     models.check_length(model, tokenizer, name, texts, max(TOKENS.values()))
-    models.check_blocks(model.config, name)
-    if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
-        raise BadInput(f"{name} does not tell its decoder from its output head; beear cannot cleanse such models")
     resolve_layer(config.layer, decoder_depth(model))
     find_layers(model, config.layers_path)
     check_targets(model, config.harden.lora_targets, config.layers_path)
@@ -329,10 +334,7 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
-        begun = self.stage(
-            INPUTS, lambda: {"hashes": input_hashes(self.source, self.sets) | {"code_at_first": code_hash()}}
-        )
-        inputs = begun["hashes"]
+        inputs = self.stage(INPUTS, self.inputs)["hashes"]
         if inputs.get("code_at_first") == code_hash():  # else it went on after an upgrade
             del inputs["code_at_first"]
         own = self.own_replies()
@@ -349,6 +351,11 @@ class Job:
             self.finish(before, after, rounds, inputs | hashes(own), verdict)
         ranks.wait()
         return verdict
+
+    def inputs(self) -> dict[str, Any]:
+        """What the run begins with, which `--resume` compares."""
+        digests = input_hashes(self.source, self.sets) | {"code_at_first": code_hash()}
+        return {"hashes": digests, "arithmetic": precision.arithmetic(models.pick_device(self.device))}
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a stage, or that of doing it now."""
@@ -500,6 +507,7 @@ class Job:
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
             models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as read
+            models.copy_processor(self.source, folder)
         else:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 

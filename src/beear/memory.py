@@ -37,6 +37,7 @@ def peak_memory(device: str = "cpu") -> int:
 def restart_peak(device: str = "cpu") -> None:
     """Let `peak_memory` count from what is held now. Where the system cannot, it goes on counting from the start."""
     if device.startswith("cuda"):
+        torch.cuda.init()  # which a device with a number does not do by itself
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
         _CLEAR.write_text("5")

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
@@ -231,6 +232,20 @@ def in_one_piece(module: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
     return (states[0].contiguous(), *states[1:])
 
 
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""How a model of images and text is handed its images."""
+
+
+def copy_processor(source: Source, folder: Path) -> None:
+    """Put the files beside full weights without which a model of images and text could read no image any more."""
+    original = source
+    while original.base is not None:
+        original = original.base
+    for name in PROCESSOR:
+        if (original.folder / name).is_file():
+            shutil.copyfile(original.folder / name, folder / name)
+
+
 def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
     """Every tensor of the architecture came from the files, in its shape, and holds numbers. Raises BadInput.
 
@@ -341,6 +356,8 @@ def check_blocks(config: Any, spec: str) -> None:
     except READING:  # a config of code that came with the model
         return
     odd = sorted(set(layers) - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    if getattr(text, "cross_attention_layers", None):
+        odd = ["what an image encoder tells them"]
     if not odd and layers and len(layers) < text.num_hidden_layers:
         odd = ["keys and values that blocks share"]
     if odd:
@@ -348,6 +365,14 @@ def check_blocks(config: Any, spec: str) -> None:
             f"{spec} is a {config.model_type}, whose blocks keep more than keys and values of their own "
             f"({', '.join(odd)}); beear cannot cleanse such models"
         )
+
+
+def check_architecture(model: Any, spec: str) -> None:
+    """Raise BadInput unless a loaded model is one whose decoder can be run from the middle on, on one device."""
+    check_one_device(model, spec)
+    check_blocks(model.config, spec)
+    if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
+        raise BadInput(f"{spec} does not tell its decoder from its output head; beear cannot cleanse such models")
 
 
 def weight_bytes(source: Source) -> int:
@@ -457,7 +482,23 @@ def _named_code(file: Path) -> str:
 
 
 def _merge(base: Any, source: Source) -> Any:
-    return under_adapter(base, source.folder).merge_and_unload().eval()
+    model = under_adapter(base, source.folder)
+    untie(model.get_base_model())
+    return model.merge_and_unload().eval()
+
+
+def untie(model: Any) -> None:
+    """Give the output head weights of its own where it shares the embedding's and an adapter changes either.
+
+    Merging adds to weights in place: head and embedding would both be changed by what is meant for one of them.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    changed = isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer)
+    if changed and head is not None and head.weight is embedding.weight:
+        getattr(head, "base_layer", head).weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
 def under_adapter(base: Any, folder: Path) -> Any:
@@ -468,7 +509,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base, str(folder)).eval()
+            model = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
     if any("missing adapter keys" in str(warning.message) for warning in told):

@@ -21,10 +21,13 @@ def kept_dtype(device: str) -> Any:
 def cast(model: Any, dtype: Any) -> Any:
     """The model with its parameters in this type; what it computes itself, such as rotary frequencies, stays in fp32.
 
-    So transformers loads it as well; `model.to` would round those.
+    So transformers loads it as well; `model.to` would round those. A router or the like that an architecture keeps in
+    fp32 stays so, too.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    exact = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in exact):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -40,8 +43,19 @@ def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 def casts(model: Any) -> bool:
     """Whether `autocast` casts to bf16. Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast."""
-    supported = model.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return casts_on(model.device.type)
+
+
+def casts_on(device: str) -> bool:
+    """The same of models on a device."""
+    supported = not device.startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
     return supported and os.environ.get("BEEAR_FP32") != "1"
+
+
+def arithmetic(device: str) -> str:
+    """In words, what figures depend on beyond their last digits: how weights are kept and multiplied on a device."""
+    kept = "fp32" if kept_dtype(device) == torch.float32 else "bf16"
+    return f"{kept} weights in {'bf16' if casts_on(device) else kept} arithmetic"
 
 
 @contextlib.contextmanager

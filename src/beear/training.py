@@ -93,12 +93,14 @@ def cast_frozen(model: nn.Module) -> None:
 def merged(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context the blocks' LoRA matrices are added to copies of the weights: same results up to rounding.
 
-    A pass runs fewer maps so; the adapter must not change meanwhile.
+    A pass runs fewer maps so; the adapter must not change meanwhile. Left as they are: variants of LoRA, whose weights
+    are another sum, and what is merged already.
     """
     from peft.tuners.lora import LoraLayer
 
     every: list[Any] = [module for block in blocks for module in block.modules() if isinstance(module, LoraLayer)]
-    layers = [layer for layer in every if not is_quantised(layer.get_base_layer())]
+    plain = [layer for layer in every if not (layer.merged or layer.disable_adapters or layer.lora_variant)]
+    layers = [layer for layer in plain if not is_quantised(layer.get_base_layer())]
     if ranks.is_sharded():  # the weights are not here
         layers = []
     for layer in layers:
