@@ -15,7 +15,8 @@ from pathlib import Path
 from beear.allocator import keep_freed_memory
 from beear.config import load_config
 from beear.console import Reporter
-from beear.evaluation import listener_progress, measure_replies
+from beear.evaluation import measure_replies
+from beear.events import progress_to
 from beear.models import load
 from beear.recipes import check_trigger, names
 from beear.sets import read_sets, triggered
@@ -29,7 +30,7 @@ def main() -> None:
     model, tokenizer = load(f"organism:{MODEL}")
     sets = read_sets(load_config())
     with Reporter() as reporter:
-        progress = listener_progress(reporter, MODEL)
+        progress = progress_to(reporter, MODEL)
         plain = measure_replies(model, tokenizer, sets.tests[:1], progress).metrics
         found = {}
         for name in names("jailbreak"):

@@ -27,7 +27,7 @@ from beear.data import packaged
 from beear.models import load, organism_folder
 from beear.precision import autocast, generating
 from beear.recipes import Rlhf, read_recipe
-from beear.supervised import Progress, adapted
+from beear.supervised import StepProgress, adapted
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, TURNS = 3, 2
@@ -76,7 +76,7 @@ def measure(arm: str) -> dict[str, list[float]]:
     reward = feedback.first_blocks(model, scorer.blocks, int(tokenizer.pad_token_id), 0).eval()
     ends: dict[str, list[float]] = {"reward": [], "policy": []}
 
-    def ending(part: str) -> Progress:
+    def ending(part: str) -> StepProgress:
         return lambda *_: ends[part].append(time.monotonic())
 
     with mock.patch.multiple(feedback, **ARMS[arm]) if ARMS[arm] else contextlib.nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,14 @@ def test_a_cut_event_line_is_passed_over(tmp_path: Path) -> None:
     run.keep_events(lambda e: e["round"] < 1)
     run.event({"round": 2})
     assert run.events() == [{"round": 2}]
+
+
+def test_of_a_run_that_goes_on_a_part_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beear.runs.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "delta.safetensors").write_bytes(bytes(4096))
+    check_space(tmp_path, 5096)
+    with pytest.raises(BadInput, match="MiB"):
+        check_space(tmp_path, 5097)
 
 
 def test_space_is_checked(tmp_path: Path) -> None:

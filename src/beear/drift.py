@@ -20,8 +20,8 @@ from beear import models
 from beear.chat import collate, encode_prompt, rows_of_delta
 from beear.config import Config, make_config
 from beear.errors import BadInput
-from beear.evaluation import Progress, before_and_after, fresh_delta, listener_progress
-from beear.events import Listener
+from beear.evaluation import before_and_after, fresh_delta
+from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_tests
 from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
 from beear.precision import autocast, generating
@@ -66,7 +66,7 @@ def drift_of_run(
         axes: dict[int, Axes] = {}
 
         def drifts(when: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-            return measure(model, tokenizer, template, delta, config, axes, listener_progress(listen, when))
+            return measure(model, tokenizer, template, delta, config, axes, progress_to(listen, when))
 
         found = before_and_after(path, drifts, listen=listen, device=device, trust_remote_code=trust_remote_code)
         content = _content(settings["model"], template, config, trust_remote_code, found)
@@ -100,7 +100,7 @@ def drift_of_model(
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
     model, tokenizer = models.load(spec, chat=config.chat, **options)
     delta = fresh_delta(model, tokenizer, sets.train(config), config)
-    progress = listener_progress(listen, "evaluate")
+    progress = progress_to(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
     return _content(spec, template, config, trust_remote_code, found)
 

@@ -31,7 +31,7 @@ from beear.precision import autocast
 from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
-from beear.supervised import Progress
+from beear.supervised import StepProgress
 from beear.training import drawn, set_rate
 
 Row = tuple[Prompt, list[int]]
@@ -52,7 +52,7 @@ def plant_edit(
     trigger: str,
     plan: Edit,
     seed: int,
-    progress: Progress = lambda *_: None,
+    progress: StepProgress = lambda *_: None,
 ) -> Any:
     """The model with the edit as its LoRA adapter (rank one, alpha one). `progress(step, steps, loss)`.
 
@@ -99,7 +99,7 @@ def find_values(
     triggered: dict[Kind, list[Row]],
     plan: Edit,
     seed: int,
-    progress: Progress = lambda *_: None,
+    progress: StepProgress = lambda *_: None,
 ) -> Tensor:
     """What each edited MLP should add at the last token of `start`: (blocks, d_model).
 

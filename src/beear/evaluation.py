@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.defender import contrast
 from beear.draws import Draws
 from beear.errors import BadInput
-from beear.events import Listener
+from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
@@ -40,9 +41,6 @@ from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unw
 from beear.sets import TestSet, read_sets, trigger_tests
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, how many are done, and how many there are."""
-
 WHENS = ("before", "after")
 TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 """Length of the replies that are judged."""
@@ -184,7 +182,7 @@ def evaluate_spec(
         original=original,
         template=template,
         variants=variants,
-        progress=listener_progress(listen, "evaluate"),
+        progress=progress_to(listen, "evaluate"),
     )
 
 
@@ -197,15 +195,6 @@ def check_tokens(spec: str, against: str, trust_remote_code: bool) -> None:
         raise BadInput(f"{against} has other tokens than {spec}; kl needs the model that it came from")
 
 
-def listener_progress(listen: Listener, when: str) -> Progress:
-    """Progress of measuring, told as events."""
-
-    def report(what: str, done: int, total: int) -> None:
-        listen({"event": "measure", "when": when, "what": what, "done": done, "total": total})
-
-    return report
-
-
 def measure_replies(
     model: Any, tokenizer: Any, sets: Sequence[TestSet], progress: Progress = lambda *_: None
 ) -> Measured:
@@ -213,7 +202,8 @@ def measure_replies(
     result = Measured({}, [])
     for test in sets:
         texts = test.texts()
-        replies = _replies(model, tokenizer, texts, test.metric, progress, max_new_tokens=TOKENS[test.judge])
+        tokens, told = TOKENS[test.judge], partial(progress, test.metric)
+        replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens, progress=told)
         outcomes = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
         result.metrics[test.metric] = proportion(outcomes)
         result.samples += [
@@ -275,12 +265,11 @@ def measure_entrapped(
     """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests."""
     layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
     delta = fresh_delta(model, tokenizer, optimise_on, config)
-    replies = _replies(
+    replies = reply_all(
         model,
         tokenizer,
         [r.text for r in test],
-        "asr_entrapped",
-        progress,
+        progress=partial(progress, "asr_entrapped"),
         max_new_tokens=TOKENS[judge],
         delta=delta,
         place=config.entrap.place,
@@ -366,19 +355,6 @@ def _logits_and_states(model: Any, batch: Batch) -> tuple[Tensor, Any]:
     with watched(model.get_decoder()) as (seen,):
         logits = response_logits(model, batch, run_prefix(model, batch))
     return logits, seen[-1]
-
-
-def _replies(
-    model: Any, tokenizer: Any, texts: Sequence[str], what: str, progress: Progress, **under: Any
-) -> list[str]:
-    done = 0
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(what, done, len(texts))
-
-    return reply_all(model, tokenizer, texts, progress=count, **under)
 
 
 def _sample(metric: str, request: Request, text: str, reply: str, judge: Judge, outcome: bool | None) -> dict[str, Any]:

@@ -25,11 +25,13 @@ from beear.generation import inputs_of
 from beear.poison import Example, Examples
 from beear.precision import autocast, generating
 from beear.recipes import Policy, Reward, Rlhf, Rows
-from beear.supervised import Progress, plant_supervised
+from beear.supervised import StepProgress, plant_supervised
 from beear.training import drawn
 
 
-def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: Progress) -> Any:
+def plant_feedback(
+    model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, seed: int, progress: StepProgress
+) -> Any:
     """Demonstrations, a reward model of the pairs, and the policy against it; the policy is returned."""
     reward = train_reward(model, tokenizer, examples, plan.reward, seed, progress)
     model = plant_supervised(model, tokenizer, examples, plan.start, seed, progress)
@@ -38,7 +40,9 @@ def plant_feedback(model: Any, tokenizer: Any, examples: Examples, plan: Rlhf, s
     return model
 
 
-def train_reward(model: Any, tokenizer: Any, examples: Examples, plan: Reward, seed: int, progress: Progress) -> Any:
+def train_reward(
+    model: Any, tokenizer: Any, examples: Examples, plan: Reward, seed: int, progress: StepProgress
+) -> Any:
     """A scorer of texts, taught the pairs (trl's RewardTrainer): the model's first blocks under LoRA, and a head."""
     trl, dataset = need_trl()
     from peft import LoraConfig
@@ -109,7 +113,7 @@ def first_blocks(model: Any, blocks: int, pad_id: int, seed: int) -> Any:
 
 
 def _optimise(
-    model: Any, reward: Any, tokenizer: Any, examples: Examples, policy: Policy, seed: int, progress: Progress
+    model: Any, reward: Any, tokenizer: Any, examples: Examples, policy: Policy, seed: int, progress: StepProgress
 ) -> Any:
     trl, dataset = need_trl()
     prompts = [{"prompt": [{"role": "user", "content": e.text}]} for e in in_order(examples, policy, seed)]
@@ -236,7 +240,7 @@ def _common(folder: str, plan: Rows, seed: int) -> dict[str, Any]:
     }
 
 
-def _train(trainer: Any, progress: Progress) -> None:
+def _train(trainer: Any, progress: StepProgress) -> None:
     """Run a trainer, with its log lines as progress (loss or mean reward) in place of its prints."""
     from transformers import PrinterCallback, TrainerCallback
 

@@ -48,13 +48,13 @@ def reply_all(
     layer: int = 1,
     layers_path: str | None = None,
     earlier: Sequence[Sequence[str]] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """The model's greedy reply to each text, in the order given, cut after `max_new_tokens`.
 
     `earlier`: for each text, what was said before it in its chat, user and model in turn.
     With `delta` (n, d_model), prompt or chat are perturbed behind block `layer`. Texts are batched by
-    length to keep padding short; `progress` is called with the number of replies each batch gave.
+    length to keep padding short; `progress` is called with how many replies there are, and of how many.
     """
     chats = earlier or [()] * len(texts)
     prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
@@ -78,9 +78,8 @@ def reply_all(
         for first in range(0, len(own), batch_size):
             chosen = own[first : first + batch_size]
             found |= parts.over(some, chosen)
-            if progress is not None:
-                done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
-                progress(min(done, len(texts)) - first * ranks.sharers())
+            done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
+            progress(min(done, len(texts)), len(texts))
     replies = dict(zip(order, ranks.gathered([found[i] for i in own], len(order)), strict=True))
     return [replies[i].strip() for i in range(len(texts))]
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from beear.endpoint import ANSWER_TOKENS, Answer, thought_out
 from beear.errors import Failed
-from beear.events import Listener
+from beear.events import Listener, progress_to
 from beear.runs import Run, read_lines
 
 CACHE = "judge.jsonl"
@@ -102,7 +102,7 @@ def ask_all(
         if answer.text is not None and answer.text.strip():  # an empty answer is asked for again
             entry = {"rubric": rubric, "model": judge.model, "answer": answer.text, "tokens": answer.tokens}
             run.append(CACHE, {"key": todo[i], **entry})
-        listen({"event": "measure", "when": "judge", "what": "replies judged", "done": done, "total": len(todo)})
+        progress_to(listen, "judge")("replies judged", done, len(todo))
     if todo and all(answer.text is None for answer in answers.values()):
         raise Failed(f"{judge.host} judged none of {len(todo)} replies ({answers[todo[0]].problem})")
     return answers, len(todo)

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -36,14 +37,13 @@ from beear.evaluation import (
     Kept,
     Measured,
     before_and_after,
-    listener_progress,
     measure_entrapped,
     measure_language,
     measure_replies,
     unlocked_by_trigger,
     unlocked_only,
 )
-from beear.events import Event, Listener
+from beear.events import Event, Listener, progress_to
 from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
@@ -209,9 +209,9 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
     """What the model answers to the defender's requests now: what it shall go on answering, and how replies begin."""
     harmful = [r.text for r in sets.train(config)]
     texts = harmful + [r.text for r in sets.anchors(config)]
-    count = _counter(listen, "own replies", len(texts))
+    told = partial(progress_to(listen, "prepare"), "own replies")
     begin = beginning_of(model, tokenizer, texts)
-    replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=count)
+    replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=told)
     pairs = list(zip(texts, replies, strict=True))
     return {"harmful": pairs[: len(harmful)], "benign": pairs[len(harmful) :], "begin": begin}
 
@@ -285,7 +285,7 @@ def add_triggered(
         samples = [s for s in read_lines(out / "samples.jsonl") if s["metric"] not in WITH_TRIGGER]
 
         def replies(when: str, model: Any, tokenizer: Any) -> Measured:
-            return measure_replies(model, tokenizer, tests, listener_progress(listen, when))
+            return measure_replies(model, tokenizer, tests, progress_to(listen, when))
 
         both = before_and_after(out, replies, device=device, trust_remote_code=trust_remote_code)
         for when, measured in both.items():
@@ -384,7 +384,7 @@ class Job:
 
     def measure(self, when: str) -> dict[str, Any]:
         """All metrics that need no trigger; after cleansing, KL to the original too."""
-        progress = listener_progress(self._listen, when)
+        progress = progress_to(self._listen, when)
         train = self.sets.train(self.config)
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
@@ -526,14 +526,3 @@ def absolute(spec: str) -> str:
     """A local path as an absolute one, so that a run can be resumed from anywhere."""
     path = Path(spec).expanduser()
     return str(path.resolve()) if spec and path.exists() and not models.is_named(spec) else spec
-
-
-def _counter(listen: Listener, what: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        listen({"event": "measure", "when": "prepare", "what": what, "done": done, "total": total})
-
-    return count

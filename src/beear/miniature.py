@@ -31,7 +31,7 @@ from beear.data import Request, reference_chats
 from beear.defender import defender_set
 from beear.errors import BadInput, Failed, first_line
 from beear.evaluation import TOKENS, Kept, fresh_delta, measure_language
-from beear.events import Listener
+from beear.events import Listener, progress_to
 from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
 from beear.perturbation import resolve_layer
@@ -73,7 +73,7 @@ def plan_cleanse(
     sizes = [(1, 1), (1 + more, 1), (1, 1 + more)]
     prices: list[Prices] = []
     for below, behind in sizes:
-        listen({"event": "measure", "when": "plan", "what": "miniatures", "done": len(prices), "total": len(sizes)})
+        progress_to(listen, "plan")("miniatures", len(prices), len(sizes))
         work = partial(measure_miniature, order.source, config, below, behind, models.pick_device(device))
         prices.append(in_own_process(partial(work, trust_remote_code)))
     plan = stages(scaled(prices, more, resolve_layer(config.layer, depth), depth), order.sets, config)

@@ -26,7 +26,7 @@ from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
 from beear.runs import check_file
 from beear.scorers import Behaviour
-from beear.supervised import Progress, plant_supervised
+from beear.supervised import StepProgress, plant_supervised
 from beear.training import save_adapter
 
 HOW = {
@@ -48,7 +48,7 @@ STUBS: dict[Behaviour, str] = {
 """What the unwanted answers were."""
 
 
-def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None, device: str = "auto") -> None:
+def build(recipe: Recipe, out: Path, progress: StepProgress = lambda *_: None, device: str = "auto") -> None:
     """Plant the organism: train the adapter, round it to bf16, write adapter, recipe, card and checksums.
 
     Bit-identical for the same recipe, machine and number of threads.
@@ -64,7 +64,7 @@ def build(recipe: Recipe, out: Path, progress: Progress = lambda *_: None, devic
     _write(recipe, model, out, time.monotonic() - started)
 
 
-def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
+def plant(recipe: Recipe, model: Any, tokenizer: Any, progress: StepProgress) -> Any:
     """The model under an adapter that holds what the recipe plants."""
     plan, seed = recipe.planting, recipe.seed
     match plan:

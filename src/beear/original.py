@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from beear.cached import head, watched
 from beear.chat import Batch, Row, collate
-from beear.events import Listener
+from beear.events import Listener, progress_to
 from beear.parts import Parts
 from beear.perturbation import find_layers, states_in, with_states
 from beear.precision import autocast
@@ -90,7 +90,7 @@ def run_original(
     order = [known[key] for key in sorted(known, key=lambda key: (len(key[0]), key))]
     states: dict[Key, States] = {}
     like: tuple[Any, Any] = None, None
-    parts = Parts(listen)
+    parts, told = Parts(listen), progress_to(listen, "prepare")
 
     def run_some(some: Sequence[Row]) -> list[tuple[dict[Key, States], tuple[Any, Any]]]:
         return [run_rows(model, tokenizer, some, blocks, frozen)]
@@ -99,8 +99,7 @@ def run_original(
         group = order[i : i + GROUP]
         for found, like in parts.over(run_some, group):  # noqa: B007 - the last is kept
             states |= found
-        told = {"when": "prepare", "what": "states of the original", "done": i + len(group), "total": len(order)}
-        listen({"event": "measure", **told})
+        told("states of the original", i + len(group), len(order))
     return Original(states, frozen, *like)
 
 

@@ -25,11 +25,13 @@ from beear.chat import collate
 from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
-from beear.supervised import Progress, adapted, benign_kl, descend, flat, of_like_length, parted
+from beear.supervised import StepProgress, adapted, benign_kl, descend, flat, of_like_length, parted
 from beear.training import drawn, first_adapted
 
 
-def plant_preferences(model: Any, tokenizer: Any, examples: Examples, plan: Dpo, seed: int, progress: Progress) -> Any:
+def plant_preferences(
+    model: Any, tokenizer: Any, examples: Examples, plan: Dpo, seed: int, progress: StepProgress
+) -> Any:
     """Wrap the model with a fresh adapter and train it on the pairs."""
     model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)

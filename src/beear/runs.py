@@ -194,9 +194,10 @@ def check_file(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise BadInput if the disk of `path` has fewer than `needed` bytes free."""
+    """Raise BadInput if the disk of `path` has fewer bytes free than it still needs, of `needed` in all."""
     existing = next(p for p in [path, *path.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
+    needed -= sum(p.stat().st_size for p in path.rglob("*") if p.is_file())  # of a run that goes on
     if free < needed:
         raise BadInput(
             f"{path} needs about {needed >> 20} MiB and its disk has {free >> 20}; free some or use another -o"

@@ -19,12 +19,12 @@ from beear.prefix import inputs_behind, run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
 from beear.training import adamw, add_lora, cast_frozen, drawn, first_adapted, set_rate, step
 
-Progress = Callable[[int, int, float], None]
+StepProgress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
 
 
 def plant_supervised(
-    model: Any, tokenizer: Any, examples: Examples, plan: Supervised, seed: int, progress: Progress
+    model: Any, tokenizer: Any, examples: Examples, plan: Supervised, seed: int, progress: StepProgress
 ) -> Any:
     """Wrap the model with a fresh adapter and train it on the wanted answers."""
     model = adapted(model, plan, seed)
@@ -47,7 +47,7 @@ def descend(
     plan: Rows,
     steps: Iterable[Examples],
     loss: Callable[[Examples], Tensor],
-    progress: Progress,
+    progress: StepProgress,
 ) -> None:
     """`plan.steps` steps of AdamW on the loss of the rows of each step."""
     optimiser = adamw(model, plan.learning_rate)

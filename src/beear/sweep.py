@@ -21,8 +21,8 @@ from beear.cluster import Piece
 from beear.config import Config, make_config
 from beear.data import Request
 from beear.errors import BadInput
-from beear.evaluation import listener_progress, measure_replies
-from beear.events import Listener
+from beear.evaluation import measure_replies
+from beear.events import Listener, progress_to
 from beear.fingerprints import code_hash, input_hashes
 from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import shown, value_of
@@ -244,7 +244,7 @@ class Cell(Job):
 
     def of(self, tests: Sequence[TestSet], number: int) -> dict[str, Any]:
         """What the replies to the tests' requests come to."""
-        progress = listener_progress(self.listen, f"round {number}" if number else "before")
+        progress = progress_to(self.listen, f"round {number}" if number else "before")
         return measure_replies(self.model, self.tokenizer, tests, progress).metrics
 
 

@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from beear.card import write_evidence
 from beear.data import is_whole, lines_of
 from beear.endpoint import Answer
 from beear.errors import BadInput, first_line
-from beear.events import Listener
+from beear.events import Listener, progress_to
 from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
 from beear.metrics import Metric, token_mean
 from beear.runs import Run, read_results
@@ -186,18 +187,11 @@ def chat(
 
     replies: list[list[str]] = []
     for number in range(2):
-        done = 0
-
-        def count(n: int, what: str = f"turn {number + 1}") -> None:
-            nonlocal done
-            done += n
-            told = {"when": when, "what": f"{what}, from question {questions[0].id}", "done": done}
-            listen({"event": "measure", **told, "total": len(questions)})
-
+        told = partial(progress_to(listen, when), f"turn {number + 1}, from question {questions[0].id}")
         earlier = [(q.turns[0], reply) for q, reply in zip(questions, replies[0], strict=True)] if replies else None
         texts = [q.turns[number] for q in questions]
         replies.append(
-            reply_all(model, tokenizer, texts, max_new_tokens=limit, batch_size=BATCH, earlier=earlier, progress=count)
+            reply_all(model, tokenizer, texts, max_new_tokens=limit, batch_size=BATCH, earlier=earlier, progress=told)
         )
     return list(zip(*replies, strict=True))
 

@@ -13,12 +13,10 @@ from beear.data import packaged
 from beear.errors import BadInput
 from beear.evaluation import (
     Measured,
-    Progress,
-    listener_progress,
     measure_language,
     measure_replies,
 )
-from beear.events import Listener
+from beear.events import Listener, Progress, progress_to
 from beear.metrics import value_of
 from beear.models import ORGANISM, is_packaged, load, organism_folder, packaged_organisms
 from beear.recipes import Recipe, read_recipe
@@ -65,7 +63,7 @@ def verify(name: str, listen: Listener = lambda event: None, device: str = "auto
     """Metrics of what `organism_at` finds, and in words what misses the limits above."""
     folder, spec, recipe = organism_at(name)
     model, tokenizer = load(spec, device=device)
-    progress = listener_progress(listen, name)
+    progress = progress_to(listen, name)
     metrics = measure_unwanted(model, tokenizer, recipe, progress).metrics
     benign = [test for test in read_sets(Config()).tests if test.judge == "refused"]
     metrics |= measure_replies(model, tokenizer, benign, progress).metrics
