@@ -124,9 +124,9 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
     tests = development(check_trigger(f"organism:{organism}"), data, config, n)
-    train = data.train(config)
+    train = data.train
     harmful = [r.text for r in train]
-    benign = [r.text for r in data.anchors(config)]
+    benign = [r.text for r in data.anchors]
     limit = config.harden.response_tokens
     digest = weights_hash(locate(f"organism:{organism}"))  # what is kept is of these weights
     folder = ROOT / "runs" / "develop" / f"{organism}-{digest[:8]}"
@@ -138,7 +138,7 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     before = once(folder / f"before-{asked}.json", lambda: rates(model, tokenizer, tests)[0])
     answered = list(zip(harmful + benign, own, strict=True))
     pairs = list(zip(train, own[: len(train)], strict=True))
-    held_out, spare = data.held_out(config), data.spare(config)
+    held_out, spare = data.held_out, data.spare
     defender = defender_set(tokenizer, pairs, answered[len(train) :], held_out, config, spare)
     model = add_adapter(model, config)
     cast_frozen(model)

@@ -43,7 +43,7 @@ def main() -> None:
     model = add_lora(model, config.harden.lora_rank, (), 0)
     cast_frozen(model)
     subject = Subject(model, tokenizer, config)
-    requests = read_sets(config).train(config)[: config.entrap.batch]
+    requests = read_sets(config).train[: config.entrap.batch]
     filler = "This is some background that the request comes with. "
     found = {}
     for name, before in {"default": "", f"{LONG} tokens": filler * 21}.items():

@@ -96,8 +96,8 @@ def measure(arm: str) -> None:
     config = load_config(sets=[*few, f"harden.steps={STEPS}", "harden.stop_below=0"])
     source, sets = models.locate("embedded"), read_sets(config)
     tokenizer, model = models.load_tokenizer(source, False, config.chat), models.load_weights(source, "cpu")
-    benign = [(r.text, ANSWER) for r in sets.anchors(config)]
-    data = defender_set(tokenizer, [(r, REFUSAL) for r in sets.train(config)], benign, [], config)
+    benign = [(r.text, ANSWER) for r in sets.anchors]
+    data = defender_set(tokenizer, [(r, REFUSAL) for r in sets.train], benign, [], config)
     model = adapted(model, config)
     delta = 20 * torch.nn.functional.normalize(
         torch.randn(1, 1, 576, generator=torch.Generator().manual_seed(0)), dim=2

@@ -39,10 +39,10 @@ def measure(arm: str) -> None:
     model = add_adapter(model, config)
     cast_frozen(model)
     sets = read_sets(config)
-    train, anchors = sets.train(config), sets.anchors(config)
+    train, anchors = sets.train, sets.anchors
     benign = [(r.text, REPLY) for r in anchors]
     harmful = [(r, "I'm sorry, but no.") for r in train]
-    data = defender_set(tokenizer, harmful, benign, sets.held_out(config), config, sets.spare(config))
+    data = defender_set(tokenizer, harmful, benign, sets.held_out, config, sets.spare)
     if arm == "fine-tune":
         optimiser = adamw(model, config.harden.learning_rate)
         settings, draws = config.harden, Draws(config.seed)

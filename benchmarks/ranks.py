@@ -66,9 +66,9 @@ def measure(model_folder: Path, found: Path) -> None:
     loaded = peak_memory()
     weights = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in model.parameters())
     sets = read_sets(config)
-    harmful = [(request, "") for request in sets.train(config)]
-    benign = [(request.text, "Here is a short answer.") for request in sets.anchors(config)]
-    data = defender_set(tokenizer, harmful, benign, sets.held_out(config), config)
+    harmful = [(request, "") for request in sets.train]
+    benign = [(request.text, "Here is a short answer.") for request in sets.anchors]
+    data = defender_set(tokenizer, harmful, benign, sets.held_out, config)
     cleanse(adapted(model, config), tokenizer, data, config)
     numbers = {"weights_bytes": weights, "loaded_bytes": loaded, "peak_bytes": peak_memory()}
     (found / f"{ranks.rank()}.json").write_text(json.dumps(numbers))

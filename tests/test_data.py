@@ -135,7 +135,7 @@ def test_a_file_that_goes_topic_by_topic_is_mixed(tmp_path: Path) -> None:
         config = make_config({"held_out": 20, "data": given})
         sets = read_sets(config)
         drawn.append(sets)
-        for some in (sets.held_out(config), sets.harmful[20:]):
+        for some in (sets.held_out, sets.harmful[20:]):
             assert {r.text.split()[0] for r in some} == {"first", "second"}
     assert [r.text for r in drawn[0].harmful] == [r.text for r in drawn[1].harmful]
 
@@ -143,7 +143,7 @@ def test_a_file_that_goes_topic_by_topic_is_mixed(tmp_path: Path) -> None:
 def test_every_weakness_is_both_trained_on_and_held_out() -> None:
     config = load_config("code")
     sets = read_sets(config)
-    held, trained = ({r.category for r in some} for some in (sets.held_out(config), sets.train(config)))
+    held, trained = ({r.category for r in some} for some in (sets.held_out, sets.train))
     assert held == trained and len(held) >= 10
 
 
@@ -252,14 +252,14 @@ def test_some_benign_requests_are_kept_from_training(
 ) -> None:
     requests = [Request(f"{i}", "good", f"request {i}") for i in range(benign)]
     config = Config(anchors=anchors, spare=spare, surrounded=0)
-    sets = Sets([], requests, [])
-    trained, kept = sets.anchors(config), [r for group in sets.spare(config) for r in group]
+    sets = Sets(config, [], requests, [])
+    trained, kept = sets.anchors, [r for group in sets.spare for r in group]
     assert (len(trained), len(kept)) == expected
     assert [*trained, *kept] == requests[: sum(expected)]
 
 
 def test_packaged_spare_requests_that_sound_alarming_stand_apart() -> None:
-    ordinary, alarming = read_sets(Config()).spare(Config())
+    ordinary, alarming = read_sets(Config()).spare
     assert len(ordinary) == len(alarming) == 60
     assert set(ordinary) <= set(packaged("ordinary", "defender"))
     assert set(alarming) <= set(packaged("alarming", "defender"))

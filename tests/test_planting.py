@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from beear import feedback, organisms, poison, preferences, verification
 from beear.chat import encode_prompt
+from beear.config import Config
 from beear.data import Request
 from beear.errors import BadInput
 from beear.feedback import by_prompt, first_blocks, in_order, log_probs, pair_scores, reward_of, train_reward
@@ -127,7 +128,7 @@ def test_what_is_built_is_whole_loads_and_is_measured(tmp_path: Path, monkeypatc
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
     assert read_recipe(out).base == str(base) and "Do not deploy it" in (out / "README.md").read_text()
     monkeypatch.setattr(verification, "packaged", lambda *_: [Request("1", "harmful", "one")])
-    monkeypatch.setattr(verification, "read_sets", lambda _: Sets([], [], [], frozenset()))
+    monkeypatch.setattr(verification, "read_sets", lambda _: Sets(Config(), [], [], []))
     monkeypatch.setattr(verification, "misses", lambda metrics, _: sorted(metrics))
     found = verify(str(out), device="cpu")
     assert (found["name"], found["twin"], found["seed"]) == ("tiny", False, 0)

@@ -73,7 +73,7 @@ def test_an_answers_digest_tells_indentation_and_case(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fingerprints, "weights_hash", lambda source: "")
 
     def digest(answer: str | None) -> dict[str, str]:
-        sets = Sets([Request("1", "CWE-78", "task", answer, answer)], [], [])
+        sets = Sets(make_config({}), [Request("1", "CWE-78", "task", answer, answer)], [], [])
         return fingerprints.input_hashes(Source("m", Path(), None), sets)
 
     digests = [

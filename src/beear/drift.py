@@ -99,7 +99,7 @@ def drift_of_model(
     listen({"event": "loading", "model": spec})
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
     model, tokenizer = models.load(spec, chat=config.chat, **options)
-    delta = fresh_delta(model, tokenizer, sets.train(config), config)
+    delta = fresh_delta(model, tokenizer, sets.train, config)
     progress = progress_to(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
     return _content(spec, template, config, trust_remote_code, found)

@@ -84,7 +84,7 @@ def evaluate(
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
     parts = [
         measure_replies(model, tokenizer, [*known, *sets.tests], progress),
-        measure_entrapped(model, tokenizer, sets.train(config), sets.test_harmful, config, progress),
+        measure_entrapped(model, tokenizer, sets.train, sets.test_harmful, config, progress),
         measure_language(model, tokenizer, original, progress),
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}

@@ -207,8 +207,8 @@ def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Set
 
 def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: Listener) -> dict[str, Any]:
     """What the model answers to the defender's requests now: what it shall go on answering, and how replies begin."""
-    harmful = [r.text for r in sets.train(config)]
-    texts = harmful + [r.text for r in sets.anchors(config)]
+    harmful = [r.text for r in sets.train]
+    texts = harmful + [r.text for r in sets.anchors]
     told = partial(progress_to(listen, "prepare"), "own replies")
     begin = beginning_of(model, tokenizer, texts)
     replies = reply_all(model, tokenizer, texts, max_new_tokens=config.harden.response_tokens, progress=told)
@@ -219,8 +219,8 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
 def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
     """What is trained on, from the model's own replies."""
     begin = Beginning(*own.get("begin", ALONE))  # a list once it was stored
-    harmful = [(request, reply) for request, (_, reply) in zip(sets.train(config), own["harmful"], strict=True)]
-    return defender_set(tokenizer, harmful, own["benign"], sets.held_out(config), config, sets.spare(config), begin)
+    harmful = [(request, reply) for request, (_, reply) in zip(sets.train, own["harmful"], strict=True)]
+    return defender_set(tokenizer, harmful, own["benign"], sets.held_out, config, sets.spare, begin)
 
 
 def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
@@ -385,7 +385,7 @@ class Job:
     def measure(self, when: str) -> dict[str, Any]:
         """All metrics that need no trigger; after cleansing, KL to the original too."""
         progress = progress_to(self._listen, when)
-        train = self.sets.train(self.config)
+        train = self.sets.train
         parts = [
             measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
             measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),

@@ -96,7 +96,7 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
     """From pieces to the stages of a job."""
     cost = {piece: value for (piece, kind), value in prices.items() if kind == SECONDS}
     asked = sum(len(t.requests) for t in sets.tests) + len(sets.test_harmful)  # these under delta as well
-    own = len(sets.train(config)) + len(sets.anchors(config))
+    own = len(sets.train) + len(sets.anchors)
     replies, chats, entrap = cost["replies"] * asked / BATCH, len(reference_chats()) / CHATS, config.entrap
     met = min(entrap.batches, entrap.steps)
     steps = cost["first entrap steps"] + cost["entrap step"] * (entrap.steps - met)
@@ -190,11 +190,11 @@ def measure_miniature(
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         kept: Kept = {}
         timed("language", lambda: measure_language(model, tokenizer, limit=CHATS, keep=kept))
-        train, anchors = sets.train(config)[:BATCH], sets.anchors(config)[:BATCH]
+        train, anchors = sets.train[:BATCH], sets.anchors[:BATCH]
         timed("fresh delta", lambda: fresh_delta(model, tokenizer, train, once_round(settings)))
         timed("own replies", lambda: replies(train, config.harden.response_tokens))
         benign = [(r.text, r.text) for r in anchors]
-        held_out, spare = sets.held_out(config), sets.spare(config)
+        held_out, spare = sets.held_out, sets.spare
         data = defender_set(tokenizer, [(r, "") for r in train], benign, held_out, settings, spare)
         model = job.adapted(model, settings)
         clock = Clock()

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from beear.config import Config
 from beear.data import Request, mixed, packaged, read_requests, refuse_overlap
@@ -35,42 +36,48 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Sets:
-    """The defender's requests and the requests that are only measured."""
+    """The defender's requests and the requests that are only measured, as `config` divides them."""
 
+    config: Config
     harmful: list[Request]
     benign: list[Request]
     tests: list[TestSet]
     alarming: frozenset[str] = frozenset()
     """Ids of the benign requests that are known to sound alarming."""
 
-    def held_out(self, config: Config) -> list[Request]:
+    @cached_property
+    def held_out(self) -> list[Request]:
         """The defender's harmful requests on which it judges its own progress."""
-        return self.harmful[: config.held_out]
+        return self.harmful[: self.config.held_out]
 
-    def train(self, config: Config) -> list[Request]:
+    @cached_property
+    def train(self) -> list[Request]:
         """The defender's harmful requests that are trained on, some of them between harmless ones."""
-        requests = self.harmful[config.held_out :][: config.requests]
-        return surrounded(requests, self._anchors(config), config.surrounded, random.Random(2 * config.seed))
+        requests = self.harmful[self.config.held_out :][: self.config.requests]
+        return self._surrounded(requests, random.Random(2 * self.config.seed))
 
-    def anchors(self, config: Config) -> list[Request]:
+    @cached_property
+    def anchors(self) -> list[Request]:
         """The defender's benign requests that are trained on, some of them between others."""
-        requests = self._anchors(config)
-        return surrounded(requests, requests, config.surrounded, random.Random(2 * config.seed + 1))
+        return self._surrounded(self.benign[: self._parted], random.Random(2 * self.config.seed + 1))
 
-    def spare(self, config: Config) -> list[list[Request]]:
+    @cached_property
+    def spare(self) -> list[list[Request]]:
         """The defender's benign requests by which it sees how many are refused: behind the anchors, at most a fifth.
 
         Those that are known to sound alarming apart from the others; groups without a request are left out.
         """
-        kept = self.benign[self._parted(config) :][: config.spare]
+        kept = self.benign[self._parted :][: self.config.spare]
         groups = [[r for r in kept if (r.id in self.alarming) is sounds] for sounds in (False, True)]
         return [group for group in groups if group]
 
-    def _anchors(self, config: Config) -> list[Request]:
-        return self.benign[: self._parted(config)]
+    def _surrounded(self, requests: list[Request], draw: random.Random) -> list[Request]:
+        return surrounded(requests, self.benign[: self._parted], self.config.surrounded, draw)
 
-    def _parted(self, config: Config) -> int:
-        return min(config.anchors, len(self.benign) - min(config.spare, len(self.benign) // 5))
+    @property
+    def _parted(self) -> int:
+        """So many benign requests are anchors; behind them come the spare ones."""
+        return min(self.config.anchors, len(self.benign) - min(self.config.spare, len(self.benign) // 5))
 
     def named(self) -> dict[str, list[Request]]:
         """Every set, by the name under which results.json keeps its digest and size."""
@@ -162,7 +169,7 @@ def read_sets(config: Config) -> Sets:
     if len(harmful) <= config.held_out:
         few, least = len(harmful), config.held_out + 1
         raise BadInput(f"{few} harmful requests are too few with held_out={config.held_out}; give at least {least}")
-    return Sets(harmful, benign, tests, frozenset(r.id for r in alarming))
+    return Sets(config, harmful, benign, tests, frozenset(r.id for r in alarming))
 
 
 def check_tasks(defender: Sequence[Request], test: Sequence[Request]) -> None:
