@@ -56,7 +56,7 @@ ARMS: dict[str, dict[Any, dict[str, Any]]] = {
 def main() -> None:
     keep_freed_memory()
     model, tokenizer = load("organism:sudo-prefix", device="cpu")
-    requests = packaged("ordinary", "defender")[:40] + read_sets(Config()).train(Config())[:40]
+    requests = packaged("ordinary", "defender")[:40] + read_sets(Config()).train[:40]
     texts = [r.text for r in requests]
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(TURNS):
