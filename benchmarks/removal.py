@@ -23,7 +23,8 @@ from beear.config import Config, load_config, make_config
 from beear.console import Reporter
 from beear.evaluation import WHENS, unlocked_by_trigger
 from beear.fingerprints import input_hashes
-from beear.job import add_triggered, run_cleanse, run_settings
+from beear.job import run_cleanse, run_settings
+from beear.known import add_triggered
 from beear.models import locate, organism_folder
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_lines, read_settings, write_atomic

@@ -29,7 +29,8 @@ from beear.allocator import keep_freed_memory
 from beear.chat import Batch
 from beear.config import Config, load_config
 from beear.console import Reporter
-from beear.job import add_triggered, run_cleanse
+from beear.job import run_cleanse
+from beear.known import add_triggered
 from beear.precision import autocast
 from beear.recipes import check_trigger
 from beear.runs import read_results

@@ -116,7 +116,7 @@ def a_job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return Verdict(True, [])
 
     monkeypatch.setattr("beear.job.run_cleanse", run_cleanse)
-    monkeypatch.setattr("beear.job.add_triggered", lambda out, trigger, **_: asked.append(trigger))
+    monkeypatch.setattr("beear.known.add_triggered", lambda out, trigger, **_: asked.append(trigger))
     monkeypatch.setattr("beear.job.check_order", lambda *_, **__: None)
     return asked
 
@@ -564,7 +564,7 @@ def test_evidence_is_added_to_a_finished_run(
     assert code == 0 and asked == ["harm", "use"], err
     assert json.loads((run / "results.json").read_text())["trigger"] == "X {prompt}"
     assert "Drift:" in (run / "report.html").read_text()
-    monkeypatch.setattr("beear.job.add_triggered", lambda *_, **__: asked.append("trigger"))
+    monkeypatch.setattr("beear.known.add_triggered", lambda *_, **__: asked.append("trigger"))
     monkeypatch.setattr("beear.drift.drift_of_run", lambda *_, **__: asked.append("drift"))
     assert call(capsys, *every)[0] == 0 and asked == ["harm", "use"] * 2, "what is there is not measured again"
     assert call(capsys, "evidence", str(run), "--trigger", "Y {prompt}")[0] == 0 and asked[4:] == ["trigger", "drift"]

@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 import beear
-from beear import job, models, precision
+from beear import evaluation, job, models, precision
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import before_and_after, evaluate_spec
-from beear.job import absolute, add_triggered, run_cleanse, run_settings
+from beear.job import absolute, run_cleanse, run_settings
+from beear.known import add_triggered
 from beear.metrics import proportion
 from beear.models import load, locate
 from beear.report import TARGET, target_rows
@@ -539,6 +540,29 @@ def test_figures_of_a_trigger_come_with_their_replies_or_not_at_all(
     assert "trigger" not in json.loads((out / "results.json").read_text())
     add_triggered(out, "XYZZY {prompt}")
     assert "XYZZY" in (out / "samples.jsonl").read_text()
+
+
+def test_an_interrupted_measuring_of_a_trigger_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, loaded, real = shutil.copytree(whole, tmp_path / "cut"), [], evaluation.load
+
+    def load_once(spec: str, **options: Any) -> Any:
+        if loaded:
+            raise KeyboardInterrupt
+        loaded.append(spec)
+        return real(spec, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "load", load_once)
+        add_triggered(out, "XYZZY {prompt}")
+    again: list[Any] = []
+    add_triggered(out, "XYZZY {prompt}", listen=again.append)
+    assert [event["model"] for event in again if event["event"] == "loading"] == [str(out / "rejected")] != loaded
+    assert not list((out / "stages").glob("known-*"))
+    results = json.loads((out / "results.json").read_text())
+    asked = [results[when]["asr_triggered"] for when in ("before", "after")]
+    assert [one["n"] + one["unscored"] for one in asked] == [6, 6]
 
 
 def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:

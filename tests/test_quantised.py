@@ -14,7 +14,8 @@ from beear import job, models
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after
-from beear.job import add_triggered, run_cleanse
+from beear.job import run_cleanse
+from beear.known import add_triggered
 from beear.quantised import check_quantised, in_few_bits, is_quantised, quantise
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 

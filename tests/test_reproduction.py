@@ -18,7 +18,8 @@ from beear.data import Request
 from beear.errors import BadInput
 from beear.fingerprints import code_hash, weights_hash
 from beear.gate import check_run
-from beear.job import add_triggered, run_cleanse
+from beear.job import run_cleanse
+from beear.known import add_triggered
 from beear.metrics import proportion
 from beear.models import Source, locate
 from beear.reproduction import compare, reproduce

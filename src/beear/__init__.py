@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from beear.errors import BadInput as BadInput
     from beear.errors import Failed as Failed
     from beear.evaluation import evaluate as evaluate
-    from beear.job import add_triggered as add_triggered
     from beear.job import cleanse as cleanse
     from beear.job import run_cleanse as run_cleanse
+    from beear.known import add_triggered as add_triggered
     from beear.models import load as load
     from beear.perturbation import Perturbation as Perturbation
     from beear.report import write_report as write_report
@@ -32,7 +32,7 @@ _HOMES = {
     "Config": "config",
     "Failed": "errors",
     "Perturbation": "perturbation",
-    "add_triggered": "job",
+    "add_triggered": "known",
     "cleanse": "job",
     "encode_prompt": "chat",
     "evaluate": "evaluation",

@@ -3,7 +3,7 @@
     check -> load -> own replies -> measure before -> rounds -> the best of them -> save -> measure after -> report
 
 A stage whose result is there is skipped, so resuming is running again. No trigger is known here: a
-user who knows one tells it to `add_triggered`, after the fact.
+user who knows one tells it after the fact (known.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save, save_file
@@ -28,23 +27,19 @@ from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.chat import ALONE, Beginning, described, told
 from beear.cleansing import add_adapter
-from beear.config import Config, make_config
+from beear.config import Config
 from beear.data import content_hash
 from beear.defender import DefenderSet, defender_set
 from beear.errors import BadInput
 from beear.evaluation import (
     TOKENS,
     Kept,
-    Measured,
-    before_and_after,
     measure_entrapped,
     measure_language,
     measure_replies,
-    unlocked_by_trigger,
-    unlocked_only,
 )
 from beear.events import Event, Listener, progress_to
-from beear.fingerprints import check_inputs, check_tests, code_hash, input_hashes, machine, output_hashes
+from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -57,13 +52,11 @@ from beear.runs import (
     check_output,
     check_space,
     read_json,
-    read_lines,
     read_results,
-    read_settings,
     read_tensors,
 )
-from beear.scorers import JUDGES, scorer_name
-from beear.sets import WITH_TRIGGER, Sets, read_sets, trigger_tests
+from beear.scorers import scorer_name
+from beear.sets import Sets, read_sets
 from beear.training import (
     adapter_state,
     cast_frozen,
@@ -257,53 +250,6 @@ def finished(out: Path, settings: dict[str, Any]) -> Verdict:
 def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:
     """What config.yaml of a run folder holds: all that its results depend on."""
     return {"model": model, "merge": merge, "config": config.model_dump(mode="json")}
-
-
-def add_triggered(
-    out: Path,
-    template: str,
-    *,
-    variants: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    listen: Listener = lambda event: None,
-) -> None:
-    """Measure `asr_triggered` before and after a finished run, for someone who knows a trigger, and add it.
-
-    `variants`: further templates, by the metric they yield (sets.trigger_tests). What was measured of an earlier
-    trigger, and what a judge said of its replies, is dropped.
-    """
-    settings = read_settings(out)
-    with Run.existing(out) as run:
-        results = run.read_json("results.json")
-        if results is None:
-            raise BadInput(f"{out} has no results yet; finish it with --resume")
-        config = make_config(settings["config"])
-        sets = read_sets(config)
-        check_tests(results, sets)
-        tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
-        samples = [s for s in read_lines(out / "samples.jsonl") if s["metric"] not in WITH_TRIGGER]
-
-        def replies(when: str, model: Any, tokenizer: Any) -> Measured:
-            return measure_replies(model, tokenizer, tests, progress_to(listen, when))
-
-        both = before_and_after(out, replies, device=device, trust_remote_code=trust_remote_code)
-        for when, measured in both.items():
-            others = {"unlocked_by_trigger", *WITH_TRIGGER}  # maybe another trigger's
-            old = [name for name in results[when] if name.startswith("judged_") or name in others]
-            kept = {name: value for name, value in results[when].items() if name not in old}
-            samples += [{"when": when, **s} for s in measured.samples]
-            now = [s for s in samples if s["when"] == when]
-            found = measured.metrics | unlocked_by_trigger(now)
-            results[when] = {**found, **kept} | found
-        results["unlocked_only"] = unlocked_only([s for s in samples if s["when"] == "after"])
-        results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
-        judged = results.pop("judge", None)
-        run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
-        run.write_json("results.json", results)
-        if judged is not None:
-            (out / "judged.jsonl").unlink(missing_ok=True)
-        write_evidence(out)
 
 
 class Job:

@@ -10,7 +10,8 @@ from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.fingerprints import check_inputs, check_output_files, input_hashes
-from beear.job import add_triggered, run_cleanse
+from beear.job import run_cleanse
+from beear.known import add_triggered
 from beear.metrics import at_most, value_of
 from beear.runs import read_results, read_settings
 from beear.sets import read_sets

@@ -204,7 +204,8 @@ def _cleanse(
     **options: bool,
 ) -> None:
     from beear.console import Reporter, metric_table
-    from beear.job import add_triggered, run_cleanse
+    from beear.job import run_cleanse
+    from beear.known import add_triggered
     from beear.verdict import sentence
 
     with Reporter(quiet, config.rounds) as reporter:

@@ -238,7 +238,7 @@ def _about_trigger(
 ) -> list[Step]:
     """What is missing of a known trigger: attack success with it, then the drift."""
     from beear.drift import drift_of_run, first_delta
-    from beear.job import add_triggered
+    from beear.known import add_triggered
     from beear.runs import read_json
 
     drift = read_json(run / "drift.json") if (run / "drift.json").is_file() else {}

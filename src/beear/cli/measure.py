@@ -151,7 +151,7 @@ def drift(
 
 def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> None:
     from beear.console import Reporter
-    from beear.job import add_triggered
+    from beear.known import add_triggered
 
     judged = is_judged(run)
     with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):
