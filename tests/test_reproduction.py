@@ -163,7 +163,7 @@ def test_a_run_of_before_digests(place: Path) -> None:
     del results["files"], results["hashes"]["model"]
     (place / "run" / "results.json").write_text(json.dumps(results))
     check_run(place / "run", ["kl=100"])
-    with pytest.raises(BadInput, match="before digests"):
+    with pytest.raises(BadInput, match="before all digests"):
         reproduce(place / "run", place / "again")
 
 

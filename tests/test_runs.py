@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from beear.errors import BadInput, Failed
-from beear.runs import Run, check_output, check_space, read_entries, read_events, read_settings, write_atomic
+from beear.runs import (
+    Run,
+    check_output,
+    check_space,
+    read_entries,
+    read_events,
+    read_results,
+    read_settings,
+    write_atomic,
+)
 
 SETTINGS = {"model": "embedded", "config": {"seed": 0}}
 
@@ -84,6 +94,15 @@ def test_of_a_run_that_goes_on_a_part_is_there_already(tmp_path: Path, monkeypat
     check_space(tmp_path, 5096)
     with pytest.raises(BadInput, match="MiB"):
         check_space(tmp_path, 5097)
+
+
+def test_results_of_a_later_version_are_not_misread(tmp_path: Path) -> None:
+    results = {"schema": 2, "before": {}, "after": {}, "verdict": {}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(BadInput, match="of another version of beear"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(results | {"schema": 1}))
+    assert read_results(tmp_path)["schema"] == 1
 
 
 def test_space_is_checked(tmp_path: Path) -> None:

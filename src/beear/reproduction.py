@@ -38,8 +38,10 @@ def reproduce(
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
     check_output_files(run, results)
-    if "model" not in results["hashes"]:
-        raise BadInput("this run was written before digests of models were kept; cleanse again to get one that can be")
+    if not all(key in results for key in ("files", *ABOUT)) or "model" not in results["hashes"]:
+        raise BadInput(
+            "this run was written before all digests were kept; cleanse again to get one that can be compared"
+        )
     check_inputs(results["hashes"], input_hashes(models.locate(settings["model"]), read_sets(config)))
     run_cleanse(
         settings["model"],

@@ -21,6 +21,7 @@ from beear import ranks
 from beear.errors import BadInput, Failed, first_line
 
 SCHEMA = 1
+"""Of what result files hold: another number where a reader of this one would misread them."""
 PLAN = "plan.json"
 """What `beear cleanse --plan` leaves in a run folder."""
 MODEL_FOLDERS = ("model", "rejected")
@@ -224,6 +225,8 @@ def read_results(path: Path) -> dict[str, Any]:
     wanted = {"before": dict, "after": dict, "verdict": dict}
     if not isinstance(results, dict) or not all(isinstance(results.get(k), kind) for k, kind in wanted.items()):
         raise BadInput(f"{file} is not what a run writes")
+    if results.get("schema", SCHEMA) != SCHEMA:
+        raise BadInput(f"{file} is of another version of beear (schema {results['schema']}); read it with that one")
     if (folder := results.get("model_folder", "model")) not in MODEL_FOLDERS:  # a stranger's may lead anywhere
         raise BadInput(f"{file} calls the model's folder {folder!r}; a run's is one of {', '.join(MODEL_FOLDERS)}")
     return results
