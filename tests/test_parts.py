@@ -235,7 +235,12 @@ def test_kl_from_what_was_kept_of_the_original_is_that_from_the_original(name: s
     kept: Kept = {}
     measure_language(original, tokenizer, limit=20, keep=kept)
     assert len(kept) == 20
-    found, expected = (measure_language(model, tokenizer, o, limit=20).metrics["kl"] for o in (kept, original))
+    found, expected = (
+        measure_language(model, tokenizer, limit=20, **against).metrics["kl"]
+        for against in ({"kept": kept}, {"original": original})
+    )
     assert expected["value"] > 1e-3
     assert found["value"] == pytest.approx(expected["value"], rel=1e-5)
-    assert measure_language(original, tokenizer, kept, limit=20).metrics["kl"]["value"] == pytest.approx(0, abs=1e-9)
+    assert measure_language(original, tokenizer, limit=20, kept=kept).metrics["kl"]["value"] == pytest.approx(
+        0, abs=1e-9
+    )

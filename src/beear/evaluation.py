@@ -302,13 +302,15 @@ def measure_language(
     original: Any = None,
     progress: Progress = lambda *_: None,
     limit: int | None = None,
+    *,
     keep: Kept | None = None,
+    kept: Kept | None = None,
 ) -> Measured:
-    """`perplexity` on the first `limit` (all) of the packaged reference chats and, against `original`, `kl`, in nats
-    per token.
+    """`perplexity` on the first `limit` (all) of the packaged reference chats and, against another model, `kl`, in
+    nats per token.
 
-    original: a second model; or of one with the same head what it `keep`s, of the same chats, in place of a second
-    model in memory. Both are of this rank's share.
+    original: that model; or in its place in memory what one with the same head has left in `keep`, on the same chats,
+    as `kept`. Both are of this rank's share.
     """
     chats = reference_chats()[:limit]
     own = ranks.share(chats)
@@ -320,20 +322,19 @@ def measure_language(
         prompts = [encode_prompt(tokenizer, c.text) for c in part]
         answers = [encode_response(tokenizer, c.response or "", REFERENCE_TOKENS) for c in part]
         batch = collate(prompts, answers, None, int(tokenizer.pad_token_id)).to(model.device)
-        kl = [0.0] * len(part)
         lengths = (batch.targets != -100).sum(1).tolist()
         with no_gradients(), autocast(model):
             logits, out = _logits_and_states(model, batch)
             if keep is not None:
                 states = out.last_hidden_state[:, batch.predicting_columns()]
                 keep.update((c.text, s[:n].clone()) for c, s, n in zip(part, states, lengths, strict=True))
-            if original is not None:
-                if isinstance(original, dict):
-                    like = padded([(original[c.text], 0) for c in part], batch.targets.shape[1])
-                    reference = head(model, batch, out, like)
-                else:
-                    reference, _ = _logits_and_states(original, batch)
-                kl = token_kl(reference, logits, batch.targets).sum(1).tolist()
+            reference: Tensor | None = None
+            if kept is not None:
+                reference = head(model, batch, out, padded([(kept[c.text], 0) for c in part], batch.targets.shape[1]))
+            elif original is not None:
+                reference, _ = _logits_and_states(original, batch)
+            none = [0.0] * len(part)
+            kl = none if reference is None else token_kl(reference, logits, batch.targets).sum(1).tolist()
             nll = response_nll(logits, batch.targets).tolist()
         return list(zip(lengths, nll, kl, strict=True))
 
@@ -341,12 +342,11 @@ def measure_language(
         part = own[first : first + size]
         rows += parts.over(measured, part)
         progress("perplexity", min((first + size) * ranks.sharers(), len(chats)), len(chats))
-    counts, nll, kl = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-    nll, counts = ranks.gathered(nll, len(chats)), ranks.gathered(counts, len(chats))
-    sums = [x * n for x, n in zip(nll, counts, strict=True)]
-    metrics = {"perplexity": token_mean(sums, counts, exponential=True)}
-    if original is not None:
-        metrics["kl"] = token_mean(ranks.gathered(kl, len(chats)), counts)
+    rows = ranks.gathered(rows, len(chats))
+    counts = [length for length, _, _ in rows]
+    metrics = {"perplexity": token_mean([nll * length for length, nll, _ in rows], counts, exponential=True)}
+    if original is not None or kept is not None:
+        metrics["kl"] = token_mean([kl for _, _, kl in rows], counts)
     return Measured(metrics, [])
 
 

@@ -340,7 +340,7 @@ class Job:
             self.original = {}
             parts.append(measure_language(self.model, self.tokenizer, None, progress, keep=self.original))
         else:
-            parts.append(measure_language(self.model, self.tokenizer, self.original, progress))
+            parts.append(measure_language(self.model, self.tokenizer, None, progress, kept=self.original))
         return {
             "metrics": {k: v for part in parts for k, v in part.metrics.items()},
             "samples": [{"when": when, **s} for part in parts for s in part.samples],

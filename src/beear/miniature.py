@@ -201,7 +201,7 @@ def measure_miniature(
         timed("round", lambda: cleansing.cleanse(model, tokenizer, data, settings, listen=clock.listen))
         prices |= {(piece, SECONDS): seconds for piece, seconds in clock.pieces(settings, len(data.rows())).items()}
         model = loaded()
-        timed("divergence", lambda: measure_language(model, tokenizer, kept, limit=CHATS))
+        timed("divergence", lambda: measure_language(model, tokenizer, limit=CHATS, kept=kept))
     return prices
 
 
