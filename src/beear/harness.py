@@ -69,7 +69,7 @@ def evaluate_run(
     Each finished task of either model is kept, and other tasks' results stay. Raises BadInput before a model loads
     if this is no such run or lm-eval knows no such task.
     """
-    results = read_results(path)
+    read_results(path)  # tells if there are none
     manager = task_manager(asked)
     with Run.existing(path) as run:
         from beear.evaluation import kept_before_and_after  # brings torch

@@ -216,13 +216,11 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: 
         group["lr"] = rate * scale
 
 
-def step(optimiser: torch.optim.Optimizer, max_norm: float = 1.0) -> float:
-    """Clip the gradient to `max_norm`, step, clear the gradient. Returns the norm before clipping."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+def step(optimiser: torch.optim.Optimizer) -> None:
+    """Clip the gradient to a norm of 1, step, clear the gradient."""
+    nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], max_norm=1.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return norm
 
 
 def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]:
