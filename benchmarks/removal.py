@@ -25,7 +25,8 @@ from beear.evaluation import WHENS, unlocked_by_trigger
 from beear.fingerprints import input_hashes
 from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
-from beear.models import locate, organism_folder
+from beear.models import locate, organism_folder, pick_device
+from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_lines, read_settings, write_atomic
 from beear.sets import read_sets
@@ -93,9 +94,11 @@ def share_before(organism: str, out: Path, config: Config) -> None:
         return
     if not alike(read_settings(first)["config"], config.model_dump(mode="json")):
         return
-    then = json.loads((earlier / "inputs.json").read_text())["hashes"]
+    begun = json.loads((earlier / "inputs.json").read_text())
     now = input_hashes(locate(f"organism:{organism}"), read_sets(config))
-    if any(then.get(name) != digest for name, digest in now.items()):
+    if any(begun["hashes"].get(name) != digest for name, digest in now.items()):
+        return
+    if begun.get("arithmetic") != arithmetic(pick_device("auto")):
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
         for stage in stages:

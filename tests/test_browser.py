@@ -11,6 +11,7 @@ import pytest
 
 from beear import report
 from beear.charts import DRIFT
+from beear.swept import SWEEP
 from test_report import HOSTILE, metric, run  # noqa: F401 - the last is a fixture
 
 BROWSER = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
@@ -46,7 +47,7 @@ def sweep_of(folder: Path) -> Path:
     measured = {"metrics": {"asr_triggered": metric(0.1), "false_refusal": metric(0.1)}}
     cell = {"value": 2, "epoch": 1, "before": {"asr_triggered": metric(0.9)}, "rounds": [measured]}
     sweep = {"axis": "layer", "model": ATTACK, "trigger": ATTACK, "rounds": 15, "requests": 60}
-    (folder / report.SWEEP).write_text(json.dumps(sweep | {"success_below": 0.25, "cells": [cell]}))
+    (folder / SWEEP).write_text(json.dumps(sweep | {"success_below": 0.25, "cells": [cell]}))
     return folder
 
 

@@ -56,7 +56,7 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     with pytest.raises(BadInput, match="layer-01 is a cell of the sweep"):
         write_report([out / "layer-01"], out / "report.html")
     assert "Sweep over the layer" in page and "<b>XYZZY" not in page and 'class="cross"' in page
-    monkeypatch.setattr(module.models, "load", None)  # nothing is loaded for what is finished
+    monkeypatch.setattr(module.models, "load_weights", None)  # nothing is loaded for what is finished
     assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found
     with pytest.raises(BadInput, match="a sweep with other settings"):
         sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=5)
@@ -152,7 +152,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_value_out_of_range_is_refused_before_a_model_loads(
     axis: Any, value: int, model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.models, "load", None)
+    monkeypatch.setattr(module.models, "load_weights", None)
     with pytest.raises(BadInput):
         sweep(model, TRIGGER, axis, tmp_path / "s", config, values=[value])
     assert not (tmp_path / "s").exists()

@@ -137,7 +137,7 @@ def kept_before_and_after(
     Each result is kept in stages/NAME-WHEN.json; only models that something is missing of are loaded.
     """
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
-    found = {key: run.read_json(place) for key, place in places.items()}
+    found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
     missing = [key for key, result in found.items() if result is None]
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}

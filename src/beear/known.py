@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from beear import ranks
 from beear.card import write_evidence
 from beear.config import make_config
 from beear.evaluation import (
@@ -61,10 +62,9 @@ def add_triggered(
         judged = results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
         run.write_json("results.json", results)
-        for when in WHENS:
-            (out / f"stages/{stage}-{when}.json").unlink(missing_ok=True)
-        if judged is not None:
-            (out / "judged.jsonl").unlink(missing_ok=True)
+        done = [f"stages/{stage}-{when}.json" for when in WHENS]
+        for name in [*done, *(["judged.jsonl"] if judged is not None else [])] if ranks.is_first() else []:
+            (out / name).unlink(missing_ok=True)
         write_evidence(out)
 
 

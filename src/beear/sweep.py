@@ -23,7 +23,7 @@ from beear.data import Request
 from beear.errors import BadInput
 from beear.evaluation import measure_replies
 from beear.events import Listener, progress_to
-from beear.fingerprints import code_hash, input_hashes
+from beear.fingerprints import check_inputs, code_hash, input_hashes
 from beear.job import Job, Order, absolute, defender, run_settings
 from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
@@ -156,8 +156,10 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
     kept = out / SWEEP_SETTINGS
     check_file(kept)
     if kept.exists():
-        if {"hashes": settings["hashes"], **read_json(kept)} != settings:  # older ones lack them
-            raise BadInput(f"{out} holds a sweep with other settings, weights or requests; choose another folder")
+        begun = read_json(kept)
+        if {**begun, "hashes": None} != {**settings, "hashes": None}:
+            raise BadInput(f"{out} holds a sweep with other settings; choose another folder")
+        check_inputs(begun.get("hashes", {}), settings["hashes"])
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
 

@@ -154,6 +154,6 @@ def _add_trigger(run: Path, template: str, *, quiet: bool, **options: Any) -> No
     from beear.known import add_triggered
 
     judged = is_judged(run)
-    with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):
+    with Reporter(quiet) as reporter, going_on("what is finished is kept"):
         add_triggered(run, template, listen=reporter, **options)
     show_run(run, judged)
