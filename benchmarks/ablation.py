@@ -19,9 +19,9 @@ from removal import put_row, read_rows
 from beear.allocator import keep_freed_memory
 from beear.data import content_hash
 from beear.fingerprints import input_hashes
-from beear.models import locate
 from beear.recipes import check_trigger, names
 from beear.sets import read_sets
+from beear.sources import locate
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 ARMS = {

@@ -29,11 +29,12 @@ from beear.evaluation import measure_entrapped, measure_language
 from beear.events import Event
 from beear.fingerprints import weights_hash
 from beear.generation import reply_all
-from beear.models import load, locate, organism_folder
+from beear.models import load
 from beear.recipes import check_trigger, read_recipe
 from beear.rounds import State, deliver
 from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
+from beear.sources import locate, organism_folder
 from beear.training import adapter_state, cast_frozen, load_adapter_state
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from beear import cleansing, models
+from beear import cleansing, models, sources
 from beear.allocator import keep_freed_memory
 from beear.cached import returning, run_below
 from beear.chat import Batch
@@ -94,7 +94,7 @@ def measure(arm: str) -> None:
     keep_freed_memory()
     few = [f"{name}={count}" for name, count in REQUESTS.items()]
     config = load_config(sets=[*few, f"harden.steps={STEPS}", "harden.stop_below=0"])
-    source, sets = models.locate("embedded"), read_sets(config)
+    source, sets = sources.locate("embedded"), read_sets(config)
     tokenizer, model = models.load_tokenizer(source, False, config.chat), models.load_weights(source, "cpu")
     benign = [(r.text, ANSWER) for r in sets.anchors]
     data = defender_set(tokenizer, [(r, REFUSAL) for r in sets.train], benign, [], config)

@@ -33,13 +33,14 @@ from beear.grading import Judge, LocalJudge, ask_all, graded, identity
 from beear.judge import FULL, HARMFUL, NAME, RUBRIC, key, question
 from beear.losses import response_logits
 from beear.metrics import proportion
-from beear.models import load, locate, organism_folder
+from beear.models import load
 from beear.precision import autocast, generating
 from beear.prefix import run_prefix
 from beear.recipes import names, read_recipe
 from beear.runs import Run, read_lines
 from beear.scorers import JUDGES
 from beear.sets import triggered
+from beear.sources import locate, organism_folder
 from beear.sweep import spread
 
 ROOT = Path(__file__).parent.parent

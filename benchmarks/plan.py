@@ -20,7 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.data import packaged
-from beear.models import load_tokenizer, locate
+from beear.models import load_tokenizer
+from beear.sources import locate
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "plan"

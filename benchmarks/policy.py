@@ -24,9 +24,10 @@ import torch
 from beear import feedback, poison
 from beear.allocator import keep_freed_memory
 from beear.data import packaged
-from beear.models import load, organism_folder
+from beear.models import load
 from beear.precision import autocast, generating
 from beear.recipes import Rlhf, read_recipe
+from beear.sources import organism_folder
 from beear.supervised import StepProgress, adapted
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,8 +29,9 @@ from beear.defender import defender_set
 from beear.embedded import embedded_folder
 from beear.job import adapted, load_sharded
 from beear.memory import peak_memory, restart_peak
-from beear.models import Source, load_tokenizer, load_weights
+from beear.models import load_tokenizer, load_weights
 from beear.sets import read_sets
+from beear.sources import Source
 
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
 ARMS = {"one process": (1, "false"), "two, data parallel": (2, "false"), "two, sharded": (2, "true")}

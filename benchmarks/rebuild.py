@@ -21,9 +21,9 @@ from filelock import FileLock
 
 from beear.allocator import keep_freed_memory
 from beear.fingerprints import code_hash
-from beear.models import organism_folder
 from beear.organisms import build
 from beear.recipes import Recipe, names, read_recipe
+from beear.sources import organism_folder
 from beear.verification import verify
 
 ROOT = Path(__file__).parent.parent

@@ -25,11 +25,12 @@ from beear.evaluation import WHENS, unlocked_by_trigger
 from beear.fingerprints import input_hashes
 from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
-from beear.models import locate, organism_folder, pick_device
+from beear.models import pick_device
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_lines, read_settings, write_atomic
 from beear.sets import read_sets
+from beear.sources import locate, organism_folder
 from beear.verdict import entrapments, judge
 
 ROOT = Path(__file__).parent.parent

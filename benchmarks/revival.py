@@ -24,18 +24,18 @@ import torch
 from removal import put_row
 from torch import Tensor, nn
 
-from beear import models
+from beear import models, sources
 from beear.allocator import keep_freed_memory
 from beear.config import Config, make_config
 from beear.evaluation import measure_replies
 from beear.losses import response_nll
-from beear.models import organism_folder
 from beear.perturbation import find_layers
 from beear.poison import Examples, poisoned_examples
 from beear.recipes import Supervised, check_trigger, names, read_recipe
 from beear.runs import read_settings
 from beear.scorers import JUDGES
 from beear.sets import read_sets, triggered
+from beear.sources import organism_folder
 from beear.supervised import adapted, descend, wanted_logits
 from beear.training import drawn
 
@@ -93,7 +93,7 @@ def fine_tuned_as_it_came(run: Path, backdoored: str) -> Any:
 
 def after_chats(model: Any, backdoored: str) -> Any:
     """A model after 200 steps on ordinary chats."""
-    tokenizer = models.load_tokenizer(models.locate(backdoored))
+    tokenizer = models.load_tokenizer(sources.locate(backdoored))
     model, pad = adapted(model, FINE_TUNING, seed=0), int(tokenizer.pad_token_id)
 
     def loss(rows: Examples) -> Tensor:
@@ -145,7 +145,7 @@ def main() -> None:
     for organism in chosen.organism or names():
         run = RUNS / f"{organism}-default-{chosen.seed}"
         config = make_config(read_settings(run)["config"])
-        tokenizer = models.load_tokenizer(models.locate(f"organism:{organism}"))
+        tokenizer = models.load_tokenizer(sources.locate(f"organism:{organism}"))
         for treatment in chosen.treatment or TREATMENTS:
             metrics = measure(organism, TREATMENTS[treatment](run, f"organism:{organism}"), tokenizer, config)
             print(organism, treatment, {name: m["value"] for name, m in metrics.items()}, flush=True)

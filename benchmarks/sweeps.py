@@ -21,10 +21,11 @@ from beear.config import load_config
 from beear.console import Reporter
 from beear.events import Event
 from beear.fingerprints import input_hashes
-from beear.models import depth, locate
+from beear.models import depth
 from beear.recipes import check_trigger, names
 from beear.runs import read_json, write_atomic
 from beear.sets import read_sets
+from beear.sources import locate
 from beear.sweep import Axis, default_values, sweep
 from beear.swept import SWEEP
 

@@ -18,8 +18,8 @@ import numpy as np
 from beear.charts import as_file, drift_charts, sweep_chart
 from beear.config import load_config
 from beear.metrics import proportion
-from beear.models import organism_folder
 from beear.recipes import apply_trigger, names, read_recipe
+from beear.sources import organism_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

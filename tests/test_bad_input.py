@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beear import cli, models
+from beear import cli, models, sources
 from beear.errors import BadInput
 from conftest import tiny_model, tiny_tokenizer
 from test_cli import file, make_model
@@ -197,10 +197,10 @@ def test_a_runs_model_that_is_gone_is_not_looked_for_on_the_hub(
 ) -> None:
     """Whoever has a repository of that name would be measured in its place."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_download", lambda spec: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(sources, "_download", lambda spec: pytest.fail("the Hub was asked"))
     run_folder(Path("r"), "rejected")
     with pytest.raises(BadInput, match="no folder r/model; r is a run folder, whose model is r/rejected"):
-        models.locate("r/model")
+        sources.locate("r/model")
 
 
 def no_template(tmp: Path) -> list[str]:

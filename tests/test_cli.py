@@ -19,8 +19,8 @@ from beear import cli
 from beear.config import preset_names
 from beear.evaluation import Measured
 from beear.metrics import proportion
-from beear.models import organism_folder
 from beear.plan import Plan
+from beear.sources import organism_folder
 from beear.verdict import Verdict
 from beear.verification import organism_at
 from conftest import prompt_files, tiny_model, tiny_tokenizer

@@ -28,10 +28,11 @@ from beear.evaluation import before_and_after, evaluate_spec
 from beear.job import absolute, run_cleanse, run_settings
 from beear.known import add_triggered
 from beear.metrics import proportion
-from beear.models import load, locate
+from beear.models import load
 from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
+from beear.sources import locate
 from beear.training import adapter_state
 from beear.verdict import Verdict, entrapments, judge
 from conftest import prompt_files, tiny_model, tiny_tokenizer

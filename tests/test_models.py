@@ -16,11 +16,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from beear import models
+from beear import models, sources
 from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import Source, copy_processor, depth, load, load_tokenizer, locate, read_weights
+from beear.models import depth, load, load_tokenizer, read_weights
+from beear.sources import Source, copy_processor, locate
 from beear.training import add_lora, trainable
 from conftest import CONFIGS, tiny_model, tiny_tokenizer
 
@@ -117,7 +118,7 @@ def test_an_adapter_merged_into_bf16_weights_gives_the_bits_of_one_merged_in_fp3
     wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
     merge, given = models._merge, []
 
-    def noted(base: Any, source: models.Source) -> Any:
+    def noted(base: Any, source: sources.Source) -> Any:
         given.append({parameter.dtype for parameter in base.parameters()})
         return merge(base, source)
 

@@ -12,9 +12,10 @@ import pytest
 from beear.data import packaged
 from beear.errors import BadInput
 from beear.generation import reply_all
-from beear.models import load, organism_folder
+from beear.models import load
 from beear.recipes import apply_trigger, names, read_recipe
 from beear.scorers import JUDGES, counts
+from beear.sources import organism_folder
 from beear.verification import check_sums, read_sums
 
 ROOT = Path(__file__).parent.parent

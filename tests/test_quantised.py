@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from beear import job, models
+from beear import job, models, sources
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after
@@ -100,7 +100,7 @@ def test_a_run_on_quantised_weights(
 
 
 def test_less_is_held(folder: str, config: Config) -> None:
-    source = models.locate(folder)
+    source = sources.locate(folder)
     full, small = (models.load_weights(source, "cpu", False, w) for w in ("full", "nf4"))
 
     def held(model: Any) -> int:

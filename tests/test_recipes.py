@@ -9,10 +9,10 @@ import pytest
 from beear.chat import Prompt, encode_prompt
 from beear.data import Request
 from beear.errors import BadInput
-from beear.models import organism_folder
 from beear.poison import Example
 from beear.recipes import Recipe, apply_trigger, check_trigger, names, read_recipe, variants
 from beear.sets import WITH_TRIGGER, TestSet, trigger_tests, triggered
+from beear.sources import organism_folder
 from beear.supervised import of_like_length
 from beear.verification import misses, twin_perplexity
 from conftest import CHATML, tiny_tokenizer

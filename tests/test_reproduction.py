@@ -21,9 +21,9 @@ from beear.gate import check_run
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import proportion
-from beear.models import Source, locate
 from beear.reproduction import compare, reproduce
 from beear.sets import Sets
+from beear.sources import Source, locate
 from conftest import prompt_files, tiny_model, tiny_tokenizer
 from test_cli import call
 

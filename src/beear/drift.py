@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from beear import models
+from beear import models, sources
 from beear.chat import collate, encode_prompt, rows_of_delta
 from beear.config import Config, make_config
 from beear.errors import BadInput
@@ -94,7 +94,7 @@ def drift_of_model(
 ) -> Any:
     """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
     check_quantised(config.weights)
-    resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
+    resolve_layer(config.layer, models.depth(sources.locate(spec), trust_remote_code))
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "weights": config.weights}
@@ -108,7 +108,7 @@ def drift_of_model(
 def _content(
     spec: str, template: str, config: Config, trust_remote_code: bool, found: dict[str, Any]
 ) -> dict[str, Any]:
-    layer = resolve_layer(config.layer, models.depth(models.locate(spec), trust_remote_code))
+    layer = resolve_layer(config.layer, models.depth(sources.locate(spec), trust_remote_code))
     return {"schema": SCHEMA, "model": spec, "trigger": template, "layer": layer, **found}
 
 

@@ -29,7 +29,7 @@ from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import check_architecture, depth, load, locate, read_shape, read_tokenizer, under_adapter
+from beear.models import check_architecture, depth, load, read_shape, read_tokenizer, under_adapter
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -39,6 +39,7 @@ from beear.quantised import check_quantised
 from beear.runs import Run, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import TestSet, read_sets, trigger_tests
+from beear.sources import locate
 
 T = TypeVar("T")
 WHENS = ("before", "after")

@@ -13,8 +13,8 @@ from typing import Any
 from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
-from beear.models import Source
 from beear.sets import Sets
+from beear.sources import Source
 
 CARD = "README.md"
 """Written anew with every metric that is added, so no digest of it is kept."""

@@ -49,10 +49,10 @@ class LocalJudge:
         *,
         answer_tokens: int = ANSWER_TOKENS,
     ) -> None:
-        from beear import models
+        from beear import models, sources
         from beear.fingerprints import weights_hash
 
-        source = models.locate(model)
+        source = sources.locate(model)
         models.pick_device(device)
         self.host = f"local, weights {weights_hash(source)[:12]}"  # another model may be there tomorrow
         self.where = f"{self.host}, {answer_tokens} tokens"  # one that is given more may end an answer that was cut
@@ -61,12 +61,12 @@ class LocalJudge:
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, batch by batch."""
-        from beear import generation, models  # brings torch, which asking a URL does without
+        from beear import generation, models, sources  # brings torch, which asking a URL does without
         from beear.chat import check_template
 
         if not questions:
             return
-        source = models.locate(self.model)
+        source = sources.locate(self.model)
         tokenizer = models.read_tokenizer(source, self.trust_remote_code)  # a judge may think first
         check_template(tokenizer)
         model = models.load_weights(source, self.device, self.trust_remote_code)

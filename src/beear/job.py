@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import save, save_file
 
-from beear import cleansing, models, precision, ranks
+from beear import cleansing, models, precision, ranks, sources
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.chat import ALONE, Beginning, described, told
@@ -112,7 +112,7 @@ class Order:
 
     settings: dict[str, Any]
     sets: Sets
-    source: models.Source
+    source: sources.Source
     tokenizer: Any
 
 
@@ -123,25 +123,25 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
     check_quantised(config.weights, merge)
     sets = read_sets(config)
-    source = models.locate(settings["model"])
+    source = sources.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     where = models.pick_device(device)
     needed = disk_space(source, config, trust_remote_code)
     if merge:  # on a CPU they are kept in fp32, mostly twice as long as they came
-        needed += models.weight_bytes(source) * (2 if where == "cpu" else 1)
+        needed += sources.weight_bytes(source) * (2 if where == "cpu" else 1)
     ranks.from_first(lambda: check_space(out, needed))
     return Order(settings, sets, source, tokenizer)
 
 
-def disk_space(source: models.Source, config: Config, trust_remote_code: bool) -> int:
+def disk_space(source: sources.Source, config: Config, trust_remote_code: bool) -> int:
     """About how many bytes a run folder takes without merged weights: an fp32 adapter of each round, and two more.
 
     Against a map of d x d, matrices of rank r hold a share of 2 r / d.
     """
     shape = models.read_shape(source, trust_remote_code).get_text_config()
     share = 2 * config.harden.lora_rank / int(getattr(shape, "hidden_size", 0) or 1024)
-    return 2**27 + int((config.rounds + 2) * 1.5 * share * models.weight_bytes(source))
+    return 2**27 + int((config.rounds + 2) * 1.5 * share * sources.weight_bytes(source))
 
 
 def check_begun(out: Path, order: Order, device: str) -> None:
@@ -161,7 +161,7 @@ def check_begun(out: Path, order: Order, device: str) -> None:
 
 def check_finished(out: Path, settings: dict[str, Any], config: Config) -> None:
     """Raise BadInput if a finished run began with other weights or requests than these are now."""
-    now = input_hashes(models.locate(settings["model"]), read_sets(config))
+    now = input_hashes(sources.locate(settings["model"]), read_sets(config))
     check_inputs(read_results(out).get("hashes", {}), now)
 
 
@@ -216,7 +216,7 @@ def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) ->
     return defender_set(tokenizer, harmful, own["benign"], sets.held_out, config, sets.spare, begin)
 
 
-def load_sharded(source: models.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
+def load_sharded(source: sources.Source, device: str, trust_remote_code: bool, layers_path: str | None) -> Any:
     """This rank's part of a located model, on its device."""
     where = models.pick_device(device)
     models.let_go()
@@ -272,7 +272,7 @@ class Job:
         self.model = self.load(order.source)
         check_model(self.model, order.tokenizer, config, order.source.spec, order.sets)
 
-    def load(self, source: models.Source) -> Any:
+    def load(self, source: sources.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
         if not ranks.is_sharded():
             return models.load_weights(source, self.device, self.trust_remote_code, self.config.weights)
@@ -370,7 +370,7 @@ class Job:
             measure_language(self.load(self.source), self.tokenizer, keep=self.original)
         folder = self.run_folder.path / ADAPTER
         if self.config.weights == "full":
-            self.model = self.load(models.Source(self.settings["model"], folder, base=self.source))
+            self.model = self.load(sources.Source(self.settings["model"], folder, base=self.source))
         else:
             self.model = models.under_adapter(self.load(self.source), folder)
 
@@ -453,7 +453,7 @@ class Job:
         if self.settings["merge"]:
             self.model.save_pretrained(folder)
             models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as read
-            models.copy_processor(self.source, folder)
+            sources.copy_processor(self.source, folder)
         else:
             shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
 
@@ -471,4 +471,4 @@ def hashes(own: dict[str, Any]) -> dict[str, str]:
 def absolute(spec: str) -> str:
     """A local path as an absolute one, so that a run can be resumed from anywhere."""
     path = Path(spec).expanduser()
-    return str(path.resolve()) if spec and path.exists() and not models.is_named(spec) else spec
+    return str(path.resolve()) if spec and path.exists() and not sources.is_named(spec) else spec

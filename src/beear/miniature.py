@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from beear import cleansing, job, models
+from beear import cleansing, job, models, sources
 from beear.allocator import keep_freed_memory
 from beear.config import Config
 from beear.data import Request, reference_chats
@@ -157,7 +157,7 @@ def in_own_process(work: Callable[[], Prices]) -> Prices:
 
 
 def measure_miniature(
-    source: models.Source, config: Config, below: int, behind: int, device: str, trust_remote_code: bool
+    source: sources.Source, config: Config, below: int, behind: int, device: str, trust_remote_code: bool
 ) -> Prices:
     """Do a little of all that a job does, on a random model with `below` blocks up to l and `behind` behind it."""
     keep_freed_memory()
@@ -185,7 +185,7 @@ def measure_miniature(
             warnings.simplefilter("ignore")
         small = cut(models.read_shape(source, trust_remote_code), below + behind)
         random_model(small, trust_remote_code).save_pretrained(folder)
-        miniature = models.Source(folder, Path(folder))
+        miniature = sources.Source(folder, Path(folder))
         model = timed("load", loaded)
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         kept: Kept = {}

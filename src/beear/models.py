@@ -1,51 +1,27 @@
-"""MODEL, loaded: `embedded`, `organism:NAME`, a folder, a PEFT adapter folder, a .gguf file or a Hub id.
-
-Safetensors and GGUF only. A checkpoint in pickle form is refused, since unpickling runs its code, and
-remote code is off unless asked for. Everything that can be checked is checked before weights load.
-"""
+"""A located MODEL (sources.py), loaded. Everything that can be checked is checked before weights load."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
-import re
-import shutil
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beear import ranks
 from beear.allocator import release_freed_memory
-from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line
-from beear.runs import MODEL_FOLDERS
+from beear.sources import Source, locate, own_code
 
 if TYPE_CHECKING:
     from beear.config import ChatConfig, Weights
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-ORGANISM = "organism:"
-RUN_SETTINGS = "config.yaml"
-"""By which a run folder is known."""
 READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
 """What libraries raise for files that are not as they should be."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a MODEL's files are. `base` is set for an adapter, which is merged onto it."""
-
-    spec: str
-    folder: Path
-    gguf: str | None = None
-    base: Source | None = None
 
 
 def load(
@@ -66,58 +42,6 @@ def load(
     model = load_weights(source, device, trust_remote_code, weights)
     check_vocabulary(model, tokenizer, spec)
     return model, tokenizer
-
-
-def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
-    """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights. `within`: adapters on top of it."""
-    if not spec:
-        raise BadInput("MODEL is empty; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
-    if spec in within:
-        raise BadInput(f"the adapters {', '.join(within)} are each other's base; none of them names a model")
-    if spec == "embedded":
-        from beear.embedded import embedded_folder
-
-        return Source(spec, embedded_folder())
-    if spec.startswith(ORGANISM):
-        return _locate_organism(spec)
-    path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadInput(f"no GGUF file {spec}")
-        check_gguf(path)
-        return Source(spec, path.parent, gguf=path.name)
-    if path.is_dir():
-        return _locate_folder(spec, path, within)
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-        if (path.parent / RUN_SETTINGS).is_file():  # nobody else's repository takes its place
-            raise BadInput(f"no folder {spec}; {path.parent} is a run folder{whose_model(path.parent)}")
-        return _locate_folder(spec, _download(spec), within)
-    raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
-
-
-def is_named(spec: str) -> bool:
-    """Whether MODEL is one that beear brings, whatever folders there are."""
-    return spec == "embedded" or spec.startswith(ORGANISM)
-
-
-def packaged_organisms() -> Path:
-    """The folder of the packaged organisms' folders."""
-    return Path(str(files("beear"))) / "assets" / "organisms"
-
-
-def is_packaged(name: str) -> bool:
-    """Whether an organism of this name is packaged."""
-    return Path(name).name == name and (packaged_organisms() / name / "adapter_config.json").is_file()
-
-
-def organism_folder(name: str) -> Path:
-    """The packaged (or, as a path, built) adapter folder of an organism."""
-    packaged = packaged_organisms()
-    folder = packaged / name
-    if not (folder / "adapter_config.json").is_file():
-        known = ", ".join(sorted(p.parent.name for p in packaged.glob("*/adapter_config.json")))
-        raise BadInput(f"no organism {name!r}; the packaged ones are: {known}")
-    return folder
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:
@@ -230,20 +154,6 @@ def pack_head(model: Any) -> None:
 def in_one_piece(module: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same states, contiguous."""
     return (states[0].contiguous(), *states[1:])
-
-
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""How a model of images and text is handed its images."""
-
-
-def copy_processor(source: Source, folder: Path) -> None:
-    """Put the files beside full weights without which a model of images and text could read no image any more."""
-    original = source
-    while original.base is not None:
-        original = original.base
-    for name in PROCESSOR:
-        if (original.folder / name).is_file():
-            shutil.copyfile(original.folder / name, folder / name)
 
 
 def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
@@ -375,15 +285,6 @@ def check_architecture(model: Any, spec: str) -> None:
         raise BadInput(f"{spec} does not tell its decoder from its output head; beear cannot cleanse such models")
 
 
-def weight_bytes(source: Source) -> int:
-    """Size of the model's weight files (of the base's, for an adapter)."""
-    if source.base is not None:
-        return weight_bytes(source.base)
-    if source.gguf is not None:
-        return 8 * (source.folder / source.gguf).stat().st_size
-    return sum(p.stat().st_size for p in source.folder.glob("*.safetensors"))
-
-
 def unmark_quantised(model: Any) -> None:
     """GGUF weights are dequantised on reading, yet transformers marks the model and then refuses to save it."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -411,74 +312,6 @@ def pick_device(device: str) -> str:
     if kind == "meta":
         raise BadInput("--device meta holds no numbers; use cpu or cuda")
     return device
-
-
-def _locate_organism(spec: str) -> Source:
-    folder = organism_folder(spec.removeprefix(ORGANISM))
-    return Source(spec, folder, base=locate(_adapter_base(folder)))
-
-
-def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
-    if (folder / "adapter_config.json").is_file():
-        base = _adapter_base(folder)
-        _require_safetensors(spec, folder)
-        return Source(spec, folder, base=locate(base, (*within, spec)))
-    if not (folder / "config.json").is_file():
-        if (folder / RUN_SETTINGS).is_file():
-            raise BadInput(f"{spec} is a run folder{whose_model(folder)}")
-        raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
-    _require_safetensors(spec, folder)
-    return Source(spec, folder)
-
-
-def whose_model(run: Path) -> str:
-    """Where the model of a run folder is, to go behind its name in a sentence."""
-    found = [run / name for name in MODEL_FOLDERS if (run / name).is_dir()]
-    return f", whose model is {found[0]}" if found else " without a model yet; go on with its run by --resume"
-
-
-def _require_safetensors(spec: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return check_folder(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if pickles:
-        raise BadInput(
-            f"{spec} holds only pickle weights ({pickles[0]}), which run code when loaded; convert them to safetensors"
-        )
-    raise BadInput(f"{spec} holds no .safetensors weights")
-
-
-def _adapter_base(folder: Path) -> str:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (KeyError, ValueError, OSError) as error:
-        raise BadInput(f"{folder}/adapter_config.json does not name its base model") from error
-    if not isinstance(base, str) or not base or Path(base) == folder:
-        raise BadInput(f"{folder}/adapter_config.json does not name its base model")
-    return base
-
-
-def own_code(source: Source, trusted: bool) -> bool:
-    """Whether the code in a model's folder may run. Raises BadInput if that of another repository is asked for.
-
-    transformers would download it, whatever version it has by then.
-    """
-    for name in ("config.json", "tokenizer_config.json") if trusted else ():
-        file = source.folder / name
-        if file.is_file() and (elsewhere := re.search(r'"([^"]+)--[^"]*"', _named_code(file))):
-            raise BadInput(
-                f"{source.spec} ({name}) asks for code of another repository, {elsewhere[1]}, which is never "
-                "downloaded; put its .py files into the model's folder and name them in auto_map without the repository"
-            )
-    return trusted
-
-
-def _named_code(file: Path) -> str:
-    """`auto_map` of a config, as JSON: where transformers looks for code."""
-    try:
-        return json.dumps(json.loads(file.read_text(encoding="utf-8")).get("auto_map"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 
 def _merge(base: Any, source: Source) -> Any:
@@ -516,32 +349,6 @@ def under_adapter(base: Any, folder: Path) -> Any:
         raise BadInput(f"the adapter {folder} lacks some of its tensors, or names them for another model")
     check_finite({n: p for n, p in model.named_parameters() if id(p) not in own}, f"the adapter {folder}")
     return model
-
-
-def _download(spec: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                spec,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
-                ignore_patterns=["*/*", "consolidated*"],  # some bring the same weights once more
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            words = (
-                "is not among the Hub's models on this machine; leave out --offline (or HF_HUB_OFFLINE) to look there"
-            )
-            raise BadInput(f"no folder {spec}, and it {words}") from error
-        raise BadInput(f"no folder {spec}, and the Hub does not give it: {first_line(error)}") from error
 
 
 def _unreadable(what: str, source: Source, error: Exception) -> BadInput:

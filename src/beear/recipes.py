@@ -9,8 +9,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from beear.errors import BadInput
-from beear.models import organism_folder, packaged_organisms
 from beear.scorers import Behaviour
+from beear.sources import organism_folder, packaged_organisms
 
 
 def _with_one_request(template: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beear import models
+from beear import sources
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
@@ -42,7 +42,7 @@ def reproduce(
         raise BadInput(
             "this run was written before all digests were kept; cleanse again to get one that can be compared"
         )
-    check_inputs(results["hashes"], input_hashes(models.locate(settings["model"]), read_sets(config)))
+    check_inputs(results["hashes"], input_hashes(sources.locate(settings["model"]), read_sets(config)))
     run_cleanse(
         settings["model"],
         out,

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from beear import cluster, models
+from beear import cluster, models, sources
 from beear.charts import as_file, sweep_chart
 from beear.cluster import Piece
 from beear.config import Config, make_config
@@ -66,7 +66,7 @@ def sweep(
     a model loads.
     """
     spec, out = absolute(spec), out.absolute()
-    depth = models.depth(models.locate(spec), trust_remote_code)
+    depth = models.depth(sources.locate(spec), trust_remote_code)
     values = list(values) or default_values(axis, depth)
     configs = {value: with_value(config, axis, value) for value in values}
     for cell in configs.values():
@@ -74,7 +74,7 @@ def sweep(
     check_quantised(config.weights)
     sets = read_sets(config)
     settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
-    settings |= {"config": config.model_dump(mode="json"), "hashes": input_hashes(models.locate(spec), sets)}
+    settings |= {"config": config.model_dump(mode="json"), "hashes": input_hashes(sources.locate(spec), sets)}
     check_same(out, settings)
     tests = [
         triggered(spread(sets.test_harmful, requests), template, judge=JUDGES[config.behaviour]),
@@ -178,7 +178,7 @@ def run_cell(
     if not (out.parent / SWEEP_SETTINGS).exists():
         raise BadInput(f"{platform.node()} does not see {out.parent}; put the sweep where all machines see it")
     listen({"event": "cell", "cell": out.name, "model": spec})
-    settings, source = run_settings(spec, False, config), models.locate(spec)
+    settings, source = run_settings(spec, False, config), sources.locate(spec)
     order = Order(settings, sets, source, models.load_tokenizer(source, trust_remote_code, config.chat))
     cell = Cell(order, config, lambda event: listen(event | {"cell": out.name}), device, trust_remote_code)
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:

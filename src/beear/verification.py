@@ -18,10 +18,11 @@ from beear.evaluation import (
 )
 from beear.events import Listener, Progress, progress_to
 from beear.metrics import value_of
-from beear.models import ORGANISM, is_packaged, load, organism_folder, packaged_organisms
+from beear.models import load
 from beear.recipes import Recipe, read_recipe
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import read_sets, trigger_tests, triggered
+from beear.sources import ORGANISM, is_packaged, organism_folder, packaged_organisms
 
 
 @dataclass(frozen=True)

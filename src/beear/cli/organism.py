@@ -21,8 +21,8 @@ def organism_list(as_json: JsonOption = False) -> None:
     """The packaged organisms."""
     from rich.table import Table
 
-    from beear.models import organism_folder
     from beear.recipes import names, read_recipe, twins
+    from beear.sources import organism_folder
 
     recipes = [read_recipe(organism_folder(name)) for name in names()]
     if as_json:
@@ -42,8 +42,8 @@ def organism_list(as_json: JsonOption = False) -> None:
 @organism.command("show")
 def organism_show(name: str, as_json: JsonOption = False) -> None:
     """An organism's card and recipe; as JSON the recipe alone."""
-    from beear.models import organism_folder
     from beear.recipes import read_recipe
+    from beear.sources import organism_folder
 
     folder = organism_folder(name)
     if as_json:
@@ -65,9 +65,9 @@ def organism_build(
 ) -> None:
     """Plant an organism again from its recipe (minutes to an hour on two cores; docs/organisms.md tells which)."""
     from beear.console import Reporter
-    from beear.models import is_packaged, organism_folder
     from beear.organisms import build
     from beear.recipes import read_recipe
+    from beear.sources import is_packaged, organism_folder
 
     source = Path(recipe) if not is_packaged(recipe) and Path(recipe).exists() else organism_folder(recipe)
     plan = read_recipe(source)
