@@ -14,7 +14,7 @@ from beear.chat import ALONE, Batch, Beginning, collate, encode_prompt, encode_r
 from beear.cleansing import frozen
 from beear.config import Place
 from beear.errors import BadInput
-from beear.generation import LOOKED_AT, beginning_of, reply_all
+from beear.generation import LOOKED_AT, Push, beginning_of, reply_all
 from beear.losses import response_logits, response_nll
 from beear.perturbation import NOWHERE, Perturbation, find_layers, resolve_layer
 from beear.training import add_lora, recompute_activations, recomputing, trainable
@@ -107,7 +107,7 @@ def test_generation_under_delta_agrees_with_the_forward_pass(
                 parameter.normal_(std=0.1)
     delta = 3 * torch.randn(3, 32)
     attention = model.config._attn_implementation
-    replies = reply_all(model, tokenizer, TEXTS, max_new_tokens=6, delta=delta, place=place, layer=LAYER)
+    replies = reply_all(model, tokenizer, TEXTS, max_new_tokens=6, push=Push(delta, place, LAYER))
     assert model.config._attn_implementation == attention
     for text, reply in zip(TEXTS, replies, strict=True):
         prompt = encode_prompt(tokenizer, text)

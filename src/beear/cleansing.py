@@ -40,7 +40,7 @@ from beear.data import Request
 from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
 from beear.draws import Draws
 from beear.events import Event, Listener
-from beear.generation import reply_all
+from beear.generation import Push, reply_all
 from beear.losses import make_sure, response_logits, response_nll, row_mean, token_kl
 from beear.original import Original, run_original
 from beear.packed import packed
@@ -79,6 +79,10 @@ class Subject:
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder's."""
         return list(find_layers(self.model, self.config.layers_path))
+
+    def push(self, delta: Tensor) -> Push:
+        """delta, where it is added."""
+        return Push(delta, self.config.entrap.place, self.layer, self.config.layers_path)
 
 
 def cleanse(
@@ -532,10 +536,7 @@ def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None
         subject.tokenizer,
         [r.text for r in requests],
         max_new_tokens=config.harden.response_tokens,
-        delta=delta,
-        place=config.entrap.place,
-        layer=subject.layer,
-        layers_path=config.layers_path,
+        push=None if delta is None else subject.push(delta),
     )
     judge = JUDGES[config.behaviour]
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from beear import models, sources
-from beear.chat import collate, encode_prompt, rows_of_delta
+from beear.chat import collate, encode_prompt
+from beear.cleansing import Subject
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, fresh_delta
 from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_tests
-from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve_layer, states_in
+from beear.perturbation import decoder_depth, find_layers, resolve_layer, states_in
 from beear.precision import autocast, generating
 from beear.quantised import check_quantised
 from beear.recipes import apply_trigger
@@ -160,16 +161,16 @@ def prompt_states(
     progress: Progress = lambda *_: None,
 ) -> Tensor:
     """The state at each prompt's last token behind every block, under `delta` if given: (prompts, blocks, d_model)."""
-    layer = resolve_layer(config.layer, decoder_depth(model))
     prompts = [encode_prompt(tokenizer, text) for text in texts]
+    push = None if delta is None else Subject(model, tokenizer, config).push(delta)
     found = []
     with torch.inference_mode(), autocast(model), generating(model):
         for first in range(0, len(prompts), BATCH):
             some = prompts[first : first + BATCH]
-            rows = None if delta is None else [rows_of_delta(p, config.entrap.place, len(delta)) for p in some]
+            rows = [push.rows(p) for p in some] if push else None
             batch = collate(some, [[]] * len(some), rows, int(tokenizer.pad_token_id)).to(model.device)
-            perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, config.layers_path)
-            with perturbed or contextlib.nullcontext(), last_states(model, config.layers_path) as states:
+            perturbed = push.on(model, batch) if push else contextlib.nullcontext()
+            with perturbed, last_states(model, config.layers_path) as states:
                 model.get_decoder()(**batch.inputs(), use_cache=False)
             found.append(torch.stack(states, 1).float().cpu())
             progress("hidden states", sum(map(len, found)), len(texts))

@@ -32,7 +32,7 @@ from beear.metrics import Metric, proportion, token_mean
 from beear.models import check_architecture, depth, load, read_shape, read_tokenizer, under_adapter
 from beear.original import padded
 from beear.parts import Parts
-from beear.perturbation import decoder_depth, find_layers, resolve_layer
+from beear.perturbation import find_layers, resolve_layer
 from beear.precision import autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
@@ -264,7 +264,7 @@ def measure_entrapped(
     progress: Progress = lambda *_: None,
 ) -> Measured:
     """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests."""
-    layer, judge = resolve_layer(config.layer, decoder_depth(model)), JUDGES[config.behaviour]
+    judge = JUDGES[config.behaviour]
     delta = fresh_delta(model, tokenizer, optimise_on, config)
     replies = reply_all(
         model,
@@ -272,10 +272,7 @@ def measure_entrapped(
         [r.text for r in test],
         progress=partial(progress, "asr_entrapped"),
         max_new_tokens=TOKENS[judge],
-        delta=delta,
-        place=config.entrap.place,
-        layer=layer,
-        layers_path=config.layers_path,
+        push=Subject(model, tokenizer, config).push(delta),
     )
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, test, strict=True)]
     samples = [

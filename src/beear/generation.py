@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -32,6 +33,25 @@ from beear.perturbation import Perturbation, find_layers
 from beear.precision import autocast, generating, no_gradients
 from beear.prefix import inputs_behind, run_prefix
 
+
+@dataclass(frozen=True)
+class Push:
+    """delta (n, d_model), added behind block `layer` at one place of every prompt."""
+
+    delta: Tensor
+    place: Place
+    layer: int
+    layers_path: str | None = None
+
+    def rows(self, prompt: Prompt, reply: int = 0) -> list[int]:
+        """Which row of delta is added at each token of a prompt, and of a reply of so many tokens."""
+        return rows_of_delta(prompt, self.place, len(self.delta), reply)
+
+    def on(self, model: Any, batch: Batch) -> Perturbation:
+        """The perturbation of a batch that was made with these rows."""
+        return Perturbation(model, self.delta, batch.where, self.layer, self.layers_path)
+
+
 BATCH = 80
 """Replies generated at a time, unless told otherwise: on a CPU half as many take a quarter longer or more."""
 
@@ -43,18 +63,15 @@ def reply_all(
     *,
     max_new_tokens: int,
     batch_size: int = BATCH,
-    delta: Tensor | None = None,
-    place: Place = "last",
-    layer: int = 1,
-    layers_path: str | None = None,
+    push: Push | None = None,
     earlier: Sequence[Sequence[str]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """The model's greedy reply to each text, in the order given, cut after `max_new_tokens`.
 
     `earlier`: for each text, what was said before it in its chat, user and model in turn.
-    With `delta` (n, d_model), prompt or chat are perturbed behind block `layer`. Texts are batched by
-    length to keep padding short; `progress` is called with how many replies there are, and of how many.
+    With `push`, prompt or chat are perturbed. Texts are batched by length to keep padding short; `progress` is called
+    with how many replies there are, and of how many.
     """
     chats = earlier or [()] * len(texts)
     prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
@@ -64,13 +81,11 @@ def reply_all(
     parts = Parts()
 
     def some(chosen: Sequence[int]) -> list[tuple[int, str]]:
-        n = 0 if delta is None else len(delta)
-        rows = [rows_of_delta(prompts[i], place, n, max_new_tokens) for i in chosen] if n else None
+        rows = [push.rows(prompts[i], max_new_tokens) for i in chosen] if push else None
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
         batch = batch.to(model.device)
         inputs = inputs_of(model, batch, max_new_tokens)
-        perturbed = delta is not None and Perturbation(model, delta, batch.where, layer, layers_path)
-        with perturbed or contextlib.nullcontext():
+        with push.on(model, batch) if push else contextlib.nullcontext():
             ids = _greedy(model, tokenizer, batch, inputs, max_new_tokens)
         return [(i, tokenizer.decode(row, skip_special_tokens=True)) for i, row in zip(chosen, ids, strict=True)]
 
