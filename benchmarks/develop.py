@@ -61,9 +61,10 @@ def development(trigger: str, data: Sets, config: Config, n: int) -> list[TestSe
 
 def rates(
     model: Any, tokenizer: Any, tests: list[TestSet], tokens: int | None = None
-) -> tuple[dict[str, float], list[list[str]]]:
+) -> tuple[dict[str, float | None], list[list[str]]]:
     """Attack success of the triggered and untriggered requests, refusals of the other two; and the replies behind."""
-    result, wrong = {}, []
+    result: dict[str, float | None] = {}
+    wrong: list[list[str]] = []
     for test in tests:
         replies = reply_all(model, tokenizer, test.texts(), max_new_tokens=tokens or TOKENS[test.judge])
         counted = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]

@@ -43,6 +43,8 @@ from beear.training import first_adapted
 RESULTS = Path(__file__).parent / "results" / "hardening.json"
 STEPS, WARM = 8, 2
 REQUESTS = {"requests": 48, "anchors": 80}
+METHOD: Any = cleansing
+"""Of which an arm replaces a part."""
 ARMS = ("everything", "padding as well", "head row by row", "original in every step", "none")
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Here is a short answer to the question that you asked."
 
@@ -60,10 +62,11 @@ class EachTime:
         with torch.no_grad(), autocast(model), model.disable_adapter():
             prefix = run_prefix(model, alone)
             start = prefix.length if prefix else 0
-            with cleansing.packed(blocks, tokens_behind(alone, prefix), alone.predicting()[:, start:]):
+            with METHOD.packed(blocks, tokens_behind(alone, prefix), alone.predicting()[:, start:]):
                 self.states, _ = run_below(model, blocks, self.frozen, inputs_behind(alone, prefix))
                 with returning(blocks[: self.frozen], lambda: self.states):
-                    return cleansing.response_logits(model, alone, prefix)
+                    logits: Tensor = METHOD.response_logits(model, alone, prefix)
+        return logits
 
     def below(self, alone: Batch, start: int) -> Any:
         """What block `frozen` has just returned for the same rows."""
@@ -109,7 +112,7 @@ def measure(arm: str) -> None:
 
     with patch.dict(cleansing.__dict__, without(arm, model)):
         started = time.monotonic()
-        original = cleansing.run_original(model, tokenizer, data.rows())
+        original = METHOD.run_original(model, tokenizer, data.rows())
         stamps.append(time.monotonic())
         once = (stamps[0] - started) / len(data.rows())
         subject = cleansing.Subject(model, tokenizer, config)

@@ -20,7 +20,7 @@ from beear.cleansing import add_adapter, batch_of, cleanse
 from beear.config import Config
 from beear.defender import defender_set
 from beear.draws import Draws
-from beear.job import peak_memory
+from beear.memory import peak_memory
 from beear.models import load
 from beear.precision import autocast
 from beear.sets import read_sets

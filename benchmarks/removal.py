@@ -110,7 +110,7 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     """Put one run's figures into the results file, in place of older ones of the same cell."""
     results = json.loads((out / "results.json").read_text())
     kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
-    row = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
+    row: dict[str, Any] = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
     samples = read_lines(out / "samples.jsonl")
     for when in WHENS:  # runs before decision 28 lack it
