@@ -62,9 +62,12 @@ def add_triggered(
         judged = results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
         run.write_json("results.json", results)
-        done = [f"stages/{stage}-{when}.json" for when in WHENS]
-        for name in [*done, *(["judged.jsonl"] if judged is not None else [])] if ranks.is_first() else []:
-            (out / name).unlink(missing_ok=True)
+        over = [f"stages/{stage}-{when}.json" for when in WHENS]
+        if judged is not None:
+            over.append("judged.jsonl")
+        if ranks.is_first():
+            for name in over:
+                (out / name).unlink(missing_ok=True)
         write_evidence(out)
 
 
