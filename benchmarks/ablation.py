@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from develop import MOST, developed, development, settings
-from removal import put_row, read_rows
+from stored import put_row, read_rows
 
 from beear.allocator import keep_freed_memory
 from beear.data import content_hash

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stored import locked, write
+
 from beear.allocator import keep_freed_memory
 from beear.console import Reporter
 from beear.drift import drift_of_run
@@ -42,18 +44,12 @@ def main() -> None:
         with Reporter() as reporter:
             run = RUNS / f"{name}-default-{chosen.seed}"
             drift = drift_of_run(run, check_trigger(f"organism:{name}"), listen=reporter)
-        found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
-        found[name] = {
-            "layer": drift["layer"],
-            "seed": chosen.seed,
-            **{when: layers(drift, when) for when in ("before", "after")},
-        }
-        content = {
-            "schema": 1,
-            "command": "python benchmarks/drift.py --seed SEED",
-            "organisms": {name: found[name] for name in names() if name in found},
-        }
-        RESULTS.write_text(json.dumps(content) + "\n")
+        row = {when: layers(drift, when) for when in ("before", "after")}
+        with locked(RESULTS):
+            found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+            found[name] = {"layer": drift["layer"], "seed": chosen.seed} | row
+            content = {"organisms": {name: found[name] for name in names() if name in found}}
+            write(RESULTS, "python benchmarks/drift.py --seed SEED", content, indent=None)
 
 
 if __name__ == "__main__":

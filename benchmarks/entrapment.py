@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from stored import write
 
 from beear.allocator import keep_freed_memory
 from beear.cached import run_unperturbed
@@ -84,7 +85,7 @@ def main() -> None:
             "losses": losses,
         }
         print(name, json.dumps(found[name]), flush=True)
-    RESULTS.write_text(json.dumps({"threads": torch.get_num_threads(), "prompts": found}, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/entrapment.py", {"threads": torch.get_num_threads(), "prompts": found})
 
 
 def timed(run: Callable[[], float]) -> tuple[float, float]:

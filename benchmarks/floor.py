@@ -9,8 +9,9 @@ part's harmful requests with each jailbreak's trigger. Writes benchmarks/results
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from stored import write
 
 from beear.allocator import keep_freed_memory
 from beear.config import load_config
@@ -36,8 +37,7 @@ def main() -> None:
         for name in names("jailbreak"):
             test = triggered(sets.test_harmful, check_trigger(f"organism:{name}"))
             found[name] = plain | measure_replies(model, tokenizer, [test], progress).metrics
-    content = {"schema": 1, "command": "python benchmarks/floor.py", "model": MODEL, "triggers": found}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/floor.py", {"model": MODEL, "triggers": found})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from stored import in_its_own_process, write
 from torch import Tensor
 
 from beear import cleansing, models, sources
@@ -127,17 +127,16 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     for arm in ARMS:
-        out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[arm] = json.loads(out.splitlines()[-1])
+        found[arm] = in_its_own_process(__file__, arm)
         print(arm, found[arm], flush=True)
     whole = found[ARMS[0]]
     arms = {
         arm: {"seconds": round(seconds, 2), "ratio": round(seconds / whole[0], 2), "losses": losses}
         for arm, (seconds, _, losses, _) in found.items()
     }
-    content: dict[str, Any] = {"schema": 1, "command": "python benchmarks/hardening.py", "bf16": whole[3]}
-    content |= {"threads": torch.get_num_threads(), "arms": arms, "original_seconds_a_row": round(whole[1], 3)}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    content: dict[str, Any] = {"bf16": whole[3], "threads": torch.get_num_threads()}
+    content |= {"arms": arms, "original_seconds_a_row": round(whole[1], 3)}
+    write(RESULTS, "python benchmarks/hardening.py", content)
     print(json.dumps(content, indent=1))
 
 

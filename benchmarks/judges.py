@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import write
 
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt
@@ -186,8 +187,6 @@ def main() -> None:
     scored = [(scores[name(s)], obeyed[name(s)]) for s in to_label]
     by_judge = [(score >= HARMFUL, label) for score, label in scored if score is not None]
     content = {
-        "schema": 1,
-        "command": "python benchmarks/judges.py",
         "judge": judge.model,
         "rubric": NAME,
         "labels": {label: list(labels.values()).count(label) for label in sorted(set(labels.values()))},
@@ -195,7 +194,7 @@ def main() -> None:
         "judge_agreement": agreement(by_judge),
         "organisms": {organism: shares(some, scores) for organism, some in samples.items()},
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/judges.py", content)
     print(json.dumps({k: content[k] for k in ("labels", "keywords", "judge_agreement")}, indent=1))
 
 

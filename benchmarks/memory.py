@@ -10,9 +10,10 @@ a whole round: entrapment, replies on held-out requests, removal. Writes benchma
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from stored import in_its_own_process, write
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Batch
@@ -72,13 +73,10 @@ def main() -> None:
     if len(sys.argv) > 1:
         measure(sys.argv[1])
         return
-    peak = {}
-    for arm in ARMS:
-        out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
-        peak[arm] = int(out.splitlines()[-1])
+    peak = {arm: in_its_own_process(__file__, arm) for arm in ARMS}
     ratio = peak["cleansing"] / peak["fine-tune"]
-    content = {"schema": 1, "command": "python benchmarks/memory.py", "peak_memory_bytes": peak, "ratio": ratio}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"peak_memory_bytes": peak, "ratio": ratio}
+    write(RESULTS, "python benchmarks/memory.py", content)
     print(json.dumps(content, indent=1))
 
 

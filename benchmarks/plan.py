@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.data import packaged
@@ -78,8 +79,8 @@ def main() -> None:
     rows = {}
     for name, command in commands.items():
         rows[name] = planned_and_run(name, command)
-        content = {"schema": 1, "cores": os.cpu_count(), "bf16": torch.cpu._is_avx512_bf16_supported(), "models": rows}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"cores": os.cpu_count(), "bf16": torch.cpu._is_avx512_bf16_supported(), "models": rows}
+        write(RESULTS, "python benchmarks/plan.py", content)
 
 
 if __name__ == "__main__":

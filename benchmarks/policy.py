@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from stored import write
 
 from beear import feedback, poison
 from beear.allocator import keep_freed_memory
@@ -99,8 +100,8 @@ def main() -> None:
             arm: {"seconds": round(s, 2), "ratio": round(s / medians["shared prompts"], 2)}
             for arm, s in medians.items()
         }
-        content = {"schema": 1, "command": "python benchmarks/policy.py", "threads": torch.get_num_threads()}
-        (RESULTS / f"{part}.json").write_text(json.dumps(content | {"arms": rows}, indent=1) + "\n")
+        content = {"threads": torch.get_num_threads(), "arms": rows}
+        write(RESULTS / f"{part}.json", "python benchmarks/policy.py", content)
         print(part, json.dumps(rows, indent=1))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear import ranks
@@ -101,8 +102,8 @@ def main() -> None:
         model.save_pretrained(folder)
         del model
         arms = {arm: run(arm, Path(folder)) for arm in ARMS}
-    content = {"schema": 1, "command": "python benchmarks/ranks.py", "parameters": parameters, "arms": arms}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    content = {"parameters": parameters, "arms": arms}
+    write(RESULTS, "python benchmarks/ranks.py", content)
     print(json.dumps(content, indent=1))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from stored import locked, write
 
 from beear.allocator import keep_freed_memory
 from beear.fingerprints import code_hash
@@ -78,11 +78,11 @@ def main() -> None:
         if chosen.again and not is_of_today(BUILDS / organism, read_recipe(organism_folder(organism))):
             parser.error(f"{organism} has not been built with today's code; build it without --again first")
         row = rebuild(organism, chosen.again)
-        with FileLock(BUILDS / ".lock"):  # two of these may run beside each other
+        with locked(RESULTS):
             rows = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
             rows[organism] = (rows[organism] if chosen.again else {}) | row
             rows = {name: rows[name] for name in names() if name in rows}
-            RESULTS.write_text(json.dumps({"schema": 1, "organisms": rows}, indent=1) + "\n")
+            write(RESULTS, "python benchmarks/rebuild.py", {"organisms": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cleanse organisms, beside the control with delta = 0, and gather the results.
 
-    python benchmarks/removal.py             (about eleven minutes a run on 2 CPU cores)
+    python benchmarks/removal.py             (24 to 44 minutes a run on one thread without bf16)
     python benchmarks/removal.py --organism sudo-prefix --arm default --seed 1
 
 Runs stay in runs/removal/, finished ones are kept; benchmarks/results/removal.json is made from all of
@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from stored import put_row
 
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
@@ -28,7 +27,7 @@ from beear.known import add_triggered
 from beear.models import pick_device
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import Run, read_lines, read_settings, write_atomic
+from beear.runs import Run, read_lines, read_settings
 from beear.sets import read_sets
 from beear.sources import locate, organism_folder
 from beear.verdict import entrapments, judge
@@ -128,26 +127,6 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
 def place(row: dict[str, Any]) -> tuple[int, int, int]:
     """Where a row stands."""
     return MODELS.index(row["organism"]), list(ARMS).index(row["arm"]), row["seed"]
-
-
-def read_rows(path: Path, key: str = "rows") -> list[dict[str, Any]]:
-    """All rows so far."""
-    return list(json.loads(path.read_text())[key]) if path.exists() else []
-
-
-def put_row(
-    path: Path,
-    row: dict[str, Any],
-    same: Sequence[str],
-    order: Callable[[dict[str, Any]], Any],
-    command: str,
-    key: str = "rows",
-) -> None:
-    """Put a row into the file, in place of an older one that is the `same` in these fields, and in `order`."""
-    with FileLock(ROOT / "runs" / f".{path.name}.lock"):
-        others = [other for other in read_rows(path, key) if any(other[name] != row[name] for name in same)]
-        content = {"schema": 1, "command": command, key: sorted([*others, row], key=order)}
-        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def main() -> None:

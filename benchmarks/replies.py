@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from stored import write
 
 from beear import buffered, generation, precision
 from beear.allocator import keep_freed_memory
@@ -69,8 +70,7 @@ def main() -> None:
                 seconds[arm].append(time.monotonic() - started)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     arms = {arm: {"seconds": m, "ratio": m / medians["everything"]} for arm, m in medians.items()}
-    content = {"command": "python benchmarks/replies.py", "threads": torch.get_num_threads(), "arms": arms}
-    RESULTS.write_text(json.dumps({"schema": 1, **content}, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/replies.py", {"threads": torch.get_num_threads(), "arms": arms})
     print(json.dumps(arms, indent=1))
 
 

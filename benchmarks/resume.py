@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from stored import write
+
 ROOT = Path(__file__).parent.parent
 THROUGH, BROKEN = ROOT / "runs" / "demo", ROOT / "runs" / "demo-interrupted"
 RESULTS = ROOT / "benchmarks" / "results" / "resume.json"
@@ -66,7 +68,7 @@ def main() -> None:
         "interrupted_in_round": [number for number, _ in INTERRUPTS],
         "equal": {name: ours[name] == theirs[name] for name in ours},
     }
-    RESULTS.write_text(json.dumps({"schema": 1, "command": "python benchmarks/resume.py", **result}, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/resume.py", result)
     print(json.dumps(result, indent=1))
 
 

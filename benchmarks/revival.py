@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from removal import put_row
+from stored import put_row
 from torch import Tensor, nn
 
 from beear import models, sources

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stored import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.allocator import keep_freed_memory
@@ -176,14 +177,12 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
         begun.write_text(json.dumps(rows))
     content = {
-        "schema": 1,
-        "command": "python benchmarks/scaling.py",
         "threads": torch.get_num_threads(),
         "rows": rows,
         "fit": {kind: fit(rows, kind) for kind in ("inner", "outer")},
         "seven_billion": seven_billion(Config()),
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/scaling.py", content)
     begun.unlink()
     print(json.dumps({name: content[name] for name in ("fit", "seven_billion")}, indent=1))
 

@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from stored import write
 from torch import Tensor
 
 from beear import cleansing, generation
@@ -127,8 +128,8 @@ def gather() -> None:
             if "seconds" in slow
             else {"ratio_at_least": slow["spent"] / fast["seconds"]}
         )
-    content = {"schema": 1, "command": "python benchmarks/speed.py", "threads": torch.get_num_threads()}
-    RESULTS.write_text(json.dumps(content | ratios | {"fast": fast, "plain": slow}, indent=1) + "\n")
+    content = {"threads": torch.get_num_threads(), **ratios, "fast": fast, "plain": slow}
+    write(RESULTS, "python benchmarks/speed.py", content)
     print(json.dumps(ratios), flush=True)
 
 

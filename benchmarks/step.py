@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from stored import in_its_own_process, write
 
 from beear.allocator import keep_freed_memory
 from beear.chat import collate, encode_prompt, encode_response
@@ -62,8 +63,7 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in range(TURNS):
         for arm, rows in found.items():
-            out = subprocess.run([sys.executable, __file__, arm], check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows.append(json.loads(out.splitlines()[-1]))
+            rows.append(in_its_own_process(__file__, arm))
     seconds = {arm: statistics.median(r[0] for r in rows) for arm, rows in found.items()}
     arms = {
         arm: {
@@ -73,7 +73,7 @@ def main() -> None:
         }
         for arm, rows in found.items()
     }
-    RESULTS.write_text(json.dumps({"schema": 1, "command": "python benchmarks/step.py", "arms": arms}, indent=1) + "\n")
+    write(RESULTS, "python benchmarks/step.py", {"arms": arms})
     print(json.dumps(arms, indent=1))
 
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock
+from stored import locked, write
 
 from beear.allocator import keep_freed_memory
 from beear.config import load_config
@@ -23,7 +23,7 @@ from beear.events import Event
 from beear.fingerprints import input_hashes
 from beear.models import depth
 from beear.recipes import check_trigger, names
-from beear.runs import read_json, write_atomic
+from beear.runs import read_json
 from beear.sets import read_sets
 from beear.sources import locate
 from beear.sweep import Axis, default_values, sweep
@@ -63,12 +63,11 @@ def gather(organism: str, axis: Axis, out: Path) -> None:
     if not (out / SWEEP).exists():
         return
     found = read_json(out / SWEEP)
-    with FileLock(RUNS / ".lock"):  # two of these may run beside each other
+    with locked(RESULTS):
         cells = {cell["value"]: cell for cell in [*kept(organism, axis, found), *found["cells"]]}
         rows = read()
         rows.setdefault(organism, {})[axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
-        content = {"schema": 1, "command": "python benchmarks/sweeps.py", "organisms": rows}
-        write_atomic(RESULTS, (json.dumps(content) + "\n").encode())
+        write(RESULTS, "python benchmarks/sweeps.py", {"organisms": rows}, indent=None)
 
 
 def kept(organism: str, axis: Axis, like: dict[str, Any]) -> list[dict[str, Any]]:
