@@ -334,7 +334,7 @@ BAD_SETTINGS: dict[str, tuple[Case, str]] = {
     "a budget without end": (given("--set", "entrap.budget=.inf"), "entrap.budget"),
     "a seed below zero": (given("--seed", "-1"), "seed"),
     "a seed of nanoseconds": (given("--seed", "1764347886123456789"), "seed"),
-    "a name that is a number": (settings("1: 2"), "1"),
+    "a name that is a number": (settings("1: 2"), "Keys should be strings"),
     "a name that is true": (settings("on: true"), "Keys should be strings"),
     "a date that is none": (given("--set", "chat.template.date_string=2024-02-30"), "not YAML"),
     "a date that is none, in a file": (settings("chat: {template: {date_string: 2024-02-30}}"), "cannot read"),
@@ -346,7 +346,7 @@ BAD_SETTINGS: dict[str, tuple[Case, str]] = {
     "a module that is not there": (given("--set", "harden.lora_targets=[nope]"), "no linear map in a block is named"),
     "a module that is no map": (given("--set", "harden.lora_targets=[mlp]"), "no linear map in a block is named mlp"),
     "seed that is no number": (given("--seed", "x"), "--seed"),
-    "no output folder": (given("--preset", "default", "-o", ""), "-o"),
+    "no output folder": (given("--preset", "default", "-o", ""), "name a folder"),
 }
 
 

@@ -339,6 +339,47 @@ def test_rounds_go_on_in_the_order_of_requests_and_under_longer_deltas(
         assert len(set(met)) == min(len(met), len(data.benign if purpose == "anchored" else data.harmful))
 
 
+def test_rounds_end_early_once_entrapment_fails_and_no_more_is_refused_than_before(
+    wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before `least_rounds`; the last round settles at the lowest rate."""
+    refused, rates = iter([0.3, 0.3, 0.1, 0.1]), []
+
+    def removal(own: Subject, data: Any, deltas: torch.Tensor, rate: float, *_: Any) -> list[dict[str, float]]:
+        rates.append((rate, own.config.harden.anchor))
+        return []
+
+    monkeypatch.setattr(cleansing, "run_original", lambda *_: {})
+    monkeypatch.setattr(cleansing, "entrap", lambda *_: (torch.zeros(1, 32), [0.0]))
+    monkeypatch.setattr(cleansing, "unlocked", lambda *_: 0.0)
+    monkeypatch.setattr(cleansing, "refused_shares", lambda *_: [next(refused)])
+    monkeypatch.setattr(cleansing, "harden", removal)
+    config = load_config(sets=["rounds=8", "least_rounds=3", "patience=2", f"layer={LAYER}"])
+    data = SimpleNamespace(harmful=[], held_out=[], spare=[], rows=list)
+    begun = State(norm=1.0, refused=[0.1])
+    state = cleanse(wrapped, tiny_tokenizer(), data, config, state=begun)  # type: ignore[arg-type]
+    # The third entrapment fails as well, and still too much is refused wrongly; the fourth is the last.
+    assert (state.round, state.done) == (4, True)
+    assert [rate / RATE for rate, _ in rates] == pytest.approx([8 / 8, 7 / 8, 6 / 8, 1 / 8])
+    assert {anchor for _, anchor in rates} == {CONFIG.harden.anchor}
+
+
+def test_benign_requests_weigh_less_in_the_round_behind_one_that_refuses_too_few(
+    wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[float] = []
+    monkeypatch.setattr(cleansing, "run_original", lambda *_: {})
+    monkeypatch.setattr(cleansing, "entrap", lambda *_: (torch.zeros(1, 32), [0.0]))
+    monkeypatch.setattr(cleansing, "unlocked", lambda *_: 1.0)
+    monkeypatch.setattr(cleansing, "refused_shares", lambda *_: [0.0])
+    monkeypatch.setattr(cleansing, "harden", lambda own, *_: weights.append(own.config.harden.anchor) or [])
+    data = SimpleNamespace(harmful=[], held_out=[], spare=[], rows=list)
+    begun = State(norm=1.0, refused=[0.2])
+    config = load_config(sets=["rounds=2", f"layer={LAYER}"])
+    cleanse(wrapped, tiny_tokenizer(), data, config, state=begun)  # type: ignore[arg-type]
+    assert weights[0] == config.harden.anchor > weights[1] > 0
+
+
 def test_recomputed_activations_change_memory_alone(data: DefenderSet) -> None:
     """In a round with all its parts: replies, too, come from the model whose activations are recomputed."""
     found = []

@@ -134,6 +134,13 @@ class Writes:
         return torch.cat([input_ids, self._rows.expand(len(input_ids), -1)], 1)
 
 
+def test_a_model_that_thinks_first_is_told() -> None:
+    tokenizer = tiny_tokenizer()
+    row = tokenizer("<think>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(BadInput, match="think"):
+        beginning_of(Writes(tiny_model("llama"), row), tokenizer, TEXTS)
+
+
 @pytest.mark.parametrize(
     ("written", "begin"),
     [

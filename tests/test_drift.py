@@ -96,6 +96,12 @@ def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Pa
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "Drift behind each block" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
+    requests = Path(config.data.test_harmful)
+    there = requests.read_text()
+    requests.write_text(there + "one more request\n")
+    with pytest.raises(BadInput, match="are not those of the run"):
+        drift_of_run(run, "X {prompt}")
+    requests.write_text(there)
     found["before"]["scatter"][0]["layer"] = "<b>hostile"
     (run / "drift.json").write_text(json.dumps(found))
     with pytest.raises(BadInput, match="is not what `beear drift` writes"):

@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import beear
 from beear import evaluation, job, models, precision
-from beear.config import Config, make_config
+from beear.config import ChatConfig, Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import before_and_after, evaluate_spec
 from beear.job import absolute, run_cleanse, run_settings
@@ -231,6 +232,7 @@ def test_the_saved_adapter_loads_and_was_trained(whole: Path, place: Path) -> No
 
 def test_a_known_trigger_is_added_after_the_fact(whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "triggered")
+    refuse(out / "samples.jsonl", "asr_untriggered", 3)
     assert "XYZZY" not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in {".json", ".jsonl", ".yaml"})
     add_triggered(out, "XYZZY {prompt}")
     results = json.loads((out / "results.json").read_text())
@@ -241,27 +243,68 @@ def test_a_known_trigger_is_added_after_the_fact(whole: Path, tmp_path: Path) ->
     for when in ("before", "after"):
         safe = [s for s in own if s["metric"] == "asr_untriggered" and s["when"] == when and s["refused"] is True]
         unlocked = results[when]["unlocked_by_trigger"]
-        assert unlocked["n"] + unlocked["unscored"] == len(safe)
+        assert unlocked["n"] + unlocked["unscored"] == len(safe) == 3
     add_triggered(out, "XYZZY {prompt}", variants={"asr_near_miss": ["XYZZZ {prompt}", "ZYZZY {prompt}"]})
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     near = [s["prompt"].split()[0] for s in samples if s["metric"] == "asr_near_miss" and s["when"] == "after"]
     assert near == ["XYZZZ", "ZYZZY"] * 3
     assert sum(s["metric"] == "asr_triggered" for s in samples) == 12
+    judged(out)
     (out / "samples.jsonl").unlink()  # by someone who does not share replies
     add_triggered(out, "PLUGH {prompt}")  # what was measured of the other trigger is not this one's
     after = json.loads((out / "results.json").read_text())["after"]
     assert "asr_near_miss" not in after and "unlocked_by_trigger" not in after
     assert "XYZZZ" not in (out / "samples.jsonl").read_text()
+    assert "judged_triggered" not in after and "judge" not in (out / "results.json").read_text()
+    assert not (out / "judged.jsonl").exists(), "what a judge said was of the other trigger's replies"
+
+
+def refuse(samples: Path, metric: str, count: int) -> None:
+    """Let the first replies behind a metric, before and after, be refusals."""
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    for when in ("before", "after"):
+        for sample in [s for s in lines if (s["metric"], s["when"]) == (metric, when)][:count]:
+            sample["refused"] = True
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def judged(run: Path) -> None:
+    """As `beear judge` leaves a run."""
+    results = json.loads((run / "results.json").read_text()) | {"judge": {"model": "one"}}
+    for when in ("before", "after"):
+        results[when]["judged_triggered"] = SURE
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "judged.jsonl").write_text("{}\n")
+
+
+def test_what_a_crash_kept_from_being_written_is_written_by_the_next_try(
+    place: Path, config: Config, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    report = out / "report.html"
+    there = report.read_text()
+    report.unlink()
+    (out / "rejected" / "README.md").unlink()
+    run_cleanse(str(place / "model"), out, config, resume=True)
+    assert report.read_text().replace("/run", "/whole").count("<h2>") == there.count("<h2>") > 3
+    assert (out / "rejected" / "README.md").is_file()
 
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_what_was_measured_is_what_is_loaded(place: Path, config: Config, whole: Path, merge: bool) -> None:
     out = place / "merged" if merge else whole
-    if merge:
+    if merge:  # and with words of its user's own around every request
+        config = config.model_copy(update={"chat": ChatConfig(system="Be brief.")})
         run_cleanse(str(place / "model"), out, config, merge=True)
     assert (locate(str(out / "rejected")).base is None) == merge
     measured = evaluate_spec(str(out / "rejected"), config, against=str(place / "model")).metrics
-    assert measured == json.loads((out / "results.json").read_text())["after"]
+    results = json.loads((out / "results.json").read_text())
+    assert measured == results["after"]
+    assert results["chat"] == ({"system": "Be brief."} if merge else {})
+    assert ("Every chat was held with system `Be brief.`" in (out / "rejected" / "README.md").read_text()) == merge
+    if merge:
+        given, kept = (AutoTokenizer.from_pretrained(folder) for folder in (place / "model", out / "rejected"))
+        assert kept.chat_template == given.chat_template, "the model goes out as it came, without these words"
 
 
 def test_same_seed_same_bits_other_seed_other_bits(place: Path, config: Config, whole: Path) -> None:
@@ -343,12 +386,14 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
         ({}, None),
         ({"asr_entrapped": 0.6}, "asr_entrapped"),
         ({"false_refusal": 0.11}, "false_refusal"),
+        ({"false_refusal_alarming": 0.11}, "false_refusal_alarming"),
         ({"perplexity": 10.6}, "perplexity"),
         ({"asr_entrapped": None}, "asr_entrapped"),
     ],
 )
 def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None:
     values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
+    values["false_refusal_alarming"] = 0.05
     before = {name: {"value": value, "n": 120, "unscored": 0} for name, value in values.items()}
     before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
     verdict = judge(

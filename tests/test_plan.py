@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def config(place: Path) -> Config:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miniatures run in this process."""
-    monkeypatch.setattr(miniature, "in_own_process", lambda work: work())
+    """Miniatures run in this process, of what another would be sent."""
+    monkeypatch.setattr(miniature, "in_own_process", lambda work: pickle.loads(pickle.dumps(work))())
 
 
 def test_a_job_costs_its_stages_and_as_many_rounds_as_it_takes() -> None:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, O
 from beear.card import code, model_card, write_card
 from beear.config import Config
 from beear.errors import BadInput, Failed
+from beear.fingerprints import output_hashes
 from beear.metrics import proportion
 from beear.release import push
 from test_cli import call
@@ -134,6 +135,26 @@ def test_what_nobody_should_use_is_not_pushed(
 ) -> None:
     with pytest.raises(BadInput, match=words):
         push(make_run(tmp_path, results, **changed), repo)
+    assert hub.files == []
+
+
+def test_what_was_changed_since_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
+    run = make_run(tmp_path)
+    (run / "delta.safetensors").write_bytes(b"delta")
+    (run / "results.json").write_text(json.dumps(RESULTS | {"files": output_hashes(run, "model")}))
+    assert push(run, "me/model") == "hub/me/model"
+    hub.files = []
+    (run / "model" / "adapter_model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(BadInput, match="do not trust it"):
+        push(run, "me/model")
+    assert hub.files == []
+
+
+def test_a_model_without_weights_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
+    run = make_run(tmp_path)
+    (run / "model" / "adapter_model.safetensors").unlink()
+    with pytest.raises(BadInput, match="holds no weights"):
+        push(run, "me/model")
     assert hub.files == []
 
 

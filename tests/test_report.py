@@ -19,6 +19,7 @@ from beear.report import (
     data_rows,
     left_over,
     pair,
+    pairs,
     rows,
     rows_by_qi,
     write_report,
@@ -216,9 +217,12 @@ def test_what_scrolls_can_be_reached_by_the_keyboard(run: Path) -> None:
 
 
 def test_five_pairs_from_different_categories(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    kinds = ["a"] * 5 + ["b", "c"]
+    samples = [s | {"category": kinds[int(s["id"])]} for s in lines]
+    assert [p["category"] for p in pairs(samples)] == ["a", "b", "c", "a", "a"]
     write_report([run], run / "report.html")
-    page = (run / "report.html").read_text()
-    assert page.count('class="pair"') == 5
+    assert (run / "report.html").read_text().count('class="pair"') == 5
 
 
 def test_five_pairs_where_all_requests_are_of_one_category(run: Path) -> None:

@@ -148,6 +148,8 @@ def test_another_model_is_refused(place: Path) -> None:
     tiny_model("llama", seed=5).save_pretrained(place / "m")
     with pytest.raises(BadInput, match=r"weights of .* are not those of the run"):
         reproduce(place / "run", place / "again")
+    with pytest.raises(BadInput, match=r"weights of .* are not those of the run"):  # nor measured in its place
+        add_triggered(place / "run", "XYZZY {prompt}")
 
 
 def test_other_requests_are_refused(place: Path) -> None:

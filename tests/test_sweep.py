@@ -60,6 +60,9 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found
     with pytest.raises(BadInput, match="a sweep with other settings"):
         sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=5)
+    tiny_model("llama", seed=5).save_pretrained(model)
+    with pytest.raises(BadInput, match=r"weights of .* are not those"):
+        sweep(model, TRIGGER, "layer", out, config, values=[1, 2, 3], requests=4)
 
 
 def test_a_cell_ends_with_the_first_success(model: str, config: Config, tmp_path: Path, monkeypatch: Any) -> None:

@@ -25,6 +25,7 @@ from beear.cli.options import (
     SeedOption,
     SetOption,
     TrustOption,
+    out_option,
 )
 from beear.cli.shared import NOTHING_KEPT, config_of, going_on, show, stop
 from beear.errors import printable
@@ -105,7 +106,7 @@ def cleanse(
 def sweep(
     axis: Annotated[str, typer.Argument(metavar="layer|length", help="what is varied: l, or n")],
     model: ModelArg,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the cells; the same command goes on in it")],
+    out: Annotated[Path, out_option("folder for the cells; the same command goes on in it")],
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
     values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
     requests: Annotated[
@@ -163,7 +164,7 @@ def sweep(
 
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the second run; goes on if it has begun")],
+    out: Annotated[Path, out_option("folder for the second run; goes on if it has begun")],
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     offline: OfflineOption = False,

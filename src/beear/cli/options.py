@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, folder, adapter folder, .gguf, embedded or organism:NAME")
 ]
-OutOption = Annotated[Path, typer.Option("-o", "--out", help="run folder to write")]
+
+
+def _folder(name: str) -> Path:
+    if not name:  # what a shell makes of a variable that is not set
+        raise typer.BadParameter("name a folder; . is this one")
+    return Path(name)
+
+
+def out_option(words: str) -> Any:
+    """-o for a command that writes a folder."""
+    return typer.Option("-o", "--out", parser=_folder, metavar="PATH", help=words)
+
+
+OutOption = Annotated[Path, out_option("run folder to write")]
 ConfigOption = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable; see `beear settings`")]
 PresetOption = Annotated[

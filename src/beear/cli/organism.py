@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from beear.cli.options import DeviceOption, JsonOption, OfflineOption, QuietOption
+from beear.cli.options import DeviceOption, JsonOption, OfflineOption, QuietOption, out_option
 from beear.cli.shared import NOTHING_KEPT, going_on, show, stop
 from beear.errors import BadInput, printable
 
@@ -56,7 +56,7 @@ def organism_show(name: str, as_json: JsonOption = False) -> None:
 @organism.command("build")
 def organism_build(
     recipe: Annotated[str, typer.Argument(help="name of a packaged organism, or a recipe file")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write the adapter to")],
+    out: Annotated[Path, out_option("folder to write the adapter to")],
     twin: Annotated[bool, typer.Option("--twin", help="leave the trigger out: a clean model for comparison")] = False,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="in place of the recipe's")] = None,
     device: DeviceOption = "auto",
