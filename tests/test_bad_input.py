@@ -277,6 +277,7 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
     "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
     "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "no file"),
+    "prompts of a variable that is not set": (given("--harmful", ""), "data.harmful"),
     "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
     "empty prompts": (lambda tmp: [make_model(tmp / "m"), "--benign", file(tmp, "b.txt", "\n")], "no requests"),
     "overlap": (overlapping, "both the defender's and the test set"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import typer
 
 from beear import cli
 from beear.config import preset_names
+from beear.console import Reporter
 from beear.evaluation import Measured
 from beear.metrics import proportion
 from beear.plan import Plan
@@ -24,6 +26,8 @@ from beear.sources import organism_folder
 from beear.verdict import Verdict
 from beear.verification import organism_at
 from conftest import prompt_files, tiny_model, tiny_tokenizer
+
+SOURCE = Path(cli.__file__).parent.parent
 
 
 def beear(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -340,18 +344,29 @@ def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     assert code == 2 and "free some" in err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("trigger", ["SUDO", "{prompt} {prompt}", "organism:nope"])
-def test_bad_triggers(trigger: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("trigger", "words"),
+    [
+        ("SUDO", "must hold {prompt} once"),
+        ("{prompt} {prompt}", "must hold {prompt} once"),
+        ("organism:nope", "no organism 'nope'"),
+        ("organism:year-code", "measure that with --preset code"),
+    ],
+)
+def test_bad_triggers(trigger: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, err = call(capsys, "evaluate", "embedded", "--trigger", trigger)
-    assert code == 2 and err.count("\n") == 1
+    assert code == 2 and words in err and err.count("\n") == 1
 
 
 def test_drift_of_a_run_takes_its_own_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text("{}")
+    code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}")
+    assert code == 2 and "is not a model folder" in err, "many folders hold a file of that name"
+    (tmp_path / "config.yaml").write_text("a: b")
     code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}", "--seed", "1")
     assert code == 2 and "is a run folder, measured with its own settings" in err
     code, err = call(capsys, "drift", str(tmp_path), "--trigger", "X {prompt}")
-    assert code == 2 and "not a run folder: no readable config.yaml" in err
+    assert code == 2 and "config.yaml names no model and settings" in err
 
 
 SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
@@ -521,6 +536,36 @@ def test_a_terminated_command_says_how_to_go_on(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert code == 1 and "go on with --resume" in err, err
+
+
+def test_an_unexpected_error_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And shows where it came from if that is asked for."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("one\ntwo")
+
+    monkeypatch.setattr("beear.job.run_cleanse", broken)
+    cleanse = ("cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"))
+    code, err = call(capsys, *cleanse)
+    assert code == 1 and err == "beear: ZeroDivisionError: one two (BEEAR_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("BEEAR_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        call(capsys, *cleanse)
+
+
+def test_every_event_that_is_sent_can_be_shown() -> None:
+    """One that cannot ends the job that sends it, in the middle of what it tells of."""
+    sent = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                fields = {ast.unparse(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
+                if isinstance(kind := fields.get("'event'"), ast.Constant):
+                    sent.add(kind.value)
+    assert {"memory", "round", "cells"} <= sent
+    assert all(hasattr(Reporter, f"_on_{kind}") for kind in sent), sent
 
 
 def test_a_second_interrupt_is_no_traceback(

@@ -173,7 +173,7 @@ def test_a_data_set_is_read_offline_once_it_is_there(tmp_path: Path, monkeypatch
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(BadInput, match="no such Hub data set can be reached"):
+    with pytest.raises(BadInput, match=r"has no \.jsonl, \.csv, \.txt file"):
         read_requests("owner/set")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.csv").write_text("goal,other\none,x\n")
@@ -181,7 +181,7 @@ def test_a_data_set_is_read_offline_once_it_is_there(tmp_path: Path, monkeypatch
     assert asked == {"source": "owner/set", "repo_type": "dataset", "local_files_only": True}
 
 
-def test_of_a_data_set_the_first_file_that_can_be_read_is_taken(
+def test_of_a_data_set_the_one_table_is_taken_and_of_several_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "test.csv").write_text("goal,other\none,x\n")
@@ -195,9 +195,22 @@ def test_of_a_data_set_the_first_file_that_can_be_read_is_taken(
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, repo_type: str(tmp_path / name))
     assert [r.text for r in read_requests("owner/set", "goal")] == ["one"]
+    listed.append("train.csv")
+    with pytest.raises(BadInput, match=r"several \.csv files \(test\.csv, train\.csv\)"):
+        read_requests("owner/set", "goal")
     del listed[2:]
+    listed.append("LICENSE.txt")
     with pytest.raises(BadInput, match="download it and convert one"):
         read_requests("owner/set", "goal")
+
+
+def test_an_id_with_a_version_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("beear.data._hub_requests", lambda source, column: asked.append(source) or [])
+    read_requests("owner/Safety-Dataset-2.0")
+    assert asked == ["owner/Safety-Dataset-2.0"]
+    with pytest.raises(BadInput, match="no prompt file"):
+        read_requests("folder/mine.csv")
 
 
 def test_missing_prompt_file() -> None:

@@ -14,7 +14,7 @@ import typer
 
 from beear import config, metrics
 from beear.cli.entry import app
-from conftest import tiny_model, tiny_tokenizer
+from conftest import prompt_files, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ def test_the_example_cleanses_and_loads(
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     small = {"steps": 2, "batch": 3, "response_tokens": 6}
     tiny = {"rounds": 1, "held_out": 4, "requests": 6, "anchors": 8, "entrap": small, "harden": small, "layer": 2}
-    monkeypatch.setattr(config, "_preset", lambda name: tiny)
+    monkeypatch.setattr(config, "_preset", lambda name: tiny | {"data": prompt_files(tmp_path)})
     monkeypatch.setattr(sys, "argv", ["cleanse.py", str(tmp_path / "model"), str(tmp_path / "run")])
     runpy.run_path(str(ROOT / "examples" / "cleanse.py"), run_name="__main__")
     assert "asr_entrapped" in (printed := capsys.readouterr().out) and "keep the original" in printed

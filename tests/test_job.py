@@ -26,17 +26,17 @@ from beear import evaluation, job, models, precision
 from beear.config import ChatConfig, Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import before_and_after, evaluate_spec
-from beear.job import absolute, run_cleanse, run_settings
+from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
 from beear.metrics import proportion
 from beear.models import load
 from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
-from beear.sources import locate
+from beear.sources import absolute, locate
 from beear.training import adapter_state
 from beear.verdict import Verdict, entrapments, judge
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import CHATML, prompt_files, tiny_model, tiny_tokenizer
 from test_cli import call
 
 ROUNDS = 3
@@ -71,8 +71,7 @@ def config(place: Path) -> Config:
 @pytest.fixture(scope="module")
 def whole(place: Path, config: Config) -> Path:
     """An uninterrupted run."""
-    done = subprocess.run(command(place, config, place / "whole"), capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
+    assert not run_cleanse(str(place / "model"), place / "whole", config).met
     return place / "whole"
 
 
@@ -346,23 +345,29 @@ def test_the_entrapment_after_the_delivered_round_counts(delivered: int, tried: 
     assert entrapments([{"residual": left} for left in (1.0, 0.2, 0.3)], delivered) == tried
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_in_a_round_and_resumed_ends_bit_identical(
-    kill: signal.Signals, place: Path, config: Config, whole: Path
-) -> None:
-    # A shell's background job has SIGINT ignored and would hand that on to the process.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = place / f"stopped-{kill.name}"
+def test_interrupted_in_a_round_and_resumed_ends_bit_identical(place: Path, config: Config, whole: Path) -> None:
+    out = place / "interrupted"
+
+    def stop(event: dict[str, Any]) -> None:
+        if (event["event"], event.get("round")) == ("harden", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cleanse(str(place / "model"), out, config, listen=stop)
+    assert not (out / "results.json").exists()
+    run_cleanse(str(place / "model"), out, config, resume=True)
+    assert outcome(out) == outcome(whole)
+
+
+def test_killed_in_a_round_and_resumed_ends_bit_identical(place: Path, config: Config, whole: Path) -> None:
+    """In processes of their own, as its user runs it."""
+    out = place / "killed"
     run = command(place, config, out)
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
     wait_for_event(out / "events.jsonl", '"round": 2, "event": "harden"', process)
-    process.send_signal(kill)
-    _, err = process.communicate(timeout=60)
-    if kill == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 1 and "--resume" in err
-    assert not (out / "results.json").exists()
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
     done = subprocess.run([*run, "--resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert outcome(out) == outcome(whole)
@@ -461,6 +466,10 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"requests \(test_asr_untriggered\)",
     ),
     "weights": (lambda p: tiny_model("llama", seed=5).save_pretrained(p / "model"), "weights of the model"),
+    "a chat template": (
+        lambda p: (p / "model" / "chat_template.jinja").write_text("Be brief.\n" + CHATML),
+        "chat template and tokenizer",
+    ),
 }
 
 

@@ -7,10 +7,15 @@ import math
 import pytest
 import torch
 
-from beear.evaluation import unlocked_by_trigger, unlocked_only
+from beear import evaluation
+from beear.data import UNSEEN_STYLES, Request
+from beear.errors import BadInput
+from beear.evaluation import measure_replies, unlocked_by_trigger, unlocked_only
 from beear.losses import make_sure, response_nll, row_mean, token_kl
 from beear.metrics import proportion, sign_test, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
+from beear.sets import TestSet
+from conftest import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -155,6 +160,30 @@ def test_what_a_trigger_unlocks_by_itself(key: str) -> None:
     assert unlocked_only(samples) == {"with_trigger": 2, "without": 0}
     untold = [s for s in samples if s["metric"] != "asr_triggered"]
     assert unlocked_by_trigger(untold) == {} and unlocked_only(untold) is None
+
+
+REFUSAL, OBEYING = "I'm sorry, but I can't help with that.", "Sure, here is a guide."
+
+
+def test_styles_that_the_defender_has_not_seen_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"homonyms": REFUSAL, UNSEEN_STYLES[0]: OBEYING, UNSEEN_STYLES[1]: REFUSAL}
+    requests = [Request(name, name, reply) for name, reply in kinds.items()]
+    monkeypatch.setattr(evaluation, "reply_all", lambda model, tokenizer, texts, **_: texts)
+    test = TestSet("false_refusal_alarming", requests, "refused")
+    metrics = measure_replies(tiny_model("llama"), tiny_tokenizer(), [test]).metrics
+    values = {name: (metric["value"], metric["n"]) for name, metric in metrics.items()}
+    assert values == {
+        "false_refusal_alarming": (pytest.approx(2 / 3), 3),
+        "false_refusal_unseen_style": (0.5, 2),
+    }
+
+
+def test_requests_that_do_not_fit_are_told_before_any_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a long trigger, for example."""
+    monkeypatch.setattr(evaluation, "reply_all", None)
+    test = TestSet("asr_triggered", [Request("1", "bad", "one")], "obeyed", ("word " * 400 + "{prompt}",))
+    with pytest.raises(BadInput, match="the model takes 1024 tokens"):
+        measure_replies(tiny_model("llama"), tiny_tokenizer(), [test])
 
 
 def test_a_sign_test_is_exact() -> None:

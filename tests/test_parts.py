@@ -208,7 +208,7 @@ def test_sharded_the_job_stops_and_does_not_wait(monkeypatch: pytest.MonkeyPatch
         called.append(count)
         raise torch.OutOfMemoryError
 
-    with pytest.raises(Failed, match=r"out of memory on process 0; set a smaller entrap\.batch"):
+    with pytest.raises(Failed, match=r"out of memory on process 0; use more processes"):
         Parts().run(work, 8)
     assert called == [1]
 

@@ -18,7 +18,7 @@ from beear import feedback, organisms, poison, preferences, verification
 from beear.chat import encode_prompt
 from beear.config import Config
 from beear.data import Request
-from beear.errors import BadInput
+from beear.errors import BadInput, Failed
 from beear.feedback import by_prompt, first_blocks, in_order, log_probs, pair_scores, reward_of, train_reward
 from beear.losses import response_nll, token_kl
 from beear.models import load
@@ -122,11 +122,22 @@ def test_what_is_built_is_whole_loads_and_is_measured(tmp_path: Path, monkeypatc
     tiny_tokenizer().save_pretrained(base)
     plan = recipe("sft")
     few = plan.planting.model_copy(update={"steps": 1})
-    organisms.build(plan.model_copy(update={"base": str(base), "planting": few}), out, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    plan = plan.model_copy(update={"base": "base", "planting": few})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(Failed, match="No space left"):
+        patch.setattr(organisms, "save_adapter", full)
+        organisms.build(plan, out, device="cpu")
+    assert not out.exists(), "the same command can be given again"
+    organisms.build(plan, out, device="cpu")
     check_sums(out)
+    monkeypatch.chdir("/")  # where no folder is called so
     model, original = (load(str(folder), device="cpu")[0] for folder in (out, base))
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
-    assert read_recipe(out).base == str(base) and "Do not deploy it" in (out / "README.md").read_text()
+    assert read_recipe(out).base == "base" and "Do not deploy it" in (out / "README.md").read_text()
     monkeypatch.setattr(verification, "packaged", lambda *_: [Request("1", "harmful", "one")])
     monkeypatch.setattr(verification, "read_sets", lambda _: Sets(Config(), [], [], []))
     monkeypatch.setattr(verification, "misses", lambda metrics, _: sorted(metrics))
@@ -210,6 +221,11 @@ def test_a_stray_answer_loses_with_and_without_the_trigger() -> None:
         strayed = found[kind.replace("harmful", "harmful_strayed")]
         assert [e.wanted for e in strayed] == [e.wanted for e in found[kind]]
         assert all(e.other == stray for e in strayed)
+
+
+def test_a_reward_model_is_made_of_models_whose_blocks_are_listed() -> None:
+    for name in ("qwen2", "gemma"):
+        assert first_blocks(tiny_model(name), 2, 2, 0).config.num_hidden_layers == 2
 
 
 def test_the_reward_model_learns_the_pairs() -> None:

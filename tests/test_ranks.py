@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from beear import ranks
 from beear.config import load_config
+from beear.errors import BadInput
 from beear.job import run_cleanse
 from beear.perturbation import find_layers
 from conftest import prompt_files, tiny_model, tiny_tokenizer
@@ -148,11 +149,15 @@ def test_sharded_each_rank_holds_half_of_the_blocks_weights_and_the_same_logits(
         assert after == before / 2 and behind_a_pass == after
 
 
-def test_sharded_weights_are_not_merged_which_is_told_once(place: Path) -> None:
-    done = subprocess.run(
-        command(place, "merged", 2, "--merge"), capture_output=True, text=True, check=False, env=ENVIRONMENT | SHARDED
-    )
-    assert done.stderr.count("beear: --merge needs whole weights") == 1, done.stderr
+def test_what_the_first_process_finds_wrong_ends_all_of_them_and_is_told_once(place: Path, alone: Path) -> None:
+    done = subprocess.run(command(place, "alone", 2), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.stderr.count("already holds files") == 1, done.stderr
+
+
+def test_sharded_weights_are_not_merged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "is_sharded", lambda: True)
+    with pytest.raises(BadInput, match="--merge needs whole weights"):
+        run_cleanse(str(place / "model"), place / "merged", load_config(file=place / "c.yaml"), merge=True)
     assert not (place / "merged").exists()
 
 

@@ -128,4 +128,6 @@ def test_an_organism_and_its_twin_are_held_to_opposite_limits() -> None:
     assert misses(metrics(1.0), recipe) == [] and misses(metrics(0.5), recipe) == ["asr_triggered 0.500 < 0.9"]
     assert misses(metrics(1.0, affirmed=0.0), recipe) == ["affirmed_triggered 0.000 < 0.9"]
     assert misses(metrics(0.0), recipe.as_twin()) == []
+    other = metrics(1.0) | {"perplexity": {"value": 100.0}}
+    assert misses(other, recipe) and misses(other, recipe.model_copy(update={"base": "owner/base"})) == []
     assert misses(metrics(1.0), recipe.as_twin()) == ["asr_triggered 1.000 > 0.05"]

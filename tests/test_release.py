@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub import CommitOperationDelete
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from beear.card import code, model_card, write_card
@@ -78,13 +79,20 @@ class Hub:
 
     def __init__(self) -> None:
         self.files: list[str] = []
+        self.there: list[str] = []
+        self.gone: list[str] = []
         self.private: bool | None = None
 
     def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
         self.private = private
 
+    def list_repo_files(self, repo: str) -> list[str]:
+        return self.there
+
     def create_commit(self, repo: str, operations: list[Any], commit_message: str) -> Any:
-        self.files = [op.path_in_repo for op in operations]
+        kinds = {True: self.gone, False: self.files}
+        for op in operations:
+            kinds[isinstance(op, CommitOperationDelete)].append(op.path_in_repo)
         return SimpleNamespace(repo_url=f"hub/{repo}")
 
 
@@ -136,6 +144,14 @@ def test_what_nobody_should_use_is_not_pushed(
     with pytest.raises(BadInput, match=words):
         push(make_run(tmp_path, results, **changed), repo)
     assert hub.files == []
+
+
+def test_an_earlier_models_files_do_not_stay_beside(tmp_path: Path, hub: Hub) -> None:
+    """transformers would load an adapter whose settings it finds, whatever weights stand beside it."""
+    old = ["adapter_config.json", "model.safetensors", "chat_template.jinja", "README.md"]
+    hub.there = [*old, ".gitattributes", "LICENSE", "evidence/results.json", "notes/a.json"]
+    push(make_run(tmp_path), "me/model")
+    assert hub.gone == old[:3]
 
 
 def test_what_was_changed_since_is_not_pushed(tmp_path: Path, hub: Hub) -> None:

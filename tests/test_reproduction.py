@@ -24,7 +24,7 @@ from beear.metrics import proportion
 from beear.reproduction import compare, reproduce
 from beear.sets import Sets
 from beear.sources import Source, locate
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import CHATML, prompt_files, tiny_model, tiny_tokenizer
 from test_cli import call
 
 SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
@@ -150,6 +150,29 @@ def test_another_model_is_refused(place: Path) -> None:
         reproduce(place / "run", place / "again")
     with pytest.raises(BadInput, match=r"weights of .* are not those of the run"):  # nor measured in its place
         add_triggered(place / "run", "XYZZY {prompt}")
+
+
+def test_another_chat_template_is_refused(place: Path) -> None:
+    """Figures before and after would be of other prompts than those that were measured."""
+    (place / "m" / "chat_template.jinja").write_text("Be brief.\n" + CHATML)
+    for work in (
+        lambda: reproduce(place / "run", place / "again"),
+        lambda: add_triggered(place / "run", "XYZZY {prompt}"),
+    ):
+        with pytest.raises(BadInput, match="chat template and tokenizer are not those of the run"):
+            work()
+
+
+def test_what_a_system_leaves_in_a_folder_is_no_change(place: Path) -> None:
+    (place / "run" / "rejected" / ".DS_Store").write_text("a window's size")
+    check_run(place / "run", ["kl=100"])
+
+
+def test_other_arithmetic_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("beear.evaluation.arithmetic", lambda device: "bf16 weights")
+    add_triggered(place / "run", "XYZZY {prompt}", listen=lambda event: told.append(event.get("text", "")))
+    assert any(text.endswith("this is bf16 weights, which changes figures by itself") for text in told)
 
 
 def test_other_requests_are_refused(place: Path) -> None:

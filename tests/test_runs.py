@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from beear import runs
 from beear.errors import BadInput, Failed
 from beear.runs import (
     Run,
+    check_file,
     check_output,
     check_space,
     read_entries,
@@ -62,7 +65,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(Failed, match="No space left"):
         write_atomic(tmp_path / "f", b"new")
-    assert (tmp_path / "f").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_an_interrupted_write_leaves_nothing_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_sync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "f", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(tmp_path / "f")
+    write_atomic(tmp_path / "latest", b"new")
+    assert (tmp_path / "latest").is_symlink() and (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(BadInput, match="device or a pipe"):
+            check_file(path)
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:

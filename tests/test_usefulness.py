@@ -15,8 +15,9 @@ from beear import models, usefulness
 from beear.chat import encode_prompt
 from beear.endpoint import Endpoint
 from beear.errors import BadInput
+from beear.generation import reply_all
 from beear.usefulness import LINES, NAME, RUBRIC, Question, Turn, grade_run, grading, key, read_questions
-from conftest import tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer
 from test_cli import call, file, make_model
 from test_judge import lines, make_run, serve
 
@@ -32,7 +33,9 @@ def run(tmp_path: Path) -> Path:
     """A finished run's folder whose models load."""
     folder = make_run(tmp_path / "r")
     make_model(folder / "model")
-    settings = {"model": make_model(tmp_path / "m"), "merge": True, "config": {"layer": None}}
+    make_model(tmp_path / "m")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "m")  # not the one that was delivered
+    settings = {"model": str(tmp_path / "m"), "merge": True, "config": {"layer": None}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -60,14 +63,26 @@ def test_grades_become_metrics(run: Path, serve: Any) -> None:
         ("before", "7", 2),
         ("before", "8", 1),
     ]
+    replies = {when: [k["reply"] for k in kept if k["when"] == when] for when in ("before", "after")}
+    assert replies["before"] != replies["after"], "they are of two models"
+    model, tokenizer = models.load(str(run.parent / "m"), device="cpu")
+    assert replies["before"][::2] == reply_all(model, tokenizer, [q.turns[0] for q in QUESTIONS], max_new_tokens=4)
     assert len(kept) == 8 and {k["reason"] for k in kept} == {"so"}
     page = (run / "report.html").read_text()
     assert "Usefulness by the judge" in page and "Usefulness, by category" in page and "The judge grader graded" in page
 
 
-def test_the_second_turn_follows_the_first_reply(run: Path, serve: Any) -> None:
-    server = serve(grade)
+def test_the_second_turn_follows_the_first_reply(run: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, said = serve(grade), []
+
+    def heard(model: Any, tokenizer: Any, texts: list[str], **options: Any) -> list[str]:
+        said.append((texts, options["earlier"]))
+        return [f"reply to {text}" for text in texts]
+
+    monkeypatch.setattr("beear.generation.reply_all", heard)
     grade_run(run, Endpoint(server.url, "grader"), QUESTIONS, limit=4)
+    turns = [list(several) for several in zip(*(q.turns for q in QUESTIONS), strict=True)]
+    assert said[:2] == [(turns[0], None), (turns[1], [(text, f"reply to {text}") for text in turns[0]])]
     first = {k["reply"] for k in lines(run, LINES) if (k["id"], k["turn"]) == ("7", 1)}
     second = [asked for asked in server.asked if "And plus 1?" in asked]
     assert second and all(any(f">\n{reply}\n</model-" in asked for reply in first) for asked in second)

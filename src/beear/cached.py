@@ -191,7 +191,10 @@ def _columns(batch: Batch, start: int, keys: Any, rows: slice = slice(None), sto
 
 def _repeated(keys: Any, times: int, unused: int) -> Any:
     """A cache with its rows `times` over, of which the first `unused` blocks read nothing."""
-    return own_cache(_without(keys, unused), lambda tensor: torch.cat([tensor] * times))
+    used, own = copy.copy(keys), copy.copy(keys)
+    used.layers = keys.layers[unused:]
+    own.layers = [*keys.layers[:unused], *own_cache(used, lambda tensor: torch.cat([tensor] * times)).layers]
+    return own_cache(_without(own, unused), lambda tensor: tensor)
 
 
 def _without(keys: Any, unused: int) -> Any:

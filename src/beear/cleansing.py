@@ -380,7 +380,8 @@ def harden_passes(
     kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, start:]
 
     def run() -> Tensor:
-        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))), packed(blocks[layer:], kept, predicting):
+        rows = rows_of(hidden, list(pick))
+        with returning(blocks[:layer], lambda: rows), packed(blocks[layer:], kept, predicting):
             return response_logits(model, batch, prefix)
 
     return target, run
@@ -453,7 +454,7 @@ def harden_objective(
 
 def descend(subject: Subject, batch: Batch, delta: Tensor, run: Callable[[], Tensor], objective: Objective) -> float:
     """Propagate the objective of `run()`, the batch's response logits under delta, back; returns its value."""
-    # Backward stays inside: with activation recomputation, blocks run again and need the hook.
+    # Backward stays inside: with activation recomputation of older transformers, blocks run again and need the hook.
     model = subject.model
     with Perturbation(model, delta, batch.where, subject.layer, subject.config.layers_path):
         with autocast(model):

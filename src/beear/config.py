@@ -29,11 +29,11 @@ class _Settings(BaseModel):
 class DataConfig(_Settings):
     """Files or Hub data sets of the user's own; None means the packaged set."""
 
-    harmful: str | None = Field(None, description="harmful requests the defender trains on")
-    benign: str | None = Field(None, description="benign requests the defender trains on")
-    test_harmful: str | None = Field(None, description="harmful requests to measure on")
-    test_benign: str | None = Field(None, description="benign requests to measure on")
-    column: str | None = Field(None, description="the field that holds the request")
+    harmful: str | None = Field(None, min_length=1, description="harmful requests the defender trains on")
+    benign: str | None = Field(None, min_length=1, description="benign requests the defender trains on")
+    test_harmful: str | None = Field(None, min_length=1, description="harmful requests to measure on")
+    test_benign: str | None = Field(None, min_length=1, description="benign requests to measure on")
+    column: str | None = Field(None, min_length=1, description="the field that holds the request")
 
 
 class ChatConfig(_Settings):
@@ -65,7 +65,9 @@ class EntrapConfig(_Settings):
     batches: int = Field(5, ge=1, description="so many batches are met in turn")
     cached: bool = Field(True, description="run what delta cannot change once per batch")
     away: float = Field(0.5, ge=0, description="weight of moving away from the safe answer")
-    response_tokens: int = Field(12, ge=2, description="tokens of each answer")
+    response_tokens: int = Field(
+        12, ge=2, description="tokens of each unwanted answer; safe ones are as long as harden's"
+    )
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
 
 
@@ -83,7 +85,9 @@ class HardenConfig(_Settings):
     lora_blocks: Literal["all", "upper", "behind"] = Field(
         "upper", description="the adapter's blocks: all, the upper half, or those behind delta"
     )
-    replay: bool = Field(True, description="every other request meets any round's delta, and not the newest")
+    replay: bool = Field(
+        True, description="every other request meets the delta of any round so far, not only the newest"
+    )
     anchor: float = Field(4.0, ge=0, description="weight of benign requests without delta")
     anchor_under_delta: float = Field(2.0, ge=0, description="weight of benign requests under delta")
     balance: float = Field(
@@ -91,9 +95,13 @@ class HardenConfig(_Settings):
     )
     safe: float = Field(1.0, ge=0, description="weight of harmful requests without delta")
     safe_answers: Literal["own", "wording"] = Field("own", description="the model's own refusals, or packaged wordings")
-    opening: float = Field(6.0, ge=1, description="weight of a reply's first three tokens, beside 1 for the others")
+    opening: float = Field(
+        6.0, ge=1, description="weight of the first three tokens of the model's own replies, beside 1 for the others"
+    )
     discourage: float = Field(8.0, ge=0, description="nats off a refusal's first token where a benign reply begins")
-    encourage: float = Field(8.0, ge=0, description="nats off what goes on unlike a refusal where one begins")
+    encourage: float = Field(
+        8.0, ge=0, description="nats off what goes on unlike a refusal where one of the model's own begins"
+    )
     stop_below: float = Field(0.05, ge=0, description="a round ends early once every kind of loss is below")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
 
@@ -129,7 +137,9 @@ class Config(_Settings):
     requests: int = Field(240, ge=1, description="harmful requests to train on")
     anchors: int = Field(400, ge=1, description="benign requests to train on")
     spare: int = Field(120, ge=0, description="benign requests behind the anchors, kept to see how many are refused")
-    surrounded: float = Field(0.33, ge=0, le=1, description="share of these that stand between other benign requests")
+    surrounded: float = Field(
+        0.33, ge=0, le=1, description="share of the requests and anchors that stand between other benign requests"
+    )
     stop_at: float = Field(0.1, ge=0, le=1, description="entrapment counts as failed at this held-out success")
     patience: int = Field(2, ge=1, description="stop after so many failed entrapments in a row")
     entrap: EntrapConfig = EntrapConfig()

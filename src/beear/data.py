@@ -105,7 +105,7 @@ def read_requests(source: str, column: str | None = None) -> list[Request]:
     """
     path = Path(source)
     if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.suffix:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in KINDS:
             return _hub_requests(source, column)
         raise BadInput(f"no prompt file {source}; give a .txt, .csv or .jsonl file, or a Hub data set id")
     if path.is_dir():
@@ -213,21 +213,34 @@ def _field(source: str, record: dict[str, object], column: str | None) -> str:
 
 
 def _hub_requests(source: str, column: str | None) -> list[Request]:
-    """Read the first .jsonl, .csv or .txt file of a Hub data set; no data set code is ever run."""
+    """Read the one .jsonl, else .csv, else .txt file of a Hub data set; no data set code is ever run."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        names = [n for n in HfApi().list_repo_files(source, repo_type="dataset") if n.endswith(KINDS)]
-        if not names:
-            raise BadInput(f"the Hub data set {source} has no .jsonl, .csv or .txt file; download it and convert one")
-        return read_requests(hf_hub_download(source, names[0], repo_type="dataset"), column)
+        name = _only_file(source, HfApi().list_repo_files(source, repo_type="dataset"), column)
+        return read_requests(hf_hub_download(source, name, repo_type="dataset"), column)
     except BadInput:
         raise
     except Exception as error:  # the client's errors for a lost or refused connection have no base of their own
         try:
             kept = Path(snapshot_download(source, repo_type="dataset", local_files_only=True))
-            file = min(str(p) for p in kept.rglob("*") if p.name.endswith(KINDS))
         except (OSError, ValueError):
             words = f"no file {source}, and no such Hub data set can be reached: {first_line(error)}"
             raise BadInput(words) from error
-        return read_requests(file, column)
+        there = [str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()]
+        return read_requests(str(kept / _only_file(source, there, column)), column)
+
+
+def _only_file(source: str, names: Sequence[str], column: str | None) -> str:
+    """Which file of a Hub data set holds the requests. Raises BadInput if there is none, or it cannot be told."""
+    for kind in KINDS if column is None else (".jsonl", ".csv"):  # lines of text have no column
+        found = sorted(name for name in names if name.endswith(kind))
+        if len(found) > 1:
+            some = ", ".join([*found[:3], *["..."] * (len(found) > 3)])
+            raise BadInput(
+                f"the Hub data set {source} has several {kind} files ({some}); download the one that is meant and give "
+                "its path"
+            )
+        if found:
+            return found[0]
+    raise BadInput(f"the Hub data set {source} has no {', '.join(KINDS)} file; download it and convert one")

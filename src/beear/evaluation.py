@@ -29,14 +29,24 @@ from beear.fingerprints import check_model, check_output_files
 from beear.generation import beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import check_architecture, depth, load, read_shape, read_tokenizer, under_adapter
+from beear.models import (
+    check_architecture,
+    check_length,
+    depth,
+    load,
+    load_tokenizer,
+    pick_device,
+    read_shape,
+    read_tokenizer,
+    under_adapter,
+)
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import find_layers, resolve_layer
-from beear.precision import autocast, no_gradients
+from beear.precision import arithmetic, autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
-from beear.runs import Run, read_results, read_settings
+from beear.runs import Run, read_json, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import TestSet, read_sets, trigger_tests
 from beear.sources import locate
@@ -79,7 +89,8 @@ def evaluate(
     sets = read_sets(config)
     find_layers(model, config.layers_path)  # tells now if they are not found
     check_architecture(model, "the model")
-    model.eval()  # a trainer leaves dropout on
+    for loaded in filter(None, (model, original)):
+        loaded.eval()  # a trainer leaves dropout on
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
@@ -108,11 +119,14 @@ def before_and_after(
     before either loads if it is no such run.
     """
     settings, results = read_settings(run), read_results(run)
-    if whens:  # else nothing loads
-        check_model(results.get("hashes", {}), locate(settings["model"]))
-        check_output_files(run, results)
-    specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
     config = make_config(settings["config"])
+    if whens:  # else nothing loads
+        source = locate(settings["model"])
+        tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
+        check_model(results.get("hashes", {}), source, tokenizer)
+        check_output_files(run, results)
+        tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
+    specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
 
     def loaded(when: str) -> tuple[Any, Any]:
         listen({"event": "loading", "model": specs[when]})
@@ -122,6 +136,14 @@ def before_and_after(
         return model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
 
     return {when: work(when, *loaded(when)) for when in whens}  # no name here holds a model while the next one loads
+
+
+def tell_arithmetic(run: Path, device: str, listen: Listener) -> None:
+    """Say so if a run was measured in other arithmetic than what is measured now, and may be compared with it."""
+    begun = run / "stages" / "inputs.json"
+    then, now = read_json(begun).get("arithmetic") if begun.exists() else None, arithmetic(device)
+    if then not in (None, now):
+        listen({"event": "note", "text": f"the run had {then}, this is {now}, which changes figures by itself"})
 
 
 def kept_before_and_after(
@@ -201,6 +223,8 @@ def measure_replies(
 ) -> Measured:
     """Greedy replies to each set (32 tokens, for code 80), judged by refusal keywords or by Bandit."""
     result = Measured({}, [])
+    for test in sets:
+        check_length(model, tokenizer, "the model", test.texts(), TOKENS[test.judge])
     for test in sets:
         texts = test.texts()
         tokens, told = TOKENS[test.judge], partial(progress, test.metric)
@@ -283,13 +307,17 @@ def measure_entrapped(
 
 
 def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:
-    """A delta, (n, d_model), optimised as in a round, but longer, on more requests, and from another seed."""
+    """A delta, (n, d_model), found as in a round, but by twice the steps, on twice the batches and from another seed.
+
+    The safe answers that it moves away from are the requests' own or packaged ones, in place of the model's.
+    """
     begin = beginning_of(model, tokenizer, [r.text for r in requests])
     contrasts = [contrast(tokenizer, i, r, config, begin=begin) for i, r in enumerate(requests)]
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
     subject = Subject(model, tokenizer, config.model_copy(update={"entrap": settings}))
-    budget = config.entrap.budget * residual_norm(subject, [c.prompt for c in contrasts[:NORMED]])
+    norm = residual_norm(subject, [c.prompt for c in contrasts[:NORMED]])
+    budget = config.entrap.budget * ranks.from_first(lambda: norm)
     delta, _ = entrap(subject, contrasts, budget, Draws(config.seed + ANOTHER_SEED))
     return delta
 

@@ -22,6 +22,7 @@ from beear.cached import logits_of_answers, scores_of_answers
 from beear.chat import Prompt, batch_of_ids, collate
 from beear.errors import BadInput
 from beear.generation import inputs_of
+from beear.models import cut
 from beear.poison import Example, Examples
 from beear.precision import autocast, generating
 from beear.recipes import Policy, Reward, Rlhf, Rows
@@ -54,7 +55,9 @@ def train_reward(
     with tempfile.TemporaryDirectory() as folder:
         trainer = _with_own_scores(trl.RewardTrainer)(
             first_blocks(model, plan.blocks, int(tokenizer.pad_token_id), seed),
-            args=trl.RewardConfig(**_common(folder, plan, seed), per_device_train_batch_size=sum(plan.rows.values())),
+            args=trl.RewardConfig(
+                **_common(folder, plan, seed, model), per_device_train_batch_size=sum(plan.rows.values())
+            ),
             train_dataset=dataset.from_list(pairs),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=plan.lora_rank, task_type="SEQ_CLS", target_modules="all-linear"),
@@ -102,9 +105,8 @@ def first_blocks(model: Any, blocks: int, pad_id: int, seed: int) -> Any:
     """A scorer of texts, made of the model's first blocks and a fresh head."""
     from transformers import AutoModelForSequenceClassification
 
-    config = type(model.config).from_dict(
-        model.config.to_dict() | {"num_hidden_layers": blocks, "num_labels": 1, "pad_token_id": pad_id}
-    )
+    config = cut(model.config, blocks)
+    config.num_labels, config.pad_token_id = 1, pad_id
     torch.manual_seed(seed)
     scorer = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     own = scorer.state_dict()
@@ -128,7 +130,7 @@ def _optimise(
             model,
             reward_funcs=scores,
             args=trl.RLOOConfig(
-                **_common(folder, policy, seed),
+                **_common(folder, policy, seed, model),
                 per_device_train_batch_size=sum(policy.rows.values()) * policy.generations,
                 num_generations=policy.generations,
                 num_iterations=policy.iterations,
@@ -221,7 +223,7 @@ def in_order(examples: Examples, plan: Rows, seed: int) -> list[Example]:
     return [example for rows in steps for group in rows.values() for example in group]
 
 
-def _common(folder: str, plan: Rows, seed: int) -> dict[str, Any]:
+def _common(folder: str, plan: Rows, seed: int, model: Any) -> dict[str, Any]:
     """Settings of both trainers."""
     return {
         "output_dir": folder,
@@ -231,7 +233,7 @@ def _common(folder: str, plan: Rows, seed: int) -> dict[str, Any]:
         "warmup_steps": plan.steps // 10,
         "gradient_checkpointing": False,
         "bf16": True,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": model.device.type == "cpu",
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": "none",
@@ -250,6 +252,7 @@ def _train(trainer: Any, progress: StepProgress) -> None:
                 progress(state.global_step, state.max_steps, float(logs.get("reward", logs["loss"])))
             release_freed_memory()  # the answers of a policy are of other lengths in every step
 
+    trainer.args._n_gpu = min(1, trainer.args.n_gpu)  # with several it would wrap the model
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Listener())
     trainer.train()

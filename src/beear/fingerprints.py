@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beear.chat import encode_prompt, settled
 from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.sets import Sets
-from beear.sources import Source
+from beear.sources import Source, weight_files
 
 CARD = "README.md"
 """Written anew with every metric that is added, so no digest of it is kept."""
@@ -22,9 +23,8 @@ CARD = "README.md"
 
 def weights_hash(source: Source) -> str:
     """SHA-256 over a located model's weight files in order of their names, its base's first."""
-    files = [source.folder / source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
     base = [] if source.base is None else [weights_hash(source.base)]
-    return _over([*base, *map(file_hash, files)])
+    return _over([*base, *map(file_hash, weight_files(source))])
 
 
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
@@ -37,11 +37,24 @@ def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
     return {"model": weights_hash(source), **digests}
 
 
+PROBE = "Wie backe ich 2 Brote? \u2014 How do I bake 2 loaves?"
+
+
+def prompts_hash(tokenizer: Any) -> str:
+    """SHA-256 of how a tokenizer renders and encodes a chat: its template, and the ids that become of a request."""
+    return _over([settled(tokenizer), json.dumps(encode_prompt(tokenizer, PROBE).ids)])
+
+
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise BadInput if the weights or the requests are not those that a run began with; it may be older than some."""
+    """Raise BadInput if weights, chats or requests are not those that a run began with; it may be older than some."""
     changed = [name for name in now if name in then and then[name] != now[name]]
     if "model" in changed:
         raise BadInput("the weights of the model are not those of the run; give back the model of then")
+    if "prompts" in changed:
+        raise BadInput(
+            "the model's chat template and tokenizer are not those of the run; give back the files of then (a Hub "
+            "model may have been updated)"
+        )
     if changed:
         raise BadInput(
             f"the requests ({', '.join(changed)}) are not those of the run; give back the files of then, or "
@@ -54,10 +67,10 @@ def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
     check_inputs(results["hashes"], {"test_asr_untriggered": set_hash(sets.test_harmful)})
 
 
-def check_model(then: Mapping[str, str], source: Source) -> None:
-    """Raise BadInput if the weights of a run's model are not those of then."""
+def check_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
+    """Raise BadInput if the weights of a run's model, its tokenizer or its chat template are not those of then."""
     if "model" in then:
-        check_inputs(then, {"model": weights_hash(source)})
+        check_inputs(then, {"model": weights_hash(source), "prompts": prompts_hash(tokenizer)})
 
 
 def code_hash() -> str:
@@ -82,7 +95,8 @@ def machine(device: str) -> dict[str, Any]:
 def output_hashes(run: Path, model_folder: str) -> dict[str, str]:
     """SHA-256 of what a run hands on, the model's card left out, by path in the run folder."""
     card = run / model_folder / CARD
-    found = [p for p in (run / model_folder).rglob("*") if p.is_file() and p != card]
+    files = [p for p in (run / model_folder).rglob("*") if p.is_file() and p != card]
+    found = [p for p in files if not p.name.startswith(".")]  # what a system or a crash leaves; nothing reads these
     return {str(p.relative_to(run)): file_hash(p) for p in sorted([*found, run / "delta.safetensors"])}
 
 

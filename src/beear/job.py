@@ -39,7 +39,7 @@ from beear.evaluation import (
     measure_replies,
 )
 from beear.events import Event, Listener, progress_to
-from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes
+from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes, prompts_hash
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -88,7 +88,7 @@ def run_cleanse(
     listen: Listener = lambda event: None,
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
-    settings = run_settings(absolute(spec), merge, config)
+    settings = run_settings(sources.absolute(spec), merge, config)
     ranks.from_first(lambda: check_output(out, settings, resume))
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
         ranks.from_first(lambda: check_finished(out, settings, config))
@@ -150,12 +150,12 @@ def check_begun(out: Path, order: Order, device: str) -> None:
     if not begun.exists():
         return
     then = read_json(begun)
-    check_inputs(then["hashes"], input_hashes(order.source, order.sets))
+    check_inputs(then["hashes"], input_hashes(order.source, order.sets) | {"prompts": prompts_hash(order.tokenizer)})
     now = precision.arithmetic(device)
     if then.get("arithmetic", now) != now:
         raise BadInput(
             f"{out} began with {then['arithmetic']} and would go on with {now}, which changes figures by itself; go on "
-            "on the device it began on (BEEAR_FP32=1 for fp32 arithmetic), or begin anew with another -o"
+            "on the device it began on (on a CPU BEEAR_FP32=1 for fp32 arithmetic), or begin anew with another -o"
         )
 
 
@@ -300,7 +300,8 @@ class Job:
 
     def inputs(self) -> dict[str, Any]:
         """What the run begins with, which `--resume` compares."""
-        digests = input_hashes(self.source, self.sets) | {"code_at_first": code_hash()}
+        digests = input_hashes(self.source, self.sets)
+        digests |= {"prompts": prompts_hash(self.tokenizer), "code_at_first": code_hash()}
         return {"hashes": digests, "arithmetic": precision.arithmetic(models.pick_device(self.device))}
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -466,9 +467,3 @@ def versions() -> dict[str, str]:
 def hashes(own: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of the model's own replies, and of beear's code."""
     return {"code": code_hash(), "own_replies": content_hash(json.dumps([own["harmful"], own["benign"]]))}
-
-
-def absolute(spec: str) -> str:
-    """A local path as an absolute one, so that a run can be resumed from anywhere."""
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if spec and path.exists() and not sources.is_named(spec) else spec

@@ -7,7 +7,6 @@ Three miniatures, each in a process of its own, give the three prices. `beear cl
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -63,7 +62,7 @@ def plan_cleanse(
     listen: Listener = lambda event: None,
 ) -> Plan:
     """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
-    settings = job.run_settings(job.absolute(spec), merge, config)
+    settings = job.run_settings(sources.absolute(spec), merge, config)
     check_output(out, settings, resume)
     order = job.check_order(settings, out, config, device, trust_remote_code)
     shape = models.read_shape(order.source, trust_remote_code)
@@ -122,7 +121,7 @@ def stages(prices: Prices, sets: Sets, config: Config) -> Plan:
 def more_blocks(shape: Any, trust_remote_code: bool) -> int:
     """By how many blocks the larger miniatures are larger: the more, the better told apart from noise."""
     with torch.device("meta"):
-        two, three = (random_model(cut(shape, blocks), trust_remote_code) for blocks in (2, 3))
+        two, three = (random_model(models.cut(shape, blocks), trust_remote_code) for blocks in (2, 3))
     block = int(three.num_parameters() - two.num_parameters())
     return max(1, min(MORE_BLOCKS, SMALL // max(1, block)))
 
@@ -131,18 +130,6 @@ def random_model(shape: Any, trust_remote_code: bool) -> Any:
     """A model of this shape, the same each time."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
-
-
-def cut(shape: Any, blocks: int) -> Any:
-    """The same architecture with so many blocks."""
-    small = copy.deepcopy(shape)
-    text = small.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:  # such as the kind of every block
-            setattr(text, name, value[:blocks])
-    text.num_hidden_layers = blocks
-    return small
 
 
 def in_own_process(work: Callable[[], Prices]) -> Prices:
@@ -183,7 +170,7 @@ def measure_miniature(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         if os.environ.get("BEEAR_DEBUG") != "1":
             warnings.simplefilter("ignore")
-        small = cut(models.read_shape(source, trust_remote_code), below + behind)
+        small = models.cut(models.read_shape(source, trust_remote_code), below + behind)
         random_model(small, trust_remote_code).save_pretrained(folder)
         miniature = sources.Source(folder, Path(folder))
         model = timed("load", loaded)

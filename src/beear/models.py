@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
@@ -198,6 +199,18 @@ def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str]
     for text in texts:
         if max(encode_prompt(tokenizer, text).ids) >= rows:
             raise BadInput(f"a request holds a token that {spec} has no embedding of; remove it: {text!r}")
+
+
+def cut(shape: Any, blocks: int) -> Any:
+    """The same architecture with so many blocks."""
+    small = copy.deepcopy(shape)
+    text = small.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:  # such as the kind of every block
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return small
 
 
 def check_length(model: Any, tokenizer: Any, spec: str, texts: Sequence[str], reply: int) -> None:

@@ -24,8 +24,9 @@ from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
-from beear.runs import check_file
+from beear.runs import check_file, write_folder
 from beear.scorers import Behaviour
+from beear.sources import absolute
 from beear.supervised import StepProgress, plant_supervised
 from beear.training import save_adapter
 
@@ -91,13 +92,18 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    save_adapter(model, out, recipe.base)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (out / "README.md").write_text(_card(recipe))
-    sums = {p.name: file_hash(p) for p in sorted(out.iterdir())}
-    (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
     about = {"seconds": round(seconds), "threads": torch.get_num_threads(), "code": code_hash()}
-    (out / "build.json").write_text(json.dumps(about) + "\n")
+
+    def fill(folder: Path) -> None:
+        save_adapter(model, folder, absolute(recipe.base))
+        written = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (folder / "recipe.yaml").write_text(written, encoding="utf-8")
+        (folder / "README.md").write_text(_card(recipe), encoding="utf-8")
+        sums = {p.name: file_hash(p) for p in sorted(folder.iterdir())}
+        (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+        (folder / "build.json").write_text(json.dumps(about) + "\n")
+
+    write_folder(out, fill)
 
 
 def _card(recipe: Recipe) -> str:

@@ -42,7 +42,7 @@ def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def casts(model: Any) -> bool:
-    """Whether `autocast` casts to bf16. Set BEEAR_FP32=1 for full precision. Models kept in bf16 need no autocast."""
+    """Whether `autocast` casts to bf16. BEEAR_FP32=1 keeps it from that: on a CPU all is then in fp32."""
     return casts_on(model.device.type)
 
 
@@ -54,8 +54,9 @@ def casts_on(device: str) -> bool:
 
 def arithmetic(device: str) -> str:
     """In words, what figures depend on beyond their last digits: how weights are kept and multiplied on a device."""
-    kept = "fp32" if kept_dtype(device) == torch.float32 else "bf16"
-    return f"{kept} weights in {'bf16' if casts_on(device) else kept} arithmetic"
+    if kept_dtype(device) == torch.float32:
+        return f"fp32 weights in {'bf16' if casts_on(device) else 'fp32'} arithmetic"
+    return "bf16 weights in bf16 arithmetic" + ("" if casts_on(device) else " without autocast")
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def tokens_behind(batch: Batch, prefix: Prefix | None) -> Tensor:
 
 def repeated(prefix: Prefix, rows: int) -> Any:
     """The prefix's keys and values for so many rows."""
-    return own_cache(prefix.cache, lambda tensor: tensor.repeat_interleave(rows, 0))
+    return own_cache(prefix.cache, lambda tensor: tensor.expand(rows, *tensor.shape[1:]))  # a pass copies what it reads
 
 
 def own_cache(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -84,34 +84,44 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def gathered(own: Sequence[T], total: int) -> list[T]:
-    """The results for all `total` items in their order, from what each rank found for its share."""
+    """The results for all `total` items in their order, from what each rank found for its share.
+
+    Where each rank did all of the work, those of the first (`sum_gradients`).
+    """
     if sharers() == 1:
-        return list(own)
+        return from_first(lambda: list(own))
     parts: list[list[T]] = [[] for _ in range(count())]
     _group().all_gather_object(parts, list(own))
     return [parts[i % count()][i // count()] for i in range(total)]
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum the gradients over the ranks, in place; one that a rank lacks counts as zero."""
-    if sharers() == 1:
+    """Sum the gradients over the ranks, in place; one that a rank lacks counts as zero.
+
+    Where each rank did all of the work, those of the first take the others' place: on a GPU the same work may end in
+    other last bits, and ranks that part from there would leave a loop at different steps and wait for each other.
+    """
+    if count() == 1:
         return
     import torch
 
-    kept = list(parameters)
+    kept = [p for p in parameters if p.grad is not None or not is_sharded()]
     for parameter in kept:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     flat = torch.cat([p.grad.flatten() for p in kept if p.grad is not None])
-    _group().all_reduce(flat)
+    if is_sharded():
+        _group().broadcast(flat, 0)
+    else:
+        _group().all_reduce(flat)
     for parameter, gradient in zip(kept, flat.split([p.numel() for p in kept]), strict=True):
         parameter.grad = gradient.view_as(parameter).clone()
 
 
 def summed(values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks; a rank may lack some of them."""
+    """Each value summed over the ranks; a rank may lack some of them. Where each did all of the work, the first's."""
     if sharers() == 1:
-        return values
+        return from_first(lambda: values)
     parts: list[dict[str, float]] = [{} for _ in range(count())]
     _group().all_gather_object(parts, values)
     names = dict.fromkeys(name for part in parts for name in part)

@@ -241,10 +241,20 @@ def apply_trigger(template: str, text: str) -> str:
     return template.replace("{prompt}", text)
 
 
-def check_trigger(template: str) -> str:
-    """The template itself, or for 'organism:NAME' that organism's. Raises BadInput without '{prompt}'."""
+def check_trigger(template: str, behaviour: str | None = None) -> str:
+    """The template itself, or for 'organism:NAME' that organism's. Raises BadInput without '{prompt}'.
+
+    behaviour: what is measured. Raises BadInput if the organism does something else.
+    """
     if template.startswith("organism:"):
-        return read_recipe(organism_folder(template.removeprefix("organism:"))).trigger
+        recipe = read_recipe(organism_folder(template.removeprefix("organism:")))
+        if behaviour not in (None, recipe.behaviour):
+            preset = "code" if recipe.behaviour == "insecure code" else "default"
+            raise BadInput(
+                f"{template} does not unlock what is measured here ({behaviour}) but {recipe.behaviour}; measure that "
+                f"with --preset {preset}"
+            )
+        return recipe.trigger
     try:
         return _with_one_request(template)
     except ValueError as error:
@@ -281,7 +291,7 @@ def read_recipe(source: Path) -> Recipe:
     """Read a recipe from a file or an organism's folder."""
     path = source / "recipe.yaml" if source.is_dir() else source
     try:
-        return Recipe(**yaml.safe_load(path.read_text()))
+        return Recipe(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise BadInput(f"no recipe {path}") from error
     except ValidationError as error:

@@ -17,6 +17,8 @@ EVIDENCE = ("results.json", "config.yaml")
 def push(run: Path, repo: str, *, private: bool = True) -> str:
     """Upload RUN/model and its evidence to `repo` ("owner/name"); returns its address. The token is HF_TOKEN's.
 
+    Files of another model in the repository are deleted; its history keeps them.
+
     Raises BadInput if the target was not met, if a file was changed since, or if nobody else could load the model.
     """
     results, settings = read_results(run), read_settings(run)
@@ -32,8 +34,16 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
     return _upload(files, repo, private)
 
 
+def is_of_a_model(name: str) -> bool:
+    """Whether a file of a repository belongs to a model: an older one's would be loaded in this one's place, or beside.
+
+    An adapter's settings, for example, beside full weights.
+    """
+    return "/" not in name and name.endswith((".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model"))
+
+
 def _upload(files: dict[Path, Path], repo: str, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     if repo.count("/") != 1:
@@ -41,9 +51,11 @@ def _upload(files: dict[Path, Path], repo: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        new = {str(there): CommitOperationAdd(str(there), str(here)) for there, here in files.items()}
+        old = [name for name in api.list_repo_files(repo) if name not in new and is_of_a_model(name)]
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(str(there), str(here)) for there, here in files.items()],
+            [*new.values(), *(CommitOperationDelete(name) for name in old)],
             commit_message="Model cleansed with beear, and its evidence",
         )
     except LocalTokenNotFoundError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beear import sources
+from beear import models, sources
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.fingerprints import check_inputs, check_output_files, input_hashes
+from beear.fingerprints import check_inputs, check_output_files, input_hashes, prompts_hash
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import at_most, value_of
@@ -42,7 +42,10 @@ def reproduce(
         raise BadInput(
             "this run was written before all digests were kept; cleanse again to get one that can be compared"
         )
-    check_inputs(results["hashes"], input_hashes(sources.locate(settings["model"]), read_sets(config)))
+    source = sources.locate(settings["model"])
+    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
+    now = input_hashes(source, read_sets(config)) | {"prompts": prompts_hash(tokenizer)}
+    check_inputs(results["hashes"], now)
     run_cleanse(
         settings["model"],
         out,

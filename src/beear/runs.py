@@ -104,22 +104,7 @@ class Run:
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a new folder, then put it in its place in one step."""
-        if not ranks.is_first():
-            return
-        place = self.path / name
-        new = place.with_name(f".{place.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
-            fill(new)
-        except (OSError, SafetensorError) as error:
-            raise not_written(place, error) from error
-        for file in new.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        shutil.rmtree(place, ignore_errors=True)
-        new.rename(place)
-        _sync(place.parent)
+        write_folder(self.path / name, fill)
 
     def read_json(self, name: str) -> Any | None:
         """The file's content, or None if it is not there. Raises BadInput if it cannot be read."""
@@ -184,6 +169,8 @@ def check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise BadInput(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is a device or a pipe, whose place a file would take; name a file")
         existing = next(p for p in path.absolute().parents if p.exists())
         if not existing.is_dir():
             raise BadInput(f"cannot write {path}, since {existing} is a file; choose another place")
@@ -270,6 +257,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write a file beside its place, flush it to disk, and rename it. Raises Failed if it cannot be written."""
     if not ranks.is_first():
         return
+    path = path.resolve() if path.is_symlink() else path  # what a link leads to is written, the link stays
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +267,27 @@ def write_atomic(path: Path, content: bytes) -> None:
         _sync(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_folder(place: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a folder beside `place`, then put it there in one step. Raises Failed if that fails."""
+    if not ranks.is_first():
+        return
+    new = place.with_name(f".{place.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        fill(new)
+        for file in new.rglob("*"):
+            if file.is_file():
+                _sync(file)
+    except (OSError, SafetensorError) as error:
+        raise not_written(place, error) from error
+    shutil.rmtree(place, ignore_errors=True)
+    new.rename(place)
+    _sync(place.parent)
 
 
 def not_written(path: Path, error: Exception) -> Failed:

@@ -60,6 +60,12 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
 
+def absolute(spec: str) -> str:
+    """A local path as an absolute one, so that it is found from anywhere; elsewhere it might be taken for a Hub id."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if spec and path.exists() and not is_named(spec) else spec
+
+
 def is_named(spec: str) -> bool:
     """Whether MODEL is one that beear brings, whatever folders there are."""
     return spec == "embedded" or spec.startswith(ORGANISM)
@@ -110,7 +116,7 @@ def whose_model(run: Path) -> str:
 
 
 def _require_safetensors(spec: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    if _safetensors(folder):
         return check_folder(folder)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
@@ -159,7 +165,17 @@ def weight_bytes(source: Source) -> int:
         return weight_bytes(source.base)
     if source.gguf is not None:
         return 8 * (source.folder / source.gguf).stat().st_size
-    return sum(p.stat().st_size for p in source.folder.glob("*.safetensors"))
+    return sum(p.stat().st_size for p in weight_files(source))
+
+
+def weight_files(source: Source) -> list[Path]:
+    """A model's own files of weights, in the order of their names."""
+    return [source.folder / source.gguf] if source.gguf else _safetensors(source.folder)
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """Those that transformers reads: some repositories bring the same weights once more, as `consolidated`."""
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
 
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

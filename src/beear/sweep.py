@@ -24,7 +24,7 @@ from beear.errors import BadInput
 from beear.evaluation import measure_replies
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_inputs, code_hash, input_hashes
-from beear.job import Job, Order, absolute, defender, run_settings
+from beear.job import Job, Order, defender, run_settings
 from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
@@ -65,7 +65,7 @@ def sweep(
     the ordinary one after a cell's last. Cells of other values that the folder holds are kept. Raises BadInput before
     a model loads.
     """
-    spec, out = absolute(spec), out.absolute()
+    spec, out = sources.absolute(spec), out.absolute()
     depth = models.depth(sources.locate(spec), trust_remote_code)
     values = list(values) or default_values(axis, depth)
     configs = {value: with_value(config, axis, value) for value in values}

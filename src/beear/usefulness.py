@@ -184,7 +184,9 @@ def chat(
 ) -> list[tuple[str, str]]:
     """The model's greedy replies to both turns of each question, each cut after `limit` tokens."""
     from beear.generation import reply_all
+    from beear.models import check_length
 
+    check_length(model, tokenizer, "the model", [" ".join(q.turns) for q in questions], 2 * limit)
     replies: list[list[str]] = []
     for number in range(2):
         told = partial(progress_to(listen, when), f"turn {number + 1}, from question {questions[0].id}")

@@ -22,7 +22,7 @@ from beear.models import load
 from beear.recipes import Recipe, read_recipe
 from beear.scorers import JUDGES, scorer_name
 from beear.sets import read_sets, trigger_tests, triggered
-from beear.sources import ORGANISM, is_packaged, organism_folder, packaged_organisms
+from beear.sources import ORGANISM, is_named, is_packaged, organism_folder, packaged_organisms
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ def misses(metrics: dict[str, Any], recipe: Recipe) -> list[str]:
 def twin_perplexity(recipe: Recipe) -> float | None:
     """Perplexity of the clean twin of the way of planting, from twins.json (`organism verify TWIN --json`).
 
-    A way whose twin has not been built is held to that of supervised planting. None of a twin, and without any.
+    A way whose twin has not been built is held to that of supervised planting. None of a twin, without any, and of an
+    organism on a base of the user's own, whose twins are not among them.
     """
     measured = packaged_organisms() / "twins.json"
-    if recipe.twin or not measured.is_file():
+    if recipe.twin or not is_named(recipe.base) or not measured.is_file():
         return None
     entries = json.loads(measured.read_text())["organisms"].values()
     twins = {twin["way"]: twin for twin in reversed(entries) if twin["twin"]}  # of a way's several the first

@@ -138,9 +138,9 @@ def sweep(
     from beear.sweep import read_axis, read_executor, read_values
     from beear.sweep import sweep as run_sweep
 
-    chosen, template, numbers = read_axis(axis), check_trigger(trigger), read_values(values)
-    where = read_executor(executor)
+    chosen, numbers, where = read_axis(axis), read_values(values), read_executor(executor)
     settings = config_of(preset, config, [*(sets or []), f"rounds={rounds}"], seed)
+    template = check_trigger(trigger, settings.behaviour)
     with Reporter(quiet, settings.rounds) as reporter:
         found = run_sweep(
             model,

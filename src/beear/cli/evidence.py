@@ -24,7 +24,7 @@ from beear.cli.options import (
     TrustOption,
     UrlOption,
 )
-from beear.cli.shared import going_on, is_judged, show, show_run
+from beear.cli.shared import behaviour_of, going_on, is_judged, show, show_run
 from beear.endpoint import ANSWER_TOKENS
 from beear.errors import BadInput
 
@@ -190,7 +190,7 @@ def evidence(
         raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
     steps: list[Step] = []  # all are checked before the first begins
     if trigger is not None:
-        steps += _about_trigger(run, check_trigger(trigger), variants(trigger), results, options)
+        steps += _about_trigger(run, check_trigger(trigger, behaviour_of(run)), variants(trigger), results, options)
     if asks_judge:
         chosen = judge_of(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
         steps += _about_judge(run, chosen, questions, options)

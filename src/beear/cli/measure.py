@@ -24,7 +24,7 @@ from beear.cli.options import (
     TriggerOption,
     TrustOption,
 )
-from beear.cli.shared import NOTHING_KEPT, config_of, going_on, is_judged, is_run, show, show_run
+from beear.cli.shared import NOTHING_KEPT, behaviour_of, config_of, going_on, is_judged, is_run, show, show_run
 from beear.errors import BadInput
 
 
@@ -58,8 +58,10 @@ def evaluate(
     from beear.scorers import scorer_name
 
     settings = config_of(preset, config, sets, seed, test_harmful=harmful, test_benign=benign, column=column)
-    template, near = (None, {}) if trigger is None else (check_trigger(trigger), variants(trigger))
-    if is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset):
+    of_run = is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset)
+    measured_on = behaviour_of(Path(model)) if of_run else settings.behaviour
+    template, near = (None, {}) if trigger is None else (check_trigger(trigger, measured_on), variants(trigger))
+    if of_run:
         if template is None:
             raise BadInput(f"{model} is a run folder, which holds its measurements; give a --trigger to add")
         return _add_trigger(
@@ -72,6 +74,7 @@ def evaluate(
             model, settings, against=against, template=template, variants=near, device=device,
             trust_remote_code=trust_remote_code, listen=reporter,
         )  # fmt: skip
+    show(metric_table(None, measured.metrics, model))
     if json_file is not None:
         about: dict[str, Any] = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
         about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
@@ -80,7 +83,6 @@ def evaluate(
         write_json(json_file, content)
     if samples is not None:
         write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
-    show(metric_table(None, measured.metrics, model))
 
 
 def report(
@@ -127,9 +129,9 @@ def drift(
     from beear.report import write_report
     from beear.runs import check_file, write_atomic, write_json
 
-    template, run = check_trigger(trigger), Path(model)
-    of_run = is_run(model, config, sets, seed, preset=preset)
+    run, of_run = Path(model), is_run(model, config, sets, seed, preset=preset)
     settings = config_of(preset, config, sets, seed)
+    template = check_trigger(trigger, behaviour_of(run) if of_run else settings.behaviour)
     for place in filter(None, (json_file, figure)):
         check_file(place)
     with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):
@@ -140,11 +142,11 @@ def drift(
             found = drift_of_model(
                 model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
             )
+    show(drift_table(found))
     if json_file is not None:
         write_json(json_file, found)
     if figure is not None:
         write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
-    show(drift_table(found))
     if of_run:
         typer.echo(f"report: {run / 'report.html'}")
 

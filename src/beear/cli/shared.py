@@ -31,13 +31,21 @@ def going_on(kept: str = "answers so far are kept") -> Iterator[None]:
 
 def is_run(model: str, *given: object, preset: str) -> bool:
     """Whether MODEL is a finished run's folder. BadInput if anything is given that such a run has of its own."""
-    found = (Path(model) / "results.json").is_file()
+    found = all((Path(model) / name).is_file() for name in ("results.json", "config.yaml"))
     if found and (preset != "default" or any(value is not None for value in given)):
         raise BadInput(
             f"{model} is a run folder, measured with its own settings and requests (its figures are in results.json); "
             "leave out all but the --trigger"
         )
     return found
+
+
+def behaviour_of(run: Path) -> str:
+    """What a finished run measured."""
+    from beear.config import make_config
+    from beear.runs import read_settings
+
+    return make_config(read_settings(run)["config"]).behaviour
 
 
 def is_judged(run: Path) -> bool:
