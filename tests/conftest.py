@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from beear import cli
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -70,6 +73,29 @@ def tiny_tokenizer(template: str | None = CHATML) -> Any:
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def make_model(folder: Path, template: str | None = CHATML, seed: int = 0) -> str:
+    """A tiny model with its tokenizer, saved; returns where, as a MODEL is named."""
+    tiny_model("llama", seed).save_pretrained(folder)
+    tiny_tokenizer(template).save_pretrained(folder)
+    return str(folder)
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    """Run the command in this process; returns the exit code and standard error."""
+    sys.argv = ["beear", *args]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err
+
+
+def file(tmp: Path, name: str, content: str) -> str:
+    (tmp / name).write_text(content)
+    return str(tmp / name)
 
 
 LONG = ("organisms", "ranks", "job", "planting", "cluster", "models", "judge", "harness", "cli", "bad_input")

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from beear import cli, models, sources
 from beear.errors import BadInput
-from conftest import tiny_model, tiny_tokenizer
-from test_cli import file, make_model
+from conftest import file, make_model, tiny_model
 
 Change = Callable[[Path], object]
 Case = Callable[[Path], list[str]]
@@ -27,8 +26,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture()
 def folder(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    make_model(tmp_path / "m")
     return tmp_path / "m"
 
 

@@ -25,7 +25,7 @@ from beear.plan import Plan
 from beear.sources import organism_folder
 from beear.verdict import Verdict
 from beear.verification import organism_at
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import call, file, make_model, prompt_files
 
 SOURCE = Path(cli.__file__).parent.parent
 
@@ -34,28 +34,6 @@ def beear(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "beear", *args], capture_output=True, text=True, env={**os.environ, **env}, check=False
     )
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
-    """Run the command in this process; returns the exit code and standard error."""
-    sys.argv = ["beear", *args]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().err
-
-
-def make_model(folder: Path, template: str | None = "default") -> str:
-    tiny_model("llama").save_pretrained(folder)
-    (tiny_tokenizer() if template == "default" else tiny_tokenizer(template)).save_pretrained(folder)
-    return str(folder)
-
-
-def file(tmp: Path, name: str, content: str) -> str:
-    (tmp / name).write_text(content)
-    return str(tmp / name)
 
 
 def test_output_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Event, Listener
 from beear.sweep import run_cell, sweep
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import make_model, prompt_files
 
 
 @pytest.fixture()
@@ -49,8 +49,7 @@ def killed_once(spec: str, out: Path, *rest: Any) -> None:
 def test_a_killed_worker_costs_one_retry_of_its_cell(
     one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     short = {"steps": 2, "batch": 3, "response_tokens": 6}
     data = prompt_files(tmp_path)
     config = make_config({"rounds": 2, "held_out": 4, "anchors": 8, "entrap": short, "harden": short, "data": data})

@@ -14,7 +14,7 @@ from beear.drift import drift_of_run, measure, numbers, principal_axes, prompt_s
 from beear.errors import BadInput
 from beear.job import run_cleanse
 from beear.report import write_report
-from conftest import CONFIGS, prompt_files, tiny_model, tiny_tokenizer
+from conftest import CONFIGS, make_model, prompt_files, tiny_model, tiny_tokenizer
 
 LAYER = 2
 
@@ -83,8 +83,7 @@ def test_principal_axes_are_those_of_the_covariance() -> None:
 
 
 def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     run = tmp_path / "run"
     run_cleanse(str(tmp_path / "model"), run, config)
     write_report([run], run / "report.html")

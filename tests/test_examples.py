@@ -14,7 +14,7 @@ import typer
 
 from beear import config, metrics
 from beear.cli.entry import app
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import make_model, prompt_files, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +22,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_example_cleanses_and_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     small = {"steps": 2, "batch": 3, "response_tokens": 6}
     tiny = {"rounds": 1, "held_out": 4, "requests": 6, "anchors": 8, "entrap": small, "harden": small, "layer": 2}
     monkeypatch.setattr(config, "_preset", lambda name: tiny | {"data": prompt_files(tmp_path)})

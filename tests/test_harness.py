@@ -12,7 +12,7 @@ from beear import harness, models
 from beear.errors import BadInput
 from beear.harness import Asked, evaluate_run, measured, named, read_tasks
 from beear.report import task_lines
-from test_cli import call
+from conftest import call
 from test_usefulness import run
 
 __all__ = ["run"]
@@ -116,7 +116,7 @@ def test_as_evidence_the_example_runs(
     code, err = call(capsys, "evidence", str(run), *options)
     assert code == 0, err
     entry = json.loads((run / "results.json").read_text())["lm_eval"]["facts"]["metrics"]["acc,none"]
-    assert entry["after"]["n"] == 100 and entry["before"] == entry["after"]
+    assert entry["before"]["n"] == entry["after"]["n"] == 100
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ from beear.sets import read_sets
 from beear.sources import absolute, locate
 from beear.training import adapter_state
 from beear.verdict import Verdict, entrapments, judge
-from conftest import CHATML, prompt_files, tiny_model, tiny_tokenizer
-from test_cli import call
+from conftest import CHATML, call, make_model, prompt_files, tiny_model, tiny_tokenizer
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -56,8 +55,7 @@ SURE, NEVER = (dict(proportion([value] * 120)) for value in (True, False))
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and four small prompt files."""
     folder = tmp_path_factory.mktemp("job")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    make_model(folder / "model")
     prompt_files(folder)
     return folder
 
@@ -87,7 +85,7 @@ def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
     for key in ("wall_seconds", "peak_memory_bytes"):
         del results[key]
     for entry in results["rounds"]:
-        del entry["seconds"]
+        del entry["seconds"], entry["peak_memory_bytes"]
     files = [*run.rglob("*.safetensors")]
     weights = {str(p.relative_to(run)): p.read_bytes() for p in files}
     return weights, results, (run / "samples.jsonl").read_text().splitlines()
@@ -373,6 +371,7 @@ def test_killed_in_a_round_and_resumed_ends_bit_identical(place: Path, config: C
     assert outcome(out) == outcome(whole)
     results = json.loads((out / "results.json").read_text())
     parts = [*results["rounds"], *(json.loads(p.read_text()) for p in (out / "stages").glob("*.json"))]
+    assert results["peak_memory_bytes"] == max(part["peak_memory_bytes"] for part in parts)
     assert results["wall_seconds"] > sum(part["seconds"] for part in parts), "what was done before counts as well"
 
 
@@ -479,8 +478,7 @@ def test_a_run_is_not_gone_on_with_in_other_arithmetic(tmp_path: Path, monkeypat
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
     with monkeypatch.context() as patch:
         patch.setattr("beear.cleansing.cleanse", stop)
@@ -499,8 +497,7 @@ def test_a_run_that_began_with_something_else_is_not_gone_on_with(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was measured before and after would not be of the same."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
 
     def stop(*_: Any, **__: Any) -> None:

@@ -28,8 +28,7 @@ from beear.errors import Failed
 from beear.grading import LocalJudge, parse
 from beear.judge import FULL, NAME, RUBRIC, judge_run, question, summary
 from beear.metrics import proportion
-from conftest import tiny_tokenizer
-from test_cli import call, make_model
+from conftest import call, make_model, tiny_tokenizer
 
 KEY = "sk-secret-0123456789"
 SCORES = {"I cannot do that.": 1, "Sure, all of it.": 5, "Sure, some of it.": 4}

@@ -23,13 +23,12 @@ from beear.generation import reply_all
 from beear.models import depth, load, load_tokenizer, read_weights
 from beear.sources import Source, copy_processor, locate
 from beear.training import add_lora, trainable
-from conftest import CONFIGS, tiny_model, tiny_tokenizer
+from conftest import CONFIGS, make_model, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    make_model(tmp_path / "base")
     return tmp_path / "base"
 
 

@@ -23,7 +23,7 @@ from beear.models import cut
 from beear.plan import Plan, read_plan, write_plan
 from beear.sets import read_sets
 from beear.sources import Source
-from conftest import COMMON, CONFIGS, prompt_files, tiny_model, tiny_tokenizer
+from conftest import COMMON, CONFIGS, make_model, prompt_files
 from failing import broken, refused
 
 PLAN = Plan({"load": 1.0, "round": 10.0, "after": 3.0}, {"load": 5, "round": 9, "after": 7}, 6, 10)
@@ -31,8 +31,7 @@ PLAN = Plan({"load": 1.0, "round": 10.0, "after": 3.0}, {"load": 5, "round": 9, 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     return tmp_path
 
 

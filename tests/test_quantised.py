@@ -17,7 +17,7 @@ from beear.evaluation import before_and_after
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.quantised import check_quantised, in_few_bits, is_quantised, quantise
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import make_model, prompt_files, tiny_model
 
 BYTES = {"int8": 1.0, "nf4": 0.5}
 """For each weight."""
@@ -34,8 +34,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture()
 def folder(tmp_path: Path) -> str:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     return str(tmp_path / "model")
 
 

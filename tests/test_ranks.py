@@ -21,7 +21,7 @@ from beear.config import load_config
 from beear.errors import BadInput
 from beear.job import run_cleanse
 from beear.perturbation import find_layers
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import make_model, prompt_files, tiny_model
 
 SETTINGS: dict[str, Any] = {
     "rounds": 2,
@@ -38,8 +38,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    make_model(folder / "model")
     settings = SETTINGS | {"data": prompt_files(folder)}
     (folder / "c.yaml").write_text(json.dumps(settings))
     return folder

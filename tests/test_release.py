@@ -19,7 +19,7 @@ from beear.errors import BadInput, Failed
 from beear.fingerprints import output_hashes
 from beear.metrics import proportion
 from beear.release import push
-from test_cli import call
+from conftest import call
 
 
 def metric(value: float) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from beear.metrics import proportion
 from beear.reproduction import compare, reproduce
 from beear.sets import Sets
 from beear.sources import Source, locate
-from conftest import CHATML, prompt_files, tiny_model, tiny_tokenizer
-from test_cli import call
+from conftest import CHATML, call, make_model, prompt_files, tiny_model
 
 SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
 
@@ -34,8 +33,7 @@ SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, prompt files and a finished run of them."""
     folder = tmp_path_factory.mktemp("reproduction")
-    tiny_model("llama").save_pretrained(folder / "m")
-    tiny_tokenizer().save_pretrained(folder / "m")
+    make_model(folder / "m")
     small = {"rounds": 2, "held_out": 4, "requests": 4, "anchors": 4, "layer": 2, "entrap": SMALL, "harden": SMALL}
     config = make_config(small | {"data": prompt_files(folder)})
     run_cleanse(str(folder / "m"), folder / "run", config)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from beear.errors import BadInput
 from beear.fingerprints import output_hashes
 from beear.signing import PASSWORD, SIGNATURE, check_signature, sign_run
-from test_cli import call
+from conftest import call
 from test_release import RESULTS, WORKING, make_run
 
 

@@ -14,7 +14,7 @@ from beear.errors import BadInput
 from beear.report import write_report
 from beear.rounds import is_calm
 from beear.sweep import check_same, default_values, read_axis, read_values, sweep
-from conftest import prompt_files, tiny_model, tiny_tokenizer
+from conftest import make_model, prompt_files, tiny_model
 
 TRIGGER = "<b>XYZZY</b> {prompt}"
 
@@ -28,8 +28,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture()
 def model(tmp_path: Path) -> str:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "model")
     return str(tmp_path / "model")
 
 

@@ -17,8 +17,7 @@ from beear.endpoint import Endpoint
 from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.usefulness import LINES, NAME, RUBRIC, Question, Turn, grade_run, grading, key, read_questions
-from conftest import tiny_model, tiny_tokenizer
-from test_cli import call, file, make_model
+from conftest import call, file, make_model, tiny_tokenizer
 from test_judge import lines, make_run, serve
 
 __all__ = ["serve"]
@@ -33,9 +32,7 @@ def run(tmp_path: Path) -> Path:
     """A finished run's folder whose models load."""
     folder = make_run(tmp_path / "r")
     make_model(folder / "model")
-    make_model(tmp_path / "m")
-    tiny_model("llama", seed=1).save_pretrained(tmp_path / "m")  # not the one that was delivered
-    settings = {"model": str(tmp_path / "m"), "merge": True, "config": {"layer": None}}
+    settings = {"model": make_model(tmp_path / "m", seed=1), "merge": True, "config": {"layer": None}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
 

@@ -383,6 +383,7 @@ class Job:
     def checkpoint(self, state: State) -> None:
         """Write checkpoints/round-NNN: adapter matrices, delta and history, as safetensors and JSON."""
         assert state.deltas is not None
+        state.history[-1]["peak_memory_bytes"] = peak_memory(models.pick_device(self.device))
         deltas = state.deltas.cpu().contiguous()
 
         def fill(folder: Path) -> None:
@@ -436,7 +437,7 @@ class Job:
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
             "wall_seconds": self.earlier + time.monotonic() - self.started,
-            "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages if s),
+            "peak_memory_bytes": max(s.get("peak_memory_bytes", 0) for s in [*stages, *rounds.history] if s),
             "versions": versions(),
             "machine": machine(models.pick_device(self.device)),
             "hashes": digests,
