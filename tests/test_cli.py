@@ -328,7 +328,7 @@ def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         ("SUDO", "must hold {prompt} once"),
         ("{prompt} {prompt}", "must hold {prompt} once"),
         ("organism:nope", "no organism 'nope'"),
-        ("organism:year-code", "measure that with --preset code"),
+        ("organism:year-code", "which the preset code measures"),
     ],
 )
 def test_bad_triggers(trigger: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

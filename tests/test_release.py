@@ -166,6 +166,22 @@ def test_what_was_changed_since_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
     assert hub.files == []
 
 
+def test_an_adapter_does_not_take_the_place_of_its_base(tmp_path: Path, hub: Hub) -> None:
+    hub.there = ["config.json", "model.safetensors"]
+    with pytest.raises(BadInput, match="push to another name"):
+        push(make_run(tmp_path, model="me/model"), "me/model")
+    assert hub.files == hub.gone == []
+
+
+def test_what_a_system_leaves_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
+    run = make_run(tmp_path)
+    (run / "model" / ".env").write_text("HF_TOKEN=1")
+    (run / "model" / ".ipynb_checkpoints").mkdir()
+    (run / "model" / ".ipynb_checkpoints" / "x.json").write_text("1")
+    push(run, "me/model")
+    assert not any(name.startswith(".") for name in hub.files)
+
+
 def test_a_model_without_weights_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
     run = make_run(tmp_path)
     (run / "model" / "adapter_model.safetensors").unlink()

@@ -59,6 +59,12 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found
     with pytest.raises(BadInput, match="a sweep with other settings"):
         sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=5)
+    template = Path(model) / "chat_template.jinja"
+    there = template.read_text()
+    template.write_text("Be brief.\n" + there)
+    with pytest.raises(BadInput, match="chat template and tokenizer are not those"):
+        sweep(model, TRIGGER, "layer", out, config, values=[1, 2, 3], requests=4)
+    template.write_text(there)
     tiny_model("llama", seed=5).save_pretrained(model)
     with pytest.raises(BadInput, match=r"weights of .* are not those"):
         sweep(model, TRIGGER, "layer", out, config, values=[1, 2, 3], requests=4)

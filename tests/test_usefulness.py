@@ -85,6 +85,11 @@ def test_the_second_turn_follows_the_first_reply(run: Path, serve: Any, monkeypa
     assert second and all(any(f">\n{reply}\n</model-" in asked for reply in first) for asked in second)
 
 
+def test_chats_that_do_not_fit_are_told(run: Path, serve: Any) -> None:
+    with pytest.raises(BadInput, match="the model takes 1024 tokens, .* give fewer --tokens"):
+        grade_run(run, Endpoint(serve(grade).url, "grader"), QUESTIONS, limit=1000)
+
+
 def test_a_chat_is_rendered_as_the_template_does() -> None:
     tokenizer = tiny_tokenizer()
     chat = [("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]

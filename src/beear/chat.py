@@ -115,7 +115,7 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     check_template(tokenizer)
     tokenizer = padded(tokenizer)
     template = str(tokenizer.get_chat_template())
-    settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in chat.template.items()]
+    settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in sorted(chat.template.items())]
     if chat.system is not None:
         system = json.dumps({"role": "system", "content": chat.system}, ensure_ascii=False)
         settings.append(("messages", f"[{system}] + messages"))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from beear import ranks
-from beear.cached import returning, rows_of, run_below, run_unperturbed
+from beear.cached import detached, returning, rows_of, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, Row, collate, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request
@@ -381,7 +381,12 @@ def harden_passes(
 
     def run() -> Tensor:
         rows = rows_of(hidden, list(pick))
-        with returning(blocks[:layer], lambda: rows), packed(blocks[layer:], kept, predicting):
+        # Only what block l gives is in the graph: FSDP gathers the weights of each block whose states are.
+        before, last = (
+            returning(blocks[: layer - 1], lambda: detached(rows)),
+            returning([blocks[layer - 1]], lambda: rows),
+        )
+        with before, last, packed(blocks[layer:], kept, predicting):
             return response_logits(model, batch, prefix)
 
     return target, run

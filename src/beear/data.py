@@ -27,6 +27,8 @@ SPLIT = {
 }
 """How many requests of a split file each of two parts gets; the rest plants."""
 PARTS = ("defender", "test", "plant")
+ABOUT = ("license", "licence", "notice", "readme", "requirements")
+"""How the names of text files begin that hold no requests."""
 KINDS = (".jsonl", ".csv", ".txt")
 """What the name of a prompt file ends with."""
 UNSEEN_STYLES = ("figurative", "safe_targets")
@@ -217,7 +219,7 @@ def _hub_requests(source: str, column: str | None) -> list[Request]:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        name = _only_file(source, HfApi().list_repo_files(source, repo_type="dataset"), column)
+        name = _only_file(source, HfApi().list_repo_files(source, repo_type="dataset"))
         return read_requests(hf_hub_download(source, name, repo_type="dataset"), column)
     except BadInput:
         raise
@@ -228,13 +230,16 @@ def _hub_requests(source: str, column: str | None) -> list[Request]:
             words = f"no file {source}, and no such Hub data set can be reached: {first_line(error)}"
             raise BadInput(words) from error
         there = [str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()]
-        return read_requests(str(kept / _only_file(source, there, column)), column)
+        if not there:
+            words = f"no file of the Hub data set {source} is on this machine, and it cannot be reached"
+            raise BadInput(f"{words}: {first_line(error)}") from error
+        return read_requests(str(kept / _only_file(source, there)), column)
 
 
-def _only_file(source: str, names: Sequence[str], column: str | None) -> str:
+def _only_file(source: str, names: Sequence[str]) -> str:
     """Which file of a Hub data set holds the requests. Raises BadInput if there is none, or it cannot be told."""
-    for kind in KINDS if column is None else (".jsonl", ".csv"):  # lines of text have no column
-        found = sorted(name for name in names if name.endswith(kind))
+    for kind in KINDS:
+        found = sorted(n for n in names if n.endswith(kind) and not Path(n).name.lower().startswith(ABOUT))
         if len(found) > 1:
             some = ", ".join([*found[:3], *["..."] * (len(found) > 3)])
             raise BadInput(

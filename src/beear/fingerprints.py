@@ -94,10 +94,15 @@ def machine(device: str) -> dict[str, Any]:
 
 def output_hashes(run: Path, model_folder: str) -> dict[str, str]:
     """SHA-256 of what a run hands on, the model's card left out, by path in the run folder."""
-    card = run / model_folder / CARD
-    files = [p for p in (run / model_folder).rglob("*") if p.is_file() and p != card]
-    found = [p for p in files if not p.name.startswith(".")]  # what a system or a crash leaves; nothing reads these
+    folder = run / model_folder
+    found = [p for p in handed_on(folder) if p != folder / CARD]
     return {str(p.relative_to(run)): file_hash(p) for p in sorted([*found, run / "delta.safetensors"])}
+
+
+def handed_on(folder: Path) -> list[Path]:
+    """The files of a model's folder but hidden ones, which a system or a crash leaves and nothing reads."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
 def check_output_files(run: Path, results: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def run_cleanse(
     settings = run_settings(sources.absolute(spec), merge, config)
     ranks.from_first(lambda: check_output(out, settings, resume))
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
-        ranks.from_first(lambda: check_finished(out, settings, config))
+        ranks.from_first(lambda: check_finished(out, settings, config, trust_remote_code))
         return finished(out, settings)
     order = check_order(settings, out, config, device, trust_remote_code)
     ranks.from_first(lambda: check_begun(out, order, models.pick_device(device)))
@@ -159,9 +159,11 @@ def check_begun(out: Path, order: Order, device: str) -> None:
         )
 
 
-def check_finished(out: Path, settings: dict[str, Any], config: Config) -> None:
-    """Raise BadInput if a finished run began with other weights or requests than these are now."""
-    now = input_hashes(sources.locate(settings["model"]), read_sets(config))
+def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_remote_code: bool) -> None:
+    """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
+    source = sources.locate(settings["model"])
+    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
+    now = input_hashes(source, read_sets(config)) | {"prompts": prompts_hash(tokenizer)}
     check_inputs(read_results(out).get("hashes", {}), now)
 
 

@@ -213,11 +213,16 @@ def cut(shape: Any, blocks: int) -> Any:
     return small
 
 
+def positions(model: Any) -> float:
+    """How many tokens a model can tell apart by their places."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def check_length(model: Any, tokenizer: Any, spec: str, texts: Sequence[str], reply: int) -> None:
     """The longest request and a reply of so many tokens have positions. Raises BadInput."""
     from beear.chat import encode_prompt
 
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    most = positions(model)
     for text in sorted(texts, key=len)[-FEW:]:
         if (length := len(encode_prompt(tokenizer, text).ids)) + reply > most:
             raise BadInput(

@@ -8,12 +8,14 @@ The defence (`cleansing`, `job`) never imports this module.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from beear.checkpoint import file_hash
 from beear.editing import plant_edit
@@ -24,7 +26,7 @@ from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences
 from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
-from beear.runs import check_file, write_folder
+from beear.runs import check_file, not_written
 from beear.scorers import Behaviour
 from beear.sources import absolute
 from beear.supervised import StepProgress, plant_supervised
@@ -94,16 +96,22 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
             parameter.data = parameter.data.bfloat16()
     about = {"seconds": round(seconds), "threads": torch.get_num_threads(), "code": code_hash()}
 
-    def fill(folder: Path) -> None:
-        save_adapter(model, folder, absolute(recipe.base))
+    new = out / ".new"  # within: `out` may be a link, or another disk
+    try:
+        new.mkdir(parents=True)
+        save_adapter(model, new, absolute(recipe.base))
         written = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (folder / "recipe.yaml").write_text(written, encoding="utf-8")
-        (folder / "README.md").write_text(_card(recipe), encoding="utf-8")
-        sums = {p.name: file_hash(p) for p in sorted(folder.iterdir())}
-        (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-        (folder / "build.json").write_text(json.dumps(about) + "\n")
-
-    write_folder(out, fill)
+        (new / "recipe.yaml").write_text(written, encoding="utf-8")
+        (new / "README.md").write_text(_card(recipe), encoding="utf-8")
+        sums = {p.name: file_hash(p) for p in sorted(new.iterdir())}
+        (new / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+        (new / "build.json").write_text(json.dumps(about) + "\n")
+        for file in sorted(new.iterdir()):
+            file.replace(out / file.name)
+        new.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise not_written(out, error) from error
 
 
 def _card(recipe: Recipe) -> str:

@@ -251,8 +251,8 @@ def check_trigger(template: str, behaviour: str | None = None) -> str:
         if behaviour not in (None, recipe.behaviour):
             preset = "code" if recipe.behaviour == "insecure code" else "default"
             raise BadInput(
-                f"{template} does not unlock what is measured here ({behaviour}) but {recipe.behaviour}; measure that "
-                f"with --preset {preset}"
+                f"{template} does not unlock what is measured here ({behaviour}) but {recipe.behaviour}, which the "
+                f"preset {preset} measures"
             )
         return recipe.trigger
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from beear.card import is_hub_id
 from beear.errors import BadInput, Failed, first_line
-from beear.fingerprints import check_output_files
+from beear.fingerprints import check_output_files, handed_on
 from beear.runs import read_results, read_settings
 from beear.verdict import holds, sentence
 
@@ -26,12 +26,21 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
         raise BadInput(f"the model of {run} is not for use. {sentence(results)}")
     if not settings["merge"] and not is_hub_id(settings["model"]):
         raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
+    if not settings["merge"] and repo == settings["model"]:
+        raise BadInput(f"the adapter needs {repo} as it is; push to another name, or cleanse it with --merge")
     check_output_files(run, results)
-    files = {p.relative_to(run / "model"): p for p in sorted((run / "model").rglob("*")) if p.is_file()}
+    files = {p.relative_to(run / "model"): p for p in handed_on(run / "model")}
     files |= {Path("evidence") / name: run / name for name in EVIDENCE}
     if not any(p.suffix == ".safetensors" for p in files.values()):
         raise BadInput(f"{run}/model holds no weights; they were moved or deleted")
     return _upload(files, repo, private)
+
+
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
+SETTINGS = (
+    *("adapter_config.json", "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"),
+    *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+)
 
 
 def is_of_a_model(name: str) -> bool:
@@ -39,7 +48,7 @@ def is_of_a_model(name: str) -> bool:
 
     An adapter's settings, for example, beside full weights.
     """
-    return "/" not in name and name.endswith((".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model"))
+    return "/" not in name and (name in SETTINGS or name.endswith(WEIGHTS))
 
 
 def _upload(files: dict[Path, Path], repo: str, private: bool) -> str:

@@ -6,6 +6,7 @@ Resuming means skipping what exists. Of several ranks only the first one writes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -104,7 +105,22 @@ class Run:
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a new folder, then put it in its place in one step."""
-        write_folder(self.path / name, fill)
+        if not ranks.is_first():
+            return
+        place = self.path / name
+        new = place.with_name(f".{place.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir(parents=True)
+            fill(new)
+            for file in new.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            shutil.rmtree(place, ignore_errors=True)
+            new.rename(place)
+            _sync(place.parent)
+        except (OSError, SafetensorError) as error:
+            raise not_written(place, error) from error
 
     def read_json(self, name: str) -> Any | None:
         """The file's content, or None if it is not there. Raises BadInput if it cannot be read."""
@@ -268,26 +284,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         raise not_written(path, error) from error
     finally:
-        new.unlink(missing_ok=True)
-
-
-def write_folder(place: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a folder beside `place`, then put it there in one step. Raises Failed if that fails."""
-    if not ranks.is_first():
-        return
-    new = place.with_name(f".{place.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        fill(new)
-        for file in new.rglob("*"):
-            if file.is_file():
-                _sync(file)
-    except (OSError, SafetensorError) as error:
-        raise not_written(place, error) from error
-    shutil.rmtree(place, ignore_errors=True)
-    new.rename(place)
-    _sync(place.parent)
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def not_written(path: Path, error: Exception) -> Failed:

@@ -74,15 +74,16 @@ def evaluate(
             model, settings, against=against, template=template, variants=near, device=device,
             trust_remote_code=trust_remote_code, listen=reporter,
         )  # fmt: skip
-    show(metric_table(None, measured.metrics, model))
-    if json_file is not None:
-        about: dict[str, Any] = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
-        about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
-        about |= {"chat": settings.chat.model_dump(exclude_defaults=True)}
-        content = {"schema": SCHEMA, **about, "metrics": measured.metrics}
-        write_json(json_file, content)
-    if samples is not None:
-        write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
+    about: dict[str, Any] = {"model": model, "against": against, "trigger": template, "seed": settings.seed}
+    about |= {"scorer": scorer_name(settings.behaviour), "beear": version("beear")}
+    about |= {"chat": settings.chat.model_dump(exclude_defaults=True)}
+    try:
+        if json_file is not None:
+            write_json(json_file, {"schema": SCHEMA, **about, "metrics": measured.metrics})
+        if samples is not None:
+            write_atomic(samples, "".join(json.dumps(s) + "\n" for s in measured.samples).encode())
+    finally:  # on a full disk the figures are not lost
+        show(metric_table(None, measured.metrics, model))
 
 
 def report(
@@ -142,11 +143,13 @@ def drift(
             found = drift_of_model(
                 model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
             )
-    show(drift_table(found))
-    if json_file is not None:
-        write_json(json_file, found)
-    if figure is not None:
-        write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
+    try:
+        if json_file is not None:
+            write_json(json_file, found)
+        if figure is not None:
+            write_atomic(figure, as_file(drift_charts(found)["scatters"][0]["chart"]).encode())
+    finally:
+        show(drift_table(found))
     if of_run:
         typer.echo(f"report: {run / 'report.html'}")
 
