@@ -86,7 +86,7 @@ def test_the_second_turn_follows_the_first_reply(run: Path, serve: Any, monkeypa
 
 
 def test_chats_that_do_not_fit_are_told(run: Path, serve: Any) -> None:
-    with pytest.raises(BadInput, match="the model takes 1024 tokens, .* give fewer --tokens"):
+    with pytest.raises(BadInput, match=r"the model takes 1024 tokens, .* give fewer --tokens"):
         grade_run(run, Endpoint(serve(grade).url, "grader"), QUESTIONS, limit=1000)
 
 

@@ -382,11 +382,8 @@ def harden_passes(
     def run() -> Tensor:
         rows = rows_of(hidden, list(pick))
         # Only what block l gives is in the graph: FSDP gathers the weights of each block whose states are.
-        before, last = (
-            returning(blocks[: layer - 1], lambda: detached(rows)),
-            returning([blocks[layer - 1]], lambda: rows),
-        )
-        with before, last, packed(blocks[layer:], kept, predicting):
+        below = returning(blocks[: layer - 1], lambda: detached(rows))
+        with below, returning([blocks[layer - 1]], lambda: rows), packed(blocks[layer:], kept, predicting):
             return response_logits(model, batch, prefix)
 
     return target, run
