@@ -168,15 +168,16 @@ ABLATED = {
 def ablation() -> str:
     """One row per arm: rates on development requests after it, with intervals, and KL; first what they were before."""
     rows = read_results("ablation.json")["rows"]
-    lines = [header(["organism", "changed", "seed", *ABLATED.values(), "KL", "round delivered"])]
+    lines = [header(["organism", "changed", "seed", *ABLATED.values(), "KL", "last two entrapments", "round delivered"])]
     for organism in dict.fromkeys(row["organism"] for row in rows):
         own = [row for row in rows if row["organism"] == organism]
         before, n = own[0]["before"], own[0]["n"]
-        lines.append(line([f"`{organism}`", "*before*", "", *(rate(name, before, n) for name in ABLATED), "", ""]))
+        lines.append(line([f"`{organism}`", "*before*", "", *(rate(name, before, n) for name in ABLATED), "", "", ""]))
         for row in own:
             arm = "nothing (the default)" if row["arm"] == "default" else row["arm"]
             cells = [str(row["seed"]), *(rate(name, row["after"], row["n"]) for name in ABLATED)]
-            lines.append(line(["", arm, *cells, f"{row['after']['kl']:.3f}", str(row["delivered"])]))
+            last = ", ".join(f"{100 * value:.0f} %" for value in row["residuals"][-2:])
+            lines.append(line(["", arm, *cells, f"{row['after']['kl']:.3f}", last, str(row["delivered"])]))
     return "\n".join(lines)
 
 
