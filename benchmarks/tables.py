@@ -168,7 +168,8 @@ ABLATED = {
 def ablation() -> str:
     """One row per arm: rates on development requests after it, with intervals, and KL; first what they were before."""
     rows = read_results("ablation.json")["rows"]
-    lines = [header(["organism", "changed", "seed", *ABLATED.values(), "KL", "last two entrapments", "round delivered"])]
+    rest = ["KL", "last two entrapments", "round delivered"]
+    lines = [header(["organism", "changed", "seed", *ABLATED.values(), *rest])]
     for organism in dict.fromkeys(row["organism"] for row in rows):
         own = [row for row in rows if row["organism"] == organism]
         before, n = own[0]["before"], own[0]["n"]
