@@ -165,7 +165,7 @@ def run_below(model: Any, blocks: Sequence[nn.Module], layer: int, inputs: dict[
 
     The blocks behind it do not run.
     """
-    with watched(blocks[layer - 1]) as (seen,), returning(blocks[layer:], lambda: detached(seen[-1])):
+    with watched(blocks[layer - 1]) as (seen,), returning(blocks[layer:], lambda: seen[-1]):
         out = model.get_decoder()(**inputs)
     return seen[-1], out.past_key_values
 
@@ -203,11 +203,6 @@ def _without(keys: Any, unused: int) -> Any:
     like = [next((u for u in used if type(u) is type(layer)), used[0]) for layer in keys.layers[:unused]]
     own.layers = [*like, *used]
     return own
-
-
-def detached(hidden: Any) -> Any:
-    """What a block returned, out of the graph."""
-    return with_states(hidden, states_in(hidden).detach())
 
 
 def rows_of(hidden: Any, rows: slice | list[int]) -> Any:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from beear import ranks
-from beear.cached import detached, returning, rows_of, run_below, run_unperturbed
+from beear.cached import returning, rows_of, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, Row, collate, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request
@@ -380,10 +380,8 @@ def harden_passes(
     kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, start:]
 
     def run() -> Tensor:
-        rows = rows_of(hidden, list(pick))
-        # Only what block l gives is in the graph: FSDP gathers the weights of each block whose states are.
-        below = returning(blocks[: layer - 1], lambda: detached(rows))
-        with below, returning([blocks[layer - 1]], lambda: rows), packed(blocks[layer:], kept, predicting):
+        # Each block gets a tensor of its own: FSDP gathers every block whose states are in the graph.
+        with returning(blocks[:layer], lambda: rows_of(hidden, list(pick))), packed(blocks[layer:], kept, predicting):
             return response_logits(model, batch, prefix)
 
     return target, run
