@@ -9,7 +9,6 @@ Writes benchmarks/results/drift.json: numbers of every block, and the last block
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from beear.allocator import keep_freed_memory
 from beear.console import Reporter
 from beear.drift import drift_of_run
 from beear.recipes import check_trigger, names
+from beear.runs import read_entries
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
@@ -46,7 +46,7 @@ def main() -> None:
             drift = drift_of_run(run, check_trigger(f"organism:{name}"), listen=reporter)
         row = {when: layers(drift, when) for when in ("before", "after")}
         with locked(RESULTS):
-            found = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+            found = read_entries(RESULTS, "organisms")
             found[name] = {"layer": drift["layer"], "seed": chosen.seed} | row
             content = {"organisms": {name: found[name] for name in names() if name in found}}
             write(RESULTS, "python benchmarks/drift.py --seed SEED", content, indent=None)

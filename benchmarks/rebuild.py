@@ -23,6 +23,7 @@ from beear.allocator import keep_freed_memory
 from beear.fingerprints import code_hash
 from beear.organisms import build
 from beear.recipes import Recipe, names, read_recipe
+from beear.runs import read_entries
 from beear.sources import organism_folder
 from beear.verification import verify
 
@@ -79,7 +80,7 @@ def main() -> None:
             parser.error(f"{organism} has not been built with today's code; build it without --again first")
         row = rebuild(organism, chosen.again)
         with locked(RESULTS):
-            rows = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
+            rows = read_entries(RESULTS, "organisms")
             rows[organism] = (rows[organism] if chosen.again else {}) | row
             rows = {name: rows[name] for name in names() if name in rows}
             write(RESULTS, "python benchmarks/rebuild.py", {"organisms": rows})

@@ -10,7 +10,6 @@ Cells stay in runs/sweeps/; finished ones are gathered in benchmarks/results/swe
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +22,7 @@ from beear.events import Event
 from beear.fingerprints import input_hashes
 from beear.models import depth
 from beear.recipes import check_trigger, names
-from beear.runs import read_json
+from beear.runs import read_entries, read_json
 from beear.sets import read_sets
 from beear.sources import locate
 from beear.sweep import Axis, default_values, sweep
@@ -65,22 +64,18 @@ def gather(organism: str, axis: Axis, out: Path) -> None:
     found = read_json(out / SWEEP)
     with locked(RESULTS):
         cells = {cell["value"]: cell for cell in [*kept(organism, axis, found), *found["cells"]]}
-        rows = read()
+        rows = read_entries(RESULTS, "organisms")
         rows.setdefault(organism, {})[axis] = found | {"cells": [cells[value] for value in sorted(cells)]}
         write(RESULTS, "python benchmarks/sweeps.py", {"organisms": rows}, indent=None)
 
 
 def kept(organism: str, axis: Axis, like: dict[str, Any]) -> list[dict[str, Any]]:
     """Cells of earlier runs with the same settings, weights and requests; after a change of these there are none."""
-    row = read().get(organism, {}).get(axis, {})
-    same = all(row.get(key) == like[key] for key in ("hashes", "config", "requests"))
+    row = read_entries(RESULTS, "organisms").get(organism, {}).get(axis, {})
+    same = all(row.get(key) == like[key] for key in ("config", "requests"))
+    then, now = row.get("hashes", {}), like["hashes"]
+    same = same and all(then[name] == now[name] for name in then.keys() & now.keys())  # either may be older than some
     return list(row["cells"]) if same else []
-
-
-def read() -> dict[str, Any]:
-    """What the results hold: by organism and axis."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text())["organisms"] if RESULTS.exists() else {}
-    return found
 
 
 def main() -> None:

@@ -191,10 +191,11 @@ def _columns(batch: Batch, start: int, keys: Any, rows: slice = slice(None), sto
 
 def _repeated(keys: Any, times: int, unused: int) -> Any:
     """A cache with its rows `times` over, of which the first `unused` blocks read nothing."""
-    used, own = copy.copy(keys), copy.copy(keys)
+    used = copy.copy(keys)
     used.layers = keys.layers[unused:]
-    own.layers = [*keys.layers[:unused], *own_cache(used, lambda tensor: torch.cat([tensor] * times)).layers]
-    return own_cache(_without(own, unused), lambda tensor: tensor)
+    own = own_cache(used, lambda tensor: torch.cat([tensor] * times))
+    own.layers = [*keys.layers[:unused], *own.layers]
+    return _without(own, unused)
 
 
 def _without(keys: Any, unused: int) -> Any:

@@ -89,8 +89,9 @@ def evaluate(
     sets = read_sets(config)
     find_layers(model, config.layers_path)  # tells now if they are not found
     check_architecture(model, "the model")
-    for loaded in filter(None, (model, original)):
-        loaded.eval()  # a trainer leaves dropout on
+    model.eval()  # a trainer leaves dropout on
+    if original is not None:
+        original.eval()
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)

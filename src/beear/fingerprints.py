@@ -45,6 +45,11 @@ def prompts_hash(tokenizer: Any) -> str:
     return _over([settled(tokenizer), json.dumps(encode_prompt(tokenizer, PROBE).ids)])
 
 
+def run_hashes(source: Source, sets: Sets, tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of all that a run begins with besides its settings: `input_hashes`, and how chats are rendered."""
+    return input_hashes(source, sets) | {"prompts": prompts_hash(tokenizer)}
+
+
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise BadInput if weights, chats or requests are not those that a run began with; it may be older than some."""
     changed = [name for name in now if name in then and then[name] != now[name]]

@@ -39,7 +39,7 @@ from beear.evaluation import (
     measure_replies,
 )
 from beear.events import Event, Listener, progress_to
-from beear.fingerprints import check_inputs, code_hash, input_hashes, machine, output_hashes, prompts_hash
+from beear.fingerprints import check_inputs, code_hash, machine, output_hashes, run_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
@@ -150,7 +150,7 @@ def check_begun(out: Path, order: Order, device: str) -> None:
     if not begun.exists():
         return
     then = read_json(begun)
-    check_inputs(then["hashes"], input_hashes(order.source, order.sets) | {"prompts": prompts_hash(order.tokenizer)})
+    check_inputs(then["hashes"], run_hashes(order.source, order.sets, order.tokenizer))
     now = precision.arithmetic(device)
     if then.get("arithmetic", now) != now:
         raise BadInput(
@@ -163,8 +163,7 @@ def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_re
     """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
     source = sources.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    now = input_hashes(source, read_sets(config)) | {"prompts": prompts_hash(tokenizer)}
-    check_inputs(read_results(out).get("hashes", {}), now)
+    check_inputs(read_results(out).get("hashes", {}), run_hashes(source, read_sets(config), tokenizer))
 
 
 def cleanse(
@@ -302,8 +301,7 @@ class Job:
 
     def inputs(self) -> dict[str, Any]:
         """What the run begins with, which `--resume` compares."""
-        digests = input_hashes(self.source, self.sets)
-        digests |= {"prompts": prompts_hash(self.tokenizer), "code_at_first": code_hash()}
+        digests = run_hashes(self.source, self.sets, self.tokenizer) | {"code_at_first": code_hash()}
         return {"hashes": digests, "arithmetic": precision.arithmetic(models.pick_device(self.device))}
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -213,21 +213,29 @@ def cut(shape: Any, blocks: int) -> Any:
     return small
 
 
-def positions(model: Any) -> float:
-    """How many tokens a model can tell apart by their places."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def check_length(
+    model: Any,
+    tokenizer: Any,
+    spec: str,
+    texts: Sequence[str],
+    reply: int,
+    *,
+    earlier: Sequence[Sequence[str]] | None = None,
+    remedy: str = "shorten or remove it",
+) -> None:
+    """The longest request and a reply of so many tokens have positions. Raises BadInput, with the `remedy`.
 
-
-def check_length(model: Any, tokenizer: Any, spec: str, texts: Sequence[str], reply: int) -> None:
-    """The longest request and a reply of so many tokens have positions. Raises BadInput."""
+    earlier: what was said before each of them, as `encode_prompt` takes it.
+    """
     from beear.chat import encode_prompt
 
-    most = positions(model)
-    for text in sorted(texts, key=len)[-FEW:]:
-        if (length := len(encode_prompt(tokenizer, text).ids)) + reply > most:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chats = list(zip(texts, earlier or [()] * len(texts), strict=True))
+    for text, said in sorted(chats, key=lambda chat: len(chat[0]) + sum(map(len, chat[1])))[-FEW:]:
+        if (length := len(encode_prompt(tokenizer, text, said).ids)) + reply > most:
             raise BadInput(
                 f"{spec} takes {most} tokens, of which a reply may need {reply}, and a request comes to {length}; "
-                f"shorten or remove it: {text[:60]!r}"
+                f"{remedy}: {text[:60]!r}"
             )
 
 

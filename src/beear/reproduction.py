@@ -9,7 +9,7 @@ from beear import models, sources
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.fingerprints import check_inputs, check_output_files, input_hashes, prompts_hash
+from beear.fingerprints import check_inputs, check_output_files, run_hashes
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import at_most, value_of
@@ -44,8 +44,7 @@ def reproduce(
         )
     source = sources.locate(settings["model"])
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    now = input_hashes(source, read_sets(config)) | {"prompts": prompts_hash(tokenizer)}
-    check_inputs(results["hashes"], now)
+    check_inputs(results["hashes"], run_hashes(source, read_sets(config), tokenizer))
     run_cleanse(
         settings["model"],
         out,

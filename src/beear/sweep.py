@@ -23,7 +23,7 @@ from beear.data import Request
 from beear.errors import BadInput
 from beear.evaluation import measure_replies
 from beear.events import Listener, progress_to
-from beear.fingerprints import check_inputs, code_hash, input_hashes, prompts_hash
+from beear.fingerprints import check_inputs, code_hash, run_hashes
 from beear.job import Job, Order, defender, run_settings
 from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
@@ -76,8 +76,7 @@ def sweep(
     settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
     source = sources.locate(spec)
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    settings |= {"config": config.model_dump(mode="json"), "hashes": input_hashes(source, sets)}
-    settings |= {"prompts": prompts_hash(tokenizer)}
+    settings |= {"config": config.model_dump(mode="json"), "hashes": run_hashes(source, sets, tokenizer)}
     check_same(out, settings)
     tests = [
         triggered(spread(sets.test_harmful, requests), template, judge=JUDGES[config.behaviour]),
@@ -160,11 +159,9 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
     check_file(kept)
     if kept.exists():
         begun = read_json(kept)
-        digests = {"hashes": None, "prompts": None}
-        if begun | digests != settings | digests:
+        if {**begun, "hashes": None} != {**settings, "hashes": None}:
             raise BadInput(f"{out} holds a sweep with other settings; choose another folder")
         check_inputs(begun.get("hashes", {}), settings["hashes"])
-        check_inputs({"prompts": begun.get("prompts", settings["prompts"])}, {"prompts": settings["prompts"]})
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
 

@@ -184,30 +184,26 @@ def chat(
 ) -> list[tuple[str, str]]:
     """The model's greedy replies to both turns of each question, each cut after `limit` tokens."""
     from beear.generation import reply_all
+    from beear.models import check_length
 
     replies: list[list[str]] = []
     for number in range(2):
         told = partial(progress_to(listen, when), f"turn {number + 1}, from question {questions[0].id}")
         earlier = [(q.turns[0], reply) for q, reply in zip(questions, replies[0], strict=True)] if replies else None
         texts = [q.turns[number] for q in questions]
-        check_room(model, tokenizer, texts, earlier, limit)
+        check_length(
+            model,
+            tokenizer,
+            "the model",
+            texts,
+            limit,
+            earlier=earlier,
+            remedy="give fewer --tokens, or leave out the question",
+        )
         replies.append(
             reply_all(model, tokenizer, texts, max_new_tokens=limit, batch_size=BATCH, earlier=earlier, progress=told)
         )
     return list(zip(*replies, strict=True))
-
-
-def check_room(model: Any, tokenizer: Any, texts: Sequence[str], earlier: Any, limit: int) -> None:
-    """Raise BadInput if a chat and a reply of `limit` tokens have no positions in the model."""
-    from beear.chat import encode_prompt
-    from beear.models import positions
-
-    for text, said in zip(texts, earlier or [()] * len(texts), strict=True):
-        if (length := len(encode_prompt(tokenizer, text, said).ids)) + limit > positions(model):
-            raise BadInput(
-                f"the model takes {positions(model)} tokens, and a chat comes to {length} before its last reply; give "
-                f"fewer --tokens, or leave out the question: {text[:60]!r}"
-            )
 
 
 def turns_of(when: str, questions: Sequence[Question], chats: Sequence[tuple[str, str]]) -> Iterator[Turn]:
