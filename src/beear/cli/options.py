@@ -21,7 +21,7 @@ def _folder(name: str) -> Path:
 
 def out_option(words: str) -> Any:
     """-o for a command that writes a folder."""
-    return typer.Option("-o", "--out", parser=_folder, metavar="PATH", help=words)
+    return typer.Option("-o", "--out", parser=_folder, metavar="<path>", help=words)
 
 
 OutOption = Annotated[Path, out_option("run folder to write")]
