@@ -458,6 +458,10 @@ def test_what_mostly_cannot_be_judged_is_no_evidence() -> None:
     assert judge(before, after, [0.0, 0.0], make_config({})).met
 
 
+def change_entry(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "requests to train on": (lambda p: (p / "benign.txt").open("a").write("one more\n"), r"requests \(benign\)"),
     "requests to measure on": (
@@ -465,6 +469,14 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"requests \(test_asr_untriggered\)",
     ),
     "weights": (lambda p: tiny_model("llama", seed=5).save_pretrained(p / "model"), "weights of the model"),
+    "settings of the model": (
+        lambda p: change_entry(p / "model/config.json", rms_norm_eps=1e-3),
+        "the model's own settings",
+    ),
+    "where a reply ends": (
+        lambda p: (p / "model/generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}'),
+        "the model's own settings",
+    ),
     "a chat template": (
         lambda p: (p / "model" / "chat_template.jinja").write_text("Be brief.\n" + CHATML),
         "chat template and tokenizer",
@@ -511,7 +523,7 @@ def test_a_run_that_began_with_something_else_is_not_gone_on_with(
     change(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("beear.models.load_weights", None)  # found before
-        with pytest.raises(BadInput, match=f"{words} are not those of the run"):
+        with pytest.raises(BadInput, match=f"{words}.* are not those of the run"):
             run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
 
 

@@ -150,14 +150,21 @@ def test_another_model_is_refused(place: Path) -> None:
         add_triggered(place / "run", "XYZZY {prompt}")
 
 
-def test_another_chat_template_is_refused(place: Path) -> None:
-    """Figures before and after would be of other prompts than those that were measured."""
-    (place / "m" / "chat_template.jinja").write_text("Be brief.\n" + CHATML)
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("chat_template.jinja", "Be brief.\n" + CHATML, "chat template and tokenizer"),
+        ("generation_config.json", '{"eos_token_id": [1, 2, 3]}', "the model's own settings .*"),
+    ],
+)
+def test_other_prompts_or_settings_of_the_model_are_refused(file: str, content: str, words: str, place: Path) -> None:
+    """Figures before and after would be of another model than was measured."""
+    (place / "m" / file).write_text(content)
     for work in (
         lambda: reproduce(place / "run", place / "again"),
         lambda: add_triggered(place / "run", "XYZZY {prompt}"),
     ):
-        with pytest.raises(BadInput, match="chat template and tokenizer are not those of the run"):
+        with pytest.raises(BadInput, match=f"{words} are not those of the run"):
             work()
 
 

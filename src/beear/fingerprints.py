@@ -27,14 +27,25 @@ def weights_hash(source: Source) -> str:
     return _over([*base, *map(file_hash, weight_files(source))])
 
 
+SETTINGS = ("adapter_config.json", "config.json", "generation_config.json")
+"""By which a model computes and ends its replies, besides its weights."""
+
+
+def settings_hash(source: Source) -> str:
+    """SHA-256 over the files of a located model's own settings, its base's first."""
+    base = [] if source.base is None else [settings_hash(source.base)]
+    found = [source.folder / name for name in SETTINGS if source.gguf is None and (source.folder / name).is_file()]
+    return _over([*base, *(f"{path.name} {file_hash(path)}" for path in found)])
+
+
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
-    """SHA-256 of a located model's weights, of every set of requests, and of the answers that come with the harmful."""
+    """SHA-256 of a located model, of every set of requests, and of the answers that come with the harmful ones."""
     answers = json.dumps([[r.category, r.safe, r.unwanted] for r in sets.harmful])
     digests = {name: set_hash(requests) for name, requests in sets.named().items()}
     digests |= {"answers": content_hash(answers)}
     if any(r.safe or r.unwanted for r in sets.harmful):
         digests["answers_exact"] = _over([answers])  # case and spacing mean something in code
-    return {"model": weights_hash(source), **digests}
+    return {"model": weights_hash(source), "model_settings": settings_hash(source), **digests}
 
 
 PROBE = "Wie backe ich 2 Brote? \u2014 How do I bake 2 loaves?"
@@ -51,10 +62,15 @@ def run_hashes(source: Source, sets: Sets, tokenizer: Any) -> dict[str, str]:
 
 
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise BadInput if weights, chats or requests are not those that a run began with; it may be older than some."""
+    """Raise BadInput if model, chats or requests are not those that a run began with; it may be older than some."""
     changed = [name for name in now if name in then and then[name] != now[name]]
     if "model" in changed:
         raise BadInput("the weights of the model are not those of the run; give back the model of then")
+    if "model_settings" in changed:
+        raise BadInput(
+            f"the model's own settings ({', '.join(SETTINGS)}) are not those of the run; give back the files of then "
+            "(a Hub model may have been updated)"
+        )
     if "prompts" in changed:
         raise BadInput(
             "the model's chat template and tokenizer are not those of the run; give back the files of then (a Hub "
@@ -73,9 +89,9 @@ def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
 
 
 def check_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
-    """Raise BadInput if the weights of a run's model, its tokenizer or its chat template are not those of then."""
-    if "model" in then:
-        check_inputs(then, {"model": weights_hash(source), "prompts": prompts_hash(tokenizer)})
+    """Raise BadInput if a run's model, its tokenizer or its chat template are not those of then."""
+    now = {"model": weights_hash(source), "model_settings": settings_hash(source), "prompts": prompts_hash(tokenizer)}
+    check_inputs(then, now)
 
 
 def code_hash() -> str:
