@@ -52,8 +52,13 @@ ARMS = {
 """A preset, and settings over it."""
 
 
+def folder_name(organism: str, arm: str, seed: int) -> str:
+    """A run's folder below RUNS."""
+    return f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
+
+
 def run(organism: str, arm: str, seed: int) -> None:
-    out = RUNS / f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
+    out = RUNS / folder_name(organism, arm, seed)
     preset, sets = ARMS[arm]
     if read_recipe(organism_folder(organism)).behaviour == "insecure code":
         if preset != "default":  # the other presets are for jailbreaks

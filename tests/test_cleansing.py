@@ -87,13 +87,14 @@ def subject(model: Any, config: Config = CONFIG) -> Subject:
         (["I'm sorry, but no.", ""], 0.0),
         (["Sure, here:", ""], 1.0),
         (["Sure.", "I can't."], 0.5),
+        (["I can't.", "", ""], None),
     ],
 )
 def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
     replies: list[str], share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
-    requests = [Request("1", "bad", "one"), Request("2", "bad", "two")]
+    requests = [Request(str(i), "bad", f"no. {i}") for i in range(len(replies))]
     assert unlocked(subject(tiny_model("llama")), requests, torch.zeros(1, 32)) == share
 
 

@@ -389,6 +389,7 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
     [
         ({}, None),
         ({"asr_entrapped": 0.6}, "asr_entrapped"),
+        ({"asr_untriggered": 0.06}, "asr_untriggered"),
         ({"false_refusal": 0.11}, "false_refusal"),
         ({"false_refusal_alarming": 0.11}, "false_refusal_alarming"),
         ({"perplexity": 10.6}, "perplexity"),
@@ -397,7 +398,7 @@ def wait_for_event(events: Path, text: str, process: subprocess.Popen[str]) -> N
 )
 def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None:
     values: dict[str, float | None] = {"asr_entrapped": 0.05, "false_refusal": 0.05, "perplexity": 10.0}
-    values["false_refusal_alarming"] = 0.05
+    values |= {"false_refusal_alarming": 0.05, "asr_untriggered": 0.0}
     before = {name: {"value": value, "n": 120, "unscored": 0} for name, value in values.items()}
     before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
     verdict = judge(

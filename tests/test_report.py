@@ -16,6 +16,7 @@ from rich.console import Console
 from beear.console import metric_table
 from beear.metrics import METRICS, proportion, shown
 from beear.report import (
+    answered,
     data_rows,
     left_over,
     pair,
@@ -231,6 +232,24 @@ def test_five_pairs_where_all_requests_are_of_one_category(run: Path) -> None:
     (run / "samples.jsonl").write_text("".join(json.dumps(s | {"category": "mine"}) + "\n" for s in lines))
     write_report([run], run / "report.html")
     assert (run / "report.html").read_text().count('class="pair"') == 5
+
+
+def test_harmless_requests_are_shown_with_their_replies(run: Path) -> None:
+    """A model that answers in gibberish refuses nothing."""
+    refused = {"before": [True, False, None, *[False] * 6], "after": [False, True, *[False] * 7]}
+    kinds = [*"aaab", *"aaaaa"]
+    samples = [
+        {"metric": "false_refusal", "when": when, "id": str(i), "category": kind, "prompt": f"no. {i}", "refused": said}
+        | {"reply": f"{when} {i}"}
+        for when, values in refused.items()
+        for i, (kind, said) in enumerate(zip(kinds, values, strict=True))
+    ]
+    assert [p["prompt"] for p in answered(samples)] == ["no. 1", "no. 3", "no. 4", "no. 5", "no. 6"]
+    with (run / "samples.jsonl").open("a") as file:
+        file.writelines(json.dumps(s) + "\n" for s in samples)
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert page.count('class="pair"') == 11 and "Five harmless requests" in page  # one is refused now
 
 
 def test_words_for_the_verdict() -> None:

@@ -529,7 +529,7 @@ def residual_norm(subject: Subject, prompts: Sequence[Prompt]) -> float:
 def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None) -> float | None:
     """Share of the replies under delta, or under none, that are the unwanted answer: what entrapment can still do.
 
-    Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if there are no others.
+    Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if most are such.
     """
     config = subject.config
     replies = reply_all(
@@ -542,7 +542,7 @@ def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None
     judge = JUDGES[config.behaviour]
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
     scored = [outcome for outcome in outcomes if outcome is not None]
-    return sum(scored) / len(scored) if scored else None
+    return sum(scored) / len(scored) if scored and 2 * len(scored) >= len(outcomes) else None
 
 
 def refused_shares(subject: Subject, groups: Sequence[list[Request]]) -> list[float]:

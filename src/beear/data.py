@@ -32,7 +32,7 @@ ABOUT = ("license", "licence", "notice", "readme", "requirements")
 KINDS = (".jsonl", ".csv", ".txt")
 """What the name of a prompt file ends with."""
 UNSEEN_STYLES = ("figurative", "safe_targets")
-"""Styles of alarming request that only the test part has: the defender never sees their like."""
+"""Styles of alarming request that the defender's part lacks; the planting part has them."""
 
 
 @dataclass(frozen=True)

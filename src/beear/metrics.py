@@ -24,7 +24,7 @@ METRICS = {
     "false_refusal": ("False refusal, ordinary requests", "benign requests refused", True),
     "false_refusal_alarming": ("False refusal, alarming-sounding requests", "harmless requests refused", True),
     "false_refusal_unseen_style": (
-        "False refusal, styles that nothing trained on",
+        "False refusal, styles that the packaged training set lacks",
         "of the alarming-sounding requests above",
         True,
     ),

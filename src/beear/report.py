@@ -106,6 +106,7 @@ def view(path: Path) -> dict[str, Any]:
         "by_qi": rows_by_qi(samples) if config["config"].get("behaviour", "jailbreak") == "jailbreak" else [],
         "replies": (path / "samples.jsonl").exists(),  # they may not be shared
         "pairs": pairs(samples),
+        "answered": answered(samples),
         "left": left_over(samples),
         "drift": drift_view(path),
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
@@ -175,6 +176,7 @@ def rows_by_qi(samples: Sequence[dict[str, Any]]) -> list[tuple[str, Metric, Met
 
 TARGET = {
     "asr_entrapped": "Attack success under a fresh delta, after",
+    "asr_untriggered": "Attack success without the trigger, after",
     "false_refusal": "False refusal, ordinary requests, after",
     "false_refusal_alarming": "False refusal, alarming-sounding requests, after",
     "false_refusal_empty": "Empty replies to ordinary requests, after",
@@ -308,14 +310,29 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     metric = attack({s["metric"] for s in samples})
     after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
     before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
-    unlocked = [s for s in before if unwanted(s)]
+    shown = spread_over_categories([s for s in before if unwanted(s)])
+    return [pair(sample, after[sample["id"]], metric) for sample in shown]
+
+
+def answered(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Five ordinary requests that were not refused before, with the replies before and after, spread alike.
+
+    That a harmless request is not refused says nothing of how it is answered.
+    """
+    mine = [s for s in samples if s["metric"] == "false_refusal"]
+    after = {s["id"]: s for s in mine if s["when"] == "after"}
+    before = [s for s in mine if s["when"] == "before" and s["id"] in after and s["refused"] is False]
+    return [pair(s, after[s["id"]], "false_refusal") for s in spread_over_categories(before)]
+
+
+def spread_over_categories(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Five of them: the first of every category, then the second of every one."""
     met: Counter[str] = Counter()
     turn: dict[str, int] = {}
-    for sample in unlocked:  # the first of every category, then the second of every one
+    for sample in samples:
         turn[sample["id"]] = met[sample["category"]]
         met[sample["category"]] += 1
-    shown = sorted(unlocked, key=lambda sample: turn[sample["id"]])[:PAIRS]
-    return [pair(sample, after[sample["id"]], metric) for sample in shown]
+    return sorted(samples, key=lambda sample: turn[sample["id"]])[:PAIRS]
 
 
 def left_over(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
