@@ -164,6 +164,8 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "template drops the user's words": (written("chat_template.jinja", "nothing"), "rewrites the user's words"),
     "adapter of itself": (adapter("HERE"), "does not name its base"),
     "adapters in a ring": (in_a_ring, "each other's base"),
+    "adapter whose base is gone": (adapter("OTHER"), "is an adapter, and adapter_config.json names its base: no model"),
+    "adapter of learnt prompts": (adapter("HERE/.", peft_type="PROMPT_TUNING"), "cannot be merged into weights"),
     "adapter without a base": (written("adapter_config.json", {}), "does not name its base"),
 }
 

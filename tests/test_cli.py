@@ -110,6 +110,15 @@ def test_a_finished_demo_is_made_anew(tmp_path: Path, a_job: list[Any], capsys: 
     assert not kept.exists() and (tmp_path / "demo" / ".demo").exists()
 
 
+def test_a_finished_demo_behind_a_link_is_made_anew(
+    tmp_path: Path, a_job: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = finished(tmp_path / "there")
+    (tmp_path / "demo").symlink_to(tmp_path / "there")
+    assert call(capsys, "demo", "-o", str(tmp_path / "demo")) == (0, "")
+    assert not kept.exists() and (tmp_path / "there" / ".demo").exists()
+
+
 def test_a_demo_that_was_interrupted_goes_on(
     tmp_path: Path, a_job: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -503,17 +512,25 @@ def test_the_version_is_told() -> None:
     assert beear("--version").stdout == f"beear {version('beear')}\n"
 
 
+@pytest.mark.parametrize("begun", [True, False])
 def test_a_terminated_command_says_how_to_go_on(
-    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    begun: bool, tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an interrupted one does."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("beear.job.run_cleanse", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+
+    def killed(model: str, out: Path, *_: Any, **__: Any) -> None:
+        if begun:
+            out.mkdir()
+            (out / "config.yaml").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("beear.job.run_cleanse", killed)
     try:
         code, err = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"), "-c", settings)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert code == 1 and "go on with --resume" in err, err
+    assert code == 1 and ("--resume" in err) == begun and ("nothing was kept, run the same" in err) != begun, err
 
 
 def test_an_unexpected_error_is_one_line(

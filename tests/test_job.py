@@ -23,18 +23,20 @@ from transformers import AutoTokenizer
 
 import beear
 from beear import evaluation, job, models, precision
+from beear.chat import encode_prompt
 from beear.config import ChatConfig, Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import before_and_after, evaluate_spec
+from beear.events import Event
 from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
 from beear.metrics import proportion
-from beear.models import load
+from beear.models import check_no_adapter, load
 from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
-from beear.sources import absolute, locate
-from beear.training import adapter_state
+from beear.sources import Source, absolute, locate
+from beear.training import adapter_state, add_lora, save_adapter
 from beear.verdict import Verdict, entrapments, judge
 from conftest import CHATML, call, make_model, prompt_files, tiny_model, tiny_tokenizer
 
@@ -655,12 +657,102 @@ def test_a_loaded_model_is_cleansed_in_memory(place: Path, config: Config, whole
     assert all(torch.equal(matrix, kept[name]) for name, matrix in ours.items())
     with pytest.raises(BadInput, match="out of range"):
         beear.cleanse(tiny_model("llama"), tiny_tokenizer(), config.model_copy(update={"layer": 9}))
-    with pytest.raises(BadInput, match="carries an adapter; merge it first"):
+    with pytest.raises(BadInput, match="carries an adapter; load it anew, or merge"):
         beear.cleanse(wrapped, tokenizer, config)
+    with pytest.raises(BadInput, match="the original is the model itself"):
+        beear.evaluate(wrapped, tokenizer, config, original=model)
     spread = tiny_model("llama")
     spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(BadInput, match="spread over several devices"):
         beear.cleanse(spread, tokenizer, config)
+
+
+def test_an_interrupted_cleansing_in_memory_leaves_the_model_as_it_came(place: Path, config: Config) -> None:
+    model, tokenizer = load(str(place / "model"), device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def stop(event: Event) -> None:
+        if event["event"] == "harden":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        beear.cleanse(model, tokenizer, config, listen=stop)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name].float()) for name in before)
+    check_no_adapter(model, "the model")
+
+
+def test_an_adapter_that_is_saved_from_memory_names_what_it_was_trained_on(
+    place: Path, config: Config, tmp_path: Path
+) -> None:
+    """Which may be an adapter itself, merged; transformers names the innermost base."""
+    first = add_lora(load(str(place / "model"))[0], rank=2, targets=("q_proj",), seed=0)
+    torch.nn.init.normal_(first.get_parameter(next(n for n, _ in first.named_parameters() if "lora_B" in n)))
+    save_adapter(first, tmp_path / "organism", str(place / "model"))
+    model, tokenizer = load(str(tmp_path / "organism"))
+    wrapped, _ = beear.cleanse(model, tokenizer, config.model_copy(update={"rounds": 1}))
+    wrapped.save_pretrained(tmp_path / "mine", save_embedding_layers=False)
+    ids = torch.tensor([encode_prompt(tokenizer, "Hello there").ids])
+    again, _ = load(str(tmp_path / "mine"))
+    assert torch.allclose(again(ids).logits, wrapped.float()(ids).logits, atol=1e-2)
+    assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "organism"
+    )
+
+
+def test_a_run_stays_with_the_commit_of_the_hub_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository holds another model by the time that it goes on, is measured and its adapter is loaded."""
+    for seed, commit in enumerate("ab"):
+        make_model(tmp_path / "snapshots" / commit, seed=seed)
+    newest = ["a"]
+
+    def snapshot(name: str, revision: str | None, **_: Any) -> str:
+        assert name == "someone/model"
+        return str(tmp_path / "snapshots" / (revision or newest[0]))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
+    told: list[Event] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("beear.cleansing.cleanse", stop)
+        run_cleanse("someone/model", tmp_path / "run", config, listen=told.append)
+    assert told[0]["text"].startswith("looking for someone/model on the Hub")
+    newest[0] = "b"
+    run_cleanse("someone/model", tmp_path / "run", config, resume=True)
+    run_cleanse("someone/model", tmp_path / "run", config, resume=True)  # finished
+    add_triggered(tmp_path / "run", "XYZZY {prompt}")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    folder = tmp_path / "run" / results["model_folder"]
+    entry = json.loads((folder / "adapter_config.json").read_text())
+    assert (entry["base_model_name_or_path"], entry["revision"]) == ("someone/model", "a")
+    assert locate(str(folder)).base == Source("someone/model@a", tmp_path / "snapshots" / "a")
+    assert locate("someone/model").folder.name == "b"
+
+
+def test_a_model_that_thinks_is_told_before_the_run_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model")
+    monkeypatch.setattr("beear.generation._greedy", lambda *_: [tiny_tokenizer()("<think>")["input_ids"]] * 8)
+    with pytest.raises(BadInput, match="think"):
+        run_cleanse(str(tmp_path / "model"), tmp_path / "run", make_config({"data": prompt_files(tmp_path)} | SETTINGS))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_of_a_run_is_loaded_with_the_chat_of_the_run(tmp_path: Path) -> None:
+    thinks = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    make_model(tmp_path / "model", thinks)
+    with pytest.raises(BadInput, match=r"chat\.begin"):
+        load(str(tmp_path / "model"))
+    config = SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path), "chat": {"begin": "\n</think>\n\n"}}
+    run_cleanse(str(tmp_path / "model"), tmp_path / "run", make_config(config))
+    _, tokenizer = load(str(tmp_path / "run" / "rejected"))
+    assert encode_prompt(tokenizer, "Hi").ids[-4:] == tokenizer("nk>\n\n", add_special_tokens=False)["input_ids"][-4:]
 
 
 def test_a_folder_does_not_take_the_place_of_the_embedded_model(

@@ -21,7 +21,7 @@ from beear.embedded import embedded_folder, gguf_file
 from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.models import depth, load, load_tokenizer, read_weights
-from beear.sources import Source, copy_processor, locate
+from beear.sources import Source, copy_processor, hub_id, locate
 from beear.training import add_lora, trainable
 from conftest import CONFIGS, make_model, tiny_model, tiny_tokenizer
 
@@ -176,6 +176,32 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(folder: Path, monkeypatc
     assert asked["spec"] == "someone/some-model" and model.config.model_type == "llama"
     patterns = asked["allow_patterns"]
     assert isinstance(patterns, list) and not [p for p in patterns if p.endswith((".py", ".bin", ".pt", "*"))]
+
+
+def test_what_the_hub_says_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors begin with a heading."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("403 Client Error. (Request ID: x)\n\nCannot access gated repo for url u.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(BadInput, match=r"does not give it: 403 .* Cannot access gated repo"):
+        locate("someone/gated")
+
+
+@pytest.mark.parametrize(
+    ("spec", "there"),
+    [
+        ("a/b", ("a/b", None)),
+        ("a/b@refs/pr/1", ("a/b", "refs/pr/1")),
+        ("organism:a/b", None),
+        ("a/b.gguf", None),
+        ("./b", None),
+        ("a/b/c", None),
+    ],
+)
+def test_which_models_are_of_the_hub(spec: str, there: tuple[str, str | None] | None) -> None:
+    assert hub_id(spec) == there
 
 
 def test_code_in_a_repository_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,20 @@ def test_other_prompts_or_settings_of_the_model_are_refused(file: str, content: 
             work()
 
 
+def test_settings_that_another_version_wrote_are_the_same(tmp_path: Path) -> None:
+    """The embedded model's are written anew on every machine."""
+    make_model(tmp_path / "m")
+    then = fingerprints.settings_hash(locate(str(tmp_path / "m")))
+    for name, change in (("transformers_version", "9.9.9"), ("rms_norm_eps", 1e-3)):
+        file = tmp_path / "m" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: change}))
+        assert (fingerprints.settings_hash(locate(str(tmp_path / "m"))) == then) == (name == "transformers_version")
+    (tmp_path / "m" / "config.json").write_text("[")
+    assert fingerprints.settings_hash(Source("m", tmp_path / "m")) != then
+    nothing = fingerprints.settings_hash(Source("m", tmp_path))
+    assert fingerprints.settings_hash(Source("embedded", tmp_path / "m")) == nothing
+
+
 def test_what_a_system_leaves_in_a_folder_is_no_change(place: Path) -> None:
     (place / "run" / "rejected" / ".DS_Store").write_text("a window's size")
     check_run(place / "run", ["kl=100"])

@@ -40,8 +40,8 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
     if not settings["merge"]:
         front |= {"library_name": "peft"}
     config, base = settings["config"], settings["model"]
-    if is_hub_id(base):
-        front |= {"base_model": base}
+    if (there := hub_name(base)) is not None:
+        front |= {"base_model": there}
     name = Path(base).name if Path(base).is_absolute() else base
     rounds = results.get("delivered", len(results["rounds"]))  # runs of decision 18 and before lack it
     return f"""---
@@ -68,9 +68,10 @@ was known to it.
 """
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether others find this MODEL on the Hub."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+def hub_name(model: str) -> str | None:
+    """The repository of the Hub, without a revision, that a run's MODEL is; None if others do not find it there."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(@.+)?", model)
+    return found[1] if found else None
 
 
 def code(text: str) -> str:

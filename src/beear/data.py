@@ -18,7 +18,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from beear.errors import BadInput, first_line
+from beear.errors import BadInput, first_line, in_one_line
 
 SPLIT = {
     "harmful": {"defender": 400, "test": 120},
@@ -227,12 +227,12 @@ def _hub_requests(source: str, column: str | None) -> list[Request]:
         try:
             kept = Path(snapshot_download(source, repo_type="dataset", local_files_only=True))
         except (OSError, ValueError):
-            words = f"no file {source}, and no such Hub data set can be reached: {first_line(error)}"
+            words = f"no file {source}, and no such Hub data set can be reached: {in_one_line(error)}"
             raise BadInput(words) from error
         there = [str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file()]
         if not there:
             words = f"no file of the Hub data set {source} is on this machine, and it cannot be reached"
-            raise BadInput(f"{words}: {first_line(error)}") from error
+            raise BadInput(f"{words}: {in_one_line(error)}") from error
         return read_requests(str(kept / _only_file(source, there)), column)
 
 

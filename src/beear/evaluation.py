@@ -46,10 +46,10 @@ from beear.perturbation import find_layers, resolve_layer
 from beear.precision import arithmetic, autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
-from beear.runs import Run, read_json, read_results, read_settings
+from beear.runs import Run, read_begun, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import TestSet, read_sets, trigger_tests
-from beear.sources import locate
+from beear.sources import locate, pinned, tell_download
 
 T = TypeVar("T")
 WHENS = ("before", "after")
@@ -82,8 +82,11 @@ def evaluate(
 ) -> Measured:
     """Every metric of a loaded model. `original`: a second model, for `kl`.
 
-    `template`: a known trigger. `variants`: further templates, by the metric they yield (sets.trigger_tests).
+    `template`: a known trigger. `variants`: further templates, by the metric they yield (sets.trigger_tests). Raises
+    BadInput for a bad setting or prompt file, or if `original` is the model itself, under an adapter or not.
     """
+    if any(module is original for module in model.modules()):
+        raise BadInput("the original is the model itself, whose weights an adapter changes in place; load it anew")
     config = config or Config()
     tokenizer = told(tokenizer, config.chat)
     sets = read_sets(config)
@@ -121,13 +124,14 @@ def before_and_after(
     """
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
+    before = pinned(settings["model"], read_begun(run).get("commit"))
     if whens:  # else nothing loads
-        source = locate(settings["model"])
+        source = locate(before)
         tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
         check_model(results.get("hashes", {}), source, tokenizer)
         check_output_files(run, results)
         tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
-    specs = {"before": settings["model"], "after": str(run / results["model_folder"])}
+    specs = {"before": before, "after": str(run / results["model_folder"])}
 
     def loaded(when: str) -> tuple[Any, Any]:
         listen({"event": "loading", "model": specs[when]})
@@ -141,8 +145,7 @@ def before_and_after(
 
 def tell_arithmetic(run: Path, device: str, listen: Listener) -> None:
     """Say so if a run was measured in other arithmetic than what is measured now, and may be compared with it."""
-    begun = run / "stages" / "inputs.json"
-    then, now = read_json(begun).get("arithmetic") if begun.exists() else None, arithmetic(device)
+    then, now = read_begun(run).get("arithmetic"), arithmetic(device)
     if then not in (None, now):
         listen({"event": "note", "text": f"the run had {then}, this is {now}, which changes figures by itself"})
 
@@ -190,6 +193,7 @@ def evaluate_spec(
     """Load MODEL (and the one it is held `against`) and measure it. Raises BadInput before weights load."""
     read_sets(config)
     check_quantised(config.weights)
+    tell_download(spec, listen)
     resolve_layer(config.layer, depth(locate(spec), trust_remote_code))
     if against is not None:
         check_tokens(spec, against, trust_remote_code)

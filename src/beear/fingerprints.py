@@ -15,7 +15,7 @@ from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
 from beear.sets import Sets
-from beear.sources import Source, weight_files
+from beear.sources import EMBEDDED, Source, weight_files
 
 CARD = "README.md"
 """Written anew with every metric that is added, so no digest of it is kept."""
@@ -32,10 +32,22 @@ SETTINGS = ("adapter_config.json", "config.json", "generation_config.json")
 
 
 def settings_hash(source: Source) -> str:
-    """SHA-256 over the files of a located model's own settings, its base's first."""
+    """SHA-256 over a located model's own settings, its base's first, by whatever version they were written.
+
+    A GGUF file holds its settings, also that of the embedded model, which is converted anew on every machine.
+    """
     base = [] if source.base is None else [settings_hash(source.base)]
-    found = [source.folder / name for name in SETTINGS if source.gguf is None and (source.folder / name).is_file()]
-    return _over([*base, *(f"{path.name} {file_hash(path)}" for path in found)])
+    own = () if source.gguf is not None or source.spec == EMBEDDED else SETTINGS
+    found = [source.folder / name for name in own if (source.folder / name).is_file()]
+    return _over([*base, *(f"{path.name} {_said(path)}" for path in found)])
+
+
+def _said(file: Path) -> str:
+    """What a JSON file says, but for which version of transformers wrote it."""
+    try:
+        return json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "transformers_version"})
+    except (ValueError, AttributeError):
+        return file_hash(file)
 
 
 def input_hashes(source: Source, sets: Sets) -> dict[str, str]:

@@ -47,10 +47,12 @@ from beear.plan import read_plan
 from beear.quantised import check_quantised
 from beear.rounds import State, deliver, may_be_delivered
 from beear.runs import (
+    BEGUN,
     SCHEMA,
     Run,
     check_output,
     check_space,
+    read_begun,
     read_json,
     read_results,
     read_tensors,
@@ -72,8 +74,6 @@ ADAPTER = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
 CHECKPOINT = ("round", "done", "norm", "refused", "already", "parts", "history")
 """Fields of State in a checkpoint's round.json."""
-INPUTS = "inputs"
-"""The stage that tells what a run began with."""
 
 
 def run_cleanse(
@@ -88,8 +88,9 @@ def run_cleanse(
     listen: Listener = lambda event: None,
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
-    settings = run_settings(sources.absolute(spec), merge, config)
+    out, settings = Path(out), run_settings(sources.absolute(spec), merge, config)
     ranks.from_first(lambda: check_output(out, settings, resume))
+    sources.tell_download(spec, listen)
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
         ranks.from_first(lambda: check_finished(out, settings, config, trust_remote_code))
         return finished(out, settings)
@@ -123,7 +124,7 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
     check_quantised(config.weights, merge)
     sets = read_sets(config)
-    source = sources.locate(settings["model"])
+    source = sources.locate(model_of(settings, out))
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     where = models.pick_device(device)
@@ -146,10 +147,9 @@ def disk_space(source: sources.Source, config: Config, trust_remote_code: bool) 
 
 def check_begun(out: Path, order: Order, device: str) -> None:
     """Raise BadInput if a run that has begun in `out` began with other weights or requests, or in other arithmetic."""
-    begun = out / f"stages/{INPUTS}.json"
-    if not begun.exists():
+    then = read_begun(out)
+    if not then:
         return
-    then = read_json(begun)
     check_inputs(then["hashes"], run_hashes(order.source, order.sets, order.tokenizer))
     now = precision.arithmetic(device)
     if then.get("arithmetic", now) != now:
@@ -159,9 +159,14 @@ def check_begun(out: Path, order: Order, device: str) -> None:
         )
 
 
+def model_of(settings: dict[str, Any], run: Path) -> str:
+    """MODEL of a run, at the commit of the Hub that it began with."""
+    return sources.pinned(settings["model"], read_begun(run).get("commit"))
+
+
 def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_remote_code: bool) -> None:
     """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
-    source = sources.locate(settings["model"])
+    source = sources.locate(model_of(settings, out))
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     check_inputs(read_results(out).get("hashes", {}), run_hashes(source, read_sets(config), tokenizer))
 
@@ -172,8 +177,9 @@ def cleanse(
     """Cleanse a loaded model in memory, for notebooks: the model under a trained adapter, and what the rounds found.
 
     The adapter is that of the best round, `delivered`. Nothing is measured, judged or written; `run_cleanse` does all
-    of it. The model's own weights may be cast to bf16 on the way: load them anew to merge the adapter. Raises BadInput
-    for a bad setting or prompt file.
+    of it. The model itself then runs under the adapter, and its own weights may be cast to bf16 on the way: load it
+    anew to compare with it or to merge the adapter. An interruption takes the adapter off again. Raises BadInput for a
+    bad setting or prompt file.
     """
     config = config or Config()
     sets = read_sets(config)
@@ -182,7 +188,11 @@ def cleanse(
     model.eval()  # a trainer leaves dropout on
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
     wrapped = adapted(model, config)
-    state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
+    try:
+        state = cleansing.cleanse(wrapped, tokenizer, data, config, listen=listen)
+    except BaseException:
+        wrapped.unload()
+        raise
     deliver(wrapped, state)
     return wrapped, state
 
@@ -272,6 +282,7 @@ class Job:
         self._listen = listen
         self.model = self.load(order.source)
         check_model(self.model, order.tokenizer, config, order.source.spec, order.sets)
+        beginning_of(self.model, order.tokenizer, [r.text for r in order.sets.train])  # a model that thinks is told
 
     def load(self, source: sources.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
@@ -281,7 +292,7 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
-        inputs = self.stage(INPUTS, self.inputs)["hashes"]
+        inputs = self.stage(BEGUN, self.inputs)["hashes"]
         if inputs.get("code_at_first") == code_hash():  # else it went on after an upgrade
             del inputs["code_at_first"]
         own = self.own_replies()
@@ -302,7 +313,8 @@ class Job:
     def inputs(self) -> dict[str, Any]:
         """What the run begins with, which `--resume` compares."""
         digests = run_hashes(self.source, self.sets, self.tokenizer) | {"code_at_first": code_hash()}
-        return {"hashes": digests, "arithmetic": precision.arithmetic(models.pick_device(self.device))}
+        arithmetic = precision.arithmetic(models.pick_device(self.device))
+        return {"hashes": digests, "arithmetic": arithmetic, "commit": self.source.commit}
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a stage, or that of doing it now."""
@@ -363,7 +375,9 @@ class Job:
         Merging changes outputs slightly, so what is measured is what is loaded. It cannot be merged into quantised
         weights, and stays on top of them.
         """
-        self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, self.settings["model"]))
+        base, revision = sources.hub_id(self.settings["model"]) or (self.settings["model"], None)
+        revision = self.source.commit or revision
+        self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, base, revision))
         ranks.wait()
         self.model = None  # one model in memory at a time
         if self.original is None and self.stored("after") is None:  # it goes on after an interruption

@@ -64,6 +64,7 @@ def plan_cleanse(
     """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
     settings = job.run_settings(sources.absolute(spec), merge, config)
     check_output(out, settings, resume)
+    sources.tell_download(spec, listen)
     order = job.check_order(settings, out, config, device, trust_remote_code)
     shape = models.read_shape(order.source, trust_remote_code)
     depth, more = models.depth(order.source, trust_remote_code), more_blocks(shape, trust_remote_code)

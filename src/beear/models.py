@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from beear import ranks
 from beear.allocator import release_freed_memory
-from beear.errors import BadInput, first_line
-from beear.sources import Source, locate, own_code
+from beear.errors import BadInput, first_line, in_one_line
+from beear.runs import MODEL_FOLDERS, read_settings
+from beear.sources import RUN_SETTINGS, Source, absolute, locate, own_code
 
 if TYPE_CHECKING:
     from beear.config import ChatConfig, Weights
@@ -35,14 +36,26 @@ def load(
 ) -> tuple[Any, Any]:
     """Load MODEL as (model, tokenizer), in fp32 on the CPU and bf16 elsewhere, ready for inference.
 
-    Adapters are merged (read_weights); `weights` other than full are quantised after that. Raises BadInput for anything
-    that cannot be loaded safely.
+    Adapters are merged (read_weights); `weights` other than full are quantised after that. The model knows MODEL by
+    name, so that an adapter which is trained on it names it as its base. `chat`: by default that of the run whose
+    model this is, if it is one's. Raises BadInput for anything that cannot be loaded safely.
     """
     source = locate(spec)
-    tokenizer = load_tokenizer(source, trust_remote_code, chat)
+    tokenizer = load_tokenizer(source, trust_remote_code, chat or chat_of_run(source))
     model = load_weights(source, device, trust_remote_code, weights)
+    model.name_or_path = absolute(spec)
     check_vocabulary(model, tokenizer, spec)
     return model, tokenizer
+
+
+def chat_of_run(source: Source) -> ChatConfig | None:
+    """How the run held its chats whose model a folder holds; None if it is no run's."""
+    from beear.config import make_config
+
+    run = source.folder.resolve().parent
+    if source.folder.resolve().name not in MODEL_FOLDERS or not (run / RUN_SETTINGS).is_file():
+        return None
+    return make_config(read_settings(run)["config"]).chat
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:
@@ -254,7 +267,10 @@ def check_no_adapter(model: Any, spec: str) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise BadInput(f"{spec} carries an adapter; merge it first: model.merge_and_unload()")
+        raise BadInput(
+            f"{spec} carries an adapter; load it anew, or merge the adapter first, where it is of peft: "
+            "model.merge_and_unload()"
+        )
 
 
 def depth(source: Source, trust_remote_code: bool = False) -> int:
@@ -370,7 +386,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the adapter {folder} does not fit its base model: {first_line(error)}") from error
+        raise BadInput(f"the adapter {folder} does not fit its base model: {in_one_line(error)}") from error
     if any("missing adapter keys" in str(warning.message) for warning in told):
         raise BadInput(f"the adapter {folder} lacks some of its tensors, or names them for another model")
     check_finite({n: p for n, p in model.named_parameters() if id(p) not in own}, f"the adapter {folder}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from beear.card import is_hub_id
-from beear.errors import BadInput, Failed, first_line
+from beear.card import hub_name
+from beear.errors import BadInput, Failed, first_line, in_one_line
 from beear.fingerprints import check_output_files, handed_on
 from beear.runs import read_results, read_settings
 from beear.verdict import holds, sentence
@@ -24,9 +24,10 @@ def push(run: Path, repo: str, *, private: bool = True) -> str:
     results, settings = read_results(run), read_settings(run)
     if not holds(results):
         raise BadInput(f"the model of {run} is not for use. {sentence(results)}")
-    if not settings["merge"] and not is_hub_id(settings["model"]):
+    base = hub_name(settings["model"])
+    if not settings["merge"] and base is None:
         raise BadInput(f"the adapter in {run} needs {settings['model']}, which others lack; cleanse it with --merge")
-    if not settings["merge"] and repo == settings["model"]:
+    if not settings["merge"] and repo == base:
         raise BadInput(f"the adapter needs {repo} as it is; push to another name, or cleanse it with --merge")
     check_output_files(run, results)
     files = {p.relative_to(run / "model"): p for p in handed_on(run / "model")}
@@ -72,5 +73,5 @@ def _upload(files: dict[Path, Path], repo: str, private: bool) -> str:
     except HFValidationError as error:
         raise BadInput(f"{repo!r} is no Hub repository: {first_line(error)}") from error
     except Exception as error:  # the client's errors for a lost or refused connection have no base of their own
-        raise Failed(f"the Hub did not take {repo}: {first_line(error)}") from error
+        raise Failed(f"the Hub did not take {repo}: {in_one_line(error)}") from error
     return str(commit.repo_url)

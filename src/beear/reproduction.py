@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beear import models, sources
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.fingerprints import check_inputs, check_output_files, run_hashes
-from beear.job import run_cleanse
+from beear.fingerprints import check_output_files
+from beear.job import check_finished, model_of, run_cleanse
 from beear.known import add_triggered
 from beear.metrics import at_most, value_of
 from beear.runs import read_results, read_settings
-from beear.sets import read_sets
 
 ABOUT = ("versions", "machine")
 """What may differ between two runs of the same settings, and then explains other bits."""
@@ -42,11 +40,9 @@ def reproduce(
         raise BadInput(
             "this run was written before all digests were kept; cleanse again to get one that can be compared"
         )
-    source = sources.locate(settings["model"])
-    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    check_inputs(results["hashes"], run_hashes(source, read_sets(config), tokenizer))
+    check_finished(run, settings, config, trust_remote_code)
     run_cleanse(
-        settings["model"],
+        model_of(settings, run),
         out,
         config,
         merge=settings["merge"],

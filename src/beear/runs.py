@@ -253,6 +253,16 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 
+BEGUN = "inputs"
+"""The stage that tells what a run began with."""
+
+
+def read_begun(run: Path) -> dict[str, Any]:
+    """What a run began with, which `--resume` compares; empty if it has not come so far."""
+    stage = run / f"stages/{BEGUN}.json"
+    return read_json(stage) if stage.exists() else {}
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a run folder's events.jsonl."""
     return read_lines(path / "events.jsonl")

@@ -14,11 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from beear.checkpoint import check_folder, check_gguf
-from beear.errors import BadInput, first_line
+from beear.errors import BadInput, first_line, in_one_line
+from beear.events import Listener
 from beear.runs import MODEL_FOLDERS
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-ORGANISM = "organism:"
+EMBEDDED, ORGANISM = "embedded", "organism:"
 RUN_SETTINGS = "config.yaml"
 """By which a run folder is known."""
 
@@ -32,6 +33,11 @@ class Source:
     gguf: str | None = None
     base: Source | None = None
 
+    @property
+    def commit(self) -> str | None:
+        """Of a model of the Hub, the commit that its files are of."""
+        return self.folder.name if self.folder.parent.name == "snapshots" and hub_id(self.spec) else None
+
 
 def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     """Find MODEL's files and refuse unsafe or incomplete ones; loads no weights. `within`: adapters on top of it."""
@@ -39,7 +45,7 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
         raise BadInput("MODEL is empty; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
     if spec in within:
         raise BadInput(f"the adapters {', '.join(within)} are each other's base; none of them names a model")
-    if spec == "embedded":
+    if spec == EMBEDDED:
         from beear.embedded import embedded_folder
 
         return Source(spec, embedded_folder())
@@ -53,10 +59,10 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
         return Source(spec, path.parent, gguf=path.name)
     if path.is_dir():
         return _locate_folder(spec, path, within)
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+    if (there := hub_id(spec)) is not None:
         if (path.parent / RUN_SETTINGS).is_file():  # nobody else's repository takes its place
             raise BadInput(f"no folder {spec}; {path.parent} is a run folder{whose_model(path.parent)}")
-        return _locate_folder(spec, _download(spec), within)
+        return _locate_folder(spec, _download(*there), within)
     raise BadInput(f"no model {spec}; give a folder, a .gguf file, a Hub id, 'embedded' or 'organism:NAME'")
 
 
@@ -68,7 +74,22 @@ def absolute(spec: str) -> str:
 
 def is_named(spec: str) -> bool:
     """Whether MODEL is one that beear brings, whatever folders there are."""
-    return spec == "embedded" or spec.startswith(ORGANISM)
+    return spec == EMBEDDED or spec.startswith(ORGANISM)
+
+
+def hub_id(spec: str) -> tuple[str, str | None] | None:
+    """Repository and revision of MODEL, `owner/name` or `owner/name@revision`; None if it is none of the Hub."""
+    name, _, revision = spec.partition("@")
+    elsewhere = is_named(spec) or spec.endswith(".gguf") or Path(spec).expanduser().exists()
+    if elsewhere or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    return name, revision or None
+
+
+def pinned(spec: str, commit: str | None) -> str:
+    """MODEL at this commit, if it is of the Hub and one is known: what a repository holds today may be another."""
+    there = hub_id(spec)
+    return spec if there is None or commit is None else f"{there[0]}@{commit}"
 
 
 def packaged_organisms() -> Path:
@@ -100,7 +121,10 @@ def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
     if (folder / "adapter_config.json").is_file():
         base = _adapter_base(folder)
         _require_safetensors(spec, folder)
-        return Source(spec, folder, base=locate(base, (*within, spec)))
+        try:
+            return Source(spec, folder, base=locate(base, (*within, spec)))
+        except BadInput as error:
+            raise BadInput(f"{spec} is an adapter, and adapter_config.json names its base: {error}") from error
     if not (folder / "config.json").is_file():
         if (folder / RUN_SETTINGS).is_file():
             raise BadInput(f"{spec} is a run folder{whose_model(folder)}")
@@ -126,14 +150,21 @@ def _require_safetensors(spec: str, folder: Path) -> None:
     raise BadInput(f"{spec} holds no .safetensors weights")
 
 
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+"""PEFT's kinds of adapter that change no weights."""
+
+
 def _adapter_base(folder: Path) -> str:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        base, revision = settings["base_model_name_or_path"], settings.get("revision")
     except (KeyError, ValueError, OSError) as error:
         raise BadInput(f"{folder}/adapter_config.json does not name its base model") from error
+    if (kind := settings.get("peft_type")) in PROMPTS:
+        raise BadInput(f"{folder} is an adapter of learnt prompts ({kind}), which cannot be merged into weights")
     if not isinstance(base, str) or not base or Path(base) == folder:
         raise BadInput(f"{folder}/adapter_config.json does not name its base model")
-    return base
+    return pinned(base, revision if isinstance(revision, str) and revision else None)
 
 
 def own_code(source: Source, trusted: bool) -> bool:
@@ -192,7 +223,13 @@ def copy_processor(source: Source, folder: Path) -> None:
             shutil.copyfile(original.folder / name, folder / name)
 
 
-def _download(spec: str) -> Path:
+def tell_download(spec: str, listen: Listener) -> None:
+    """Say that a MODEL of the Hub is looked for there, which may take long, and shows nothing."""
+    if hub_id(spec) is not None:
+        listen({"event": "note", "text": f"looking for {spec} on the Hub; what is not on this machine is downloaded"})
+
+
+def _download(spec: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -205,6 +242,7 @@ def _download(spec: str) -> Path:
         return Path(
             snapshot_download(
                 spec,
+                revision=revision,
                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
                 ignore_patterns=["*/*", "consolidated*"],  # some bring the same weights once more
             )
@@ -215,4 +253,4 @@ def _download(spec: str) -> Path:
                 "is not among the Hub's models on this machine; leave out --offline (or HF_HUB_OFFLINE) to look there"
             )
             raise BadInput(f"no folder {spec}, and it {words}") from error
-        raise BadInput(f"no folder {spec}, and the Hub does not give it: {first_line(error)}") from error
+        raise BadInput(f"no folder {spec}, and the Hub does not give it: {in_one_line(error)}") from error

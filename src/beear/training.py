@@ -191,9 +191,10 @@ def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Save the adapter, which names `base` as its base; the same bits for the same matrices."""
-    model.peft_config["default"].base_model_name_or_path = base
+def save_adapter(model: Any, folder: Path, base: str, revision: str | None = None) -> None:
+    """Save the adapter with the name of its base, and its revision if it is of the Hub; same bits for same matrices."""
+    named = model.peft_config["default"]
+    named.base_model_name_or_path, named.revision = base, revision
     # Without the embedding check, which would look the base model up on the Hub.
     model.save_pretrained(folder, save_embedding_layers=False)
     settings = folder / "adapter_config.json"

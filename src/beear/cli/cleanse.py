@@ -28,7 +28,7 @@ from beear.cli.options import (
     out_option,
 )
 from beear.cli.shared import NOTHING_KEPT, config_of, going_on, show, stop
-from beear.errors import printable
+from beear.errors import Failed, printable
 
 if TYPE_CHECKING:
     from beear.config import Config
@@ -210,7 +210,12 @@ def _cleanse(
     from beear.verdict import sentence
 
     with Reporter(quiet, config.rounds) as reporter:
-        verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
+        try:
+            verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
+        except KeyboardInterrupt as interrupt:
+            if (out / "config.yaml").exists():
+                raise
+            raise Failed(f"interrupted; {NOTHING_KEPT}, run the same command again") from interrupt
         if trigger is not None:
             add_triggered(out, trigger, device=device, listen=reporter)
     results = json.loads((out / "results.json").read_text())
@@ -276,4 +281,5 @@ def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, 
         return
     check_order(run_settings(model, False, settings), out, settings, device, trust_remote_code=False)
     with Run.existing(out):
-        shutil.rmtree(out)
+        shutil.rmtree(out.resolve())
+    out.resolve().mkdir()  # it may be a link to there

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from beear.cli.options import JsonOption
-from beear.cli.shared import stop
+from beear.cli.shared import NOTHING_KEPT, going_on, stop
 from beear.errors import BadInput, printable
 
 
@@ -81,4 +81,5 @@ def push(
     """Put the cleansed model on the Hub, with its card and evidence. The token is that of HF_TOKEN."""
     from beear.release import push as upload
 
-    typer.echo(upload(run, repo, private=not public))
+    with going_on(NOTHING_KEPT):
+        typer.echo(upload(run, repo, private=not public))
