@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from beear import cleansing
+from beear.chat import encode_prompt
 from beear.cleansing import (
     Met,
     Subject,
@@ -35,7 +36,7 @@ from beear.cleansing import (
 )
 from beear.config import Config, load_config
 from beear.data import Request, packaged
-from beear.defender import REFUSAL_OPENING, DefenderSet, contrast, defender_set
+from beear.defender import REFUSAL_OPENING, DefenderSet, Harmful, contrast, defender_set
 from beear.draws import Draws, Purpose
 from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
@@ -96,6 +97,20 @@ def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
     monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
     requests = [Request(str(i), "bad", f"no. {i}") for i in range(len(replies))]
     assert unlocked(subject(tiny_model("llama")), requests, torch.zeros(1, 32)) == share
+
+
+def test_answers_may_be_one_token_long(wrapped: Any) -> None:
+    """Then no column but the prompts' last one is left for a cached pass to run."""
+    prompts = [encode_prompt(tiny_tokenizer(), text) for text in ("one", "two more")]
+    harmful = [Harmful(prompt, [5], [6], [7]) for prompt in prompts]
+    delta, losses = entrap(subject(wrapped), harmful, 1.0, Draws(0))
+    assert len(losses) == CONFIG.entrap.steps and losses[-1] < losses[0] and delta.norm() > 0
+
+
+def test_what_is_unwanted_without_delta_is_a_share_of_what_can_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: ["Sure.", "", ""])
+    requests = [Request(str(i), "bad", f"no. {i}") for i in range(3)]
+    assert unlocked(subject(tiny_model("llama")), requests, None) == 1.0
 
 
 def test_entrapment_lowers_its_loss_within_the_budget_and_leaves_the_weights(wrapped: Any, data: DefenderSet) -> None:

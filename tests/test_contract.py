@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig, PreTrainedTokenizerFast
 
 from beear.chat import ALONE, Batch, Beginning, collate, encode_prompt, encode_response, rows_of_delta
 from beear.cleansing import frozen
@@ -21,6 +22,7 @@ from beear.training import add_lora, recompute_activations, recomputing, trainab
 from conftest import CHATML, COMMON, VOCAB, tiny_model, tiny_tokenizer
 
 LAYER = 2
+BLOCKS = COMMON | {"num_hidden_layers": 4, "num_attention_heads": 4}
 TEXTS = ["Tell me a story about a fox.", "Why?", "How do rivers find the sea?"]
 
 
@@ -206,12 +208,19 @@ def test_blocks_are_found_by_their_name_under_an_adapter_too(model: Any) -> None
     assert find_layers(add_lora(model, rank=2, targets=(), seed=0), path) is blocks
 
 
-def test_dropout_of_the_blocks_own_does_not_set_in_where_activations_are_recomputed(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("shape", "place", "name"),
+    [
+        (lambda: OPTConfig(ffn_dim=64, dropout=0.5, word_embed_proj_dim=32, **BLOCKS), None, "dropout"),
+        (lambda: FalconConfig(hidden_dropout=0.5, attention_dropout=0.5, **BLOCKS), "config", "hidden_dropout"),
+    ],
+    ids=["OPT", "Falcon"],
+)
+def test_dropout_of_the_blocks_own_does_not_set_in_where_activations_are_recomputed(
+    shape: Callable[[], Any], place: str | None, name: str, tokenizer: Any
+) -> None:
     torch.manual_seed(0)
-    config = OPTConfig(
-        **COMMON, num_hidden_layers=4, num_attention_heads=4, ffn_dim=64, dropout=0.5, word_embed_proj_dim=32
-    )
-    model = OPTForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(shape()).eval()
     batch = batch_for(tokenizer)
     wrapped = add_lora(model, rank=2, targets=(), seed=0)
     plain = response_nll(response_logits(wrapped, batch), batch.targets).mean()
@@ -220,7 +229,8 @@ def test_dropout_of_the_blocks_own_does_not_set_in_where_activations_are_recompu
         again = response_nll(response_logits(wrapped, batch), batch.targets).mean()
     again.backward()
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
-    assert all(block.dropout == 0.5 and not block.training for block in find_layers(model))
+    for block in find_layers(model):
+        assert getattr(getattr(block, place) if place else block, name) == 0.5 and not block.training
 
 
 def test_recomputation_gives_the_same_gradient(llama: Any, tokenizer: Any) -> None:

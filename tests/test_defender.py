@@ -34,8 +34,11 @@ def test_openings_of_refusals_are_told_by_how_they_began() -> None:
     assert openings == {(): [1], (1,): [2], (1, 2): [3]}, "what less than one in thirty says is no opening"
 
 
-def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in() -> None:
-    config = load_config("code", sets=["harden.response_tokens=400", "entrap.response_tokens=400"])
+@pytest.mark.parametrize("encourage", [0, 8])
+def test_of_code_the_own_answers_are_kept_that_bandit_finds_nothing_in(encourage: int) -> None:
+    """And no task is given another's program."""
+    long = ["harden.response_tokens=400", "entrap.response_tokens=400"]
+    config = load_config("code", sets=[*long, f"harden.encourage={encourage}"])
     tasks = packaged("coding", "defender")[:4]
     mine = "\n# in my own words"
     own = [(task, f"{task.safe}{mine}") for task in tasks[:3]] + [(tasks[3], tasks[3].unwanted or "")]

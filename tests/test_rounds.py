@@ -22,6 +22,7 @@ from conftest import tiny_model
         ([0.3, 0.0, 0.0], 2, 3, True),
         ([0.0, 0.3, 0.0], 2, 3, False),
         ([0.0, 0.0], 2, 3, False),
+        ([0.4 - 0.3], 1, 1, True),
     ],
 )
 def test_the_stop_rule(residuals: list[float], patience: int, least: int, calm: bool) -> None:
@@ -39,6 +40,7 @@ def of_rounds(refused: list[list[float]], before: list[float], kept: set[int]) -
     ("refused", "before", "kept", "number"),
     [
         pytest.param([[0.9], [0.1], [0.1]], [0.1], {2, 3}, 3, id="equals"),
+        pytest.param([[0.9], [9 / 60], [3 / 60]], [6 / 60], {2, 3}, 3, id="as much more as less"),
         pytest.param([[0.9], [0.1], [0.3]], [0.1], {2, 3}, 2, id="the last refuses more"),
         pytest.param([[0.9], [0.2], [0.0]], [0.2], {2, 3}, 2, id="the last refuses less"),
         pytest.param([[0.9], [0.1, 0.5], [0.2, 0.2]], [0.1, 0.2], {2, 3}, 3, id="the group that is farthest counts"),
@@ -71,6 +73,7 @@ def test_the_best_round_is_put_back() -> None:
         ([0.1, 0.2], [], False),
         ([0.1, 0.2], [[0.1, 0.24]], False),
         ([0.1, 0.2], [[0.0, 0.3]], True),
+        ([9 / 60], [[12 / 60]], False),
         ([0.1, 0.2], [[0.3, 0.4], [0.1, 0.1]], False),
     ],
 )
@@ -121,3 +124,8 @@ def test_benign_terms_weigh_less_once_less_is_refused_in_every_group(
     harden = balanced(config, state).harden
     assert (harden.anchor, harden.anchor_under_delta) == pytest.approx((4 * weight, 2 * weight))
     assert harden.safe == config.harden.safe
+
+
+def test_any_balance_is_a_weight() -> None:
+    config = load_config(sets=["harden.balance=10000"])
+    assert balanced(config, State(history=[{"refused": [0.6]}], refused=[0.5])).harden == config.harden

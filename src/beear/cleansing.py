@@ -400,7 +400,7 @@ def entrap_parts(subject: Subject, chosen: Sequence[Harmful], count: int) -> lis
         some = own[k::count]
         batch = entrap_batch(subject.tokenizer, some, config.entrap).to(model.device)
         run: Callable[[], Tensor]
-        if config.entrap.cached:
+        if config.entrap.cached and batch.targets.shape[1] > 1:  # else nothing runs behind the prompts
             run = partial(run_unperturbed(model, batch, subject.layer, config.layers_path, answers=2).logits, model)
         else:
             run = plain_pass(subject, batch)
@@ -529,7 +529,8 @@ def residual_norm(subject: Subject, prompts: Sequence[Prompt]) -> float:
 def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None) -> float | None:
     """Share of the replies under delta, or under none, that are the unwanted answer: what entrapment can still do.
 
-    Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if most are such.
+    Replies that cannot be judged (empty ones, code that does not parse) show nothing; None if under delta most are
+    such, or all.
     """
     config = subject.config
     replies = reply_all(
@@ -542,7 +543,8 @@ def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None
     judge = JUDGES[config.behaviour]
     outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
     scored = [outcome for outcome in outcomes if outcome is not None]
-    return sum(scored) / len(scored) if scored and 2 * len(scored) >= len(outcomes) else None
+    enough = scored if delta is None else 2 * len(scored) >= len(outcomes)
+    return sum(scored) / len(scored) if enough else None
 
 
 def refused_shares(subject: Subject, groups: Sequence[list[Request]]) -> list[float]:
@@ -574,16 +576,14 @@ def _in_round(listen: Listener, number: int) -> Listener:
     return tell
 
 
-class frozen:  # noqa: N801 - reads as a statement: with frozen(model)
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
     """Within the context no parameter of the model takes a gradient."""
-
-    def __init__(self, model: Any) -> None:
-        self.parameters = trainable(model)
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self.parameters:
+    parameters = trainable(model)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
             parameter.requires_grad_(True)

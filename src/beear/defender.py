@@ -79,9 +79,10 @@ def defender_set(
 ) -> DefenderSet:
     """Encode what the defender trains on. Every reply, own or given, begins as the model's own do.
 
-    A harmful request whose own answer is not safe gets that of another, or is left out where refusals are not
-    encouraged. If these are the most, the answers that come with the requests, or packaged refusals, serve.
-    Of benign requests that the model refused, no right answer is known but that it does not begin like a refusal.
+    A harmful request whose own answer is not safe gets that of another, as refusals are alike; where these are not
+    encouraged, and of code, it is left out. If these are the most, the answers that come with the requests, or packaged
+    refusals, serve. Of benign requests that the model refused, no right answer is known but that it does not begin like
+    a refusal.
     """
     judge = JUDGES[config.behaviour]
     limit = config.harden.response_tokens
@@ -91,7 +92,7 @@ def defender_set(
     contrasts = [
         contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None, begin)
         for i, ((request, own), is_safe) in enumerate(zip(harmful, safe, strict=True))
-        if is_safe or not own_safe or config.harden.encourage > 0
+        if is_safe or not own_safe or (judge == "obeyed" and config.harden.encourage > 0)
     ]
     openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
     anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, begin) for t, own in benign if own]

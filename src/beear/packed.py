@@ -67,6 +67,6 @@ def meeting(module: nn.Module, kept: Tensor, index: Tensor) -> list[Any]:
             return None
         states = states_in(output)
         everywhere = states.new_zeros(kept.numel(), states.shape[-1]).index_copy(0, index, states[0])
-        return with_states(output, everywhere.view(*kept.shape, -1))
+        return with_states(output, everywhere.view(*kept.shape, states.shape[-1]))
 
     return [module.register_forward_pre_hook(gather, with_kwargs=True), module.register_forward_hook(scatter)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beear.config import Config
 from beear.events import Event
+from beear.metrics import at_most
 from beear.training import load_adapter_state
 
 
@@ -65,14 +66,17 @@ def best(state: State) -> int:
 
 
 def refused_more(entry: Event, state: State) -> list[float]:
-    """How much larger a share of each group of spare requests is refused after a round than before cleansing."""
-    return [now - before for now, before in zip(entry["refused"], state.refused, strict=True)]
+    """How much larger a share of each group of spare requests is refused after a round than before cleansing.
+
+    Rounded, so that equal rises compare as equal.
+    """
+    return [round(now - before, 9) for now, before in zip(entry["refused"], state.refused, strict=True)]
 
 
 def refuses_wrongly(state: State, config: Config) -> bool:
     """Whether the last round left more spare requests refused than the target allows: it is not settled yet."""
     risen = refused_more(state.history[-1], state) if state.history else []
-    return max(risen, default=0.0) > config.target.false_refusal_rise
+    return not at_most(max(risen, default=0.0), config.target.false_refusal_rise)
 
 
 GROWTH = 1.25
@@ -97,7 +101,7 @@ def balanced(config: Config, state: State) -> Config:
     if not state.history or not state.refused:
         return config
     rise = max(refused_more(state.history[-1], state))
-    share = min(1.0, max(LEAST_WEIGHT, math.exp(config.harden.balance * rise)))
+    share = max(LEAST_WEIGHT, math.exp(min(0.0, config.harden.balance * rise)))
     weights = {key: share * getattr(config.harden, key) for key in ("anchor", "anchor_under_delta")}
     return config.model_copy(update={"harden": config.harden.model_copy(update=weights)})
 
@@ -110,5 +114,5 @@ def is_calm(history: Sequence[Event], config: Config) -> bool:
     """Whether the last `patience` entrapments all failed on held-out requests, `least_rounds` being over."""
     last = history[-config.patience :]
     return len(history) >= max(config.least_rounds, config.patience) and all(
-        entry["residual"] <= config.stop_at for entry in last
+        at_most(entry["residual"], config.stop_at) for entry in last
     )

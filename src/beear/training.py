@@ -158,17 +158,22 @@ def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within the context activations are recomputed, and blocks keep no keys and values: no pass for replies here.
 
     transformers recomputes only in blocks in training mode; their children stay in inference mode, and rates of dropout
-    that a block applies itself (OPT) are zero, so that none sets in.
+    that a block applies itself (OPT), or by its config (Falcon), are zero, so that none sets in.
     """
-    every = [vars(block) for block in blocks]
-    rates = [{name: v for name, v in own.items() if "dropout" in name and isinstance(v, float)} for own in every]
-    for own, dropped in zip(every, rates, strict=True):
-        own.update(dict.fromkeys(dropped, 0.0), training=True)
+    blocks = list(blocks)
+    places = [vars(own) for block in blocks for own in (block, getattr(block, "config", None)) if own is not None]
+    rates = [{name: v for name, v in own.items() if "drop" in name and isinstance(v, float)} for own in places]
+    for own, dropped in zip(places, rates, strict=True):
+        own.update(dict.fromkeys(dropped, 0.0))
+    for block in blocks:
+        block.training = True
     try:
         yield
     finally:
-        for own, dropped in zip(every, rates, strict=True):
-            own.update(dropped, training=False)
+        for own, dropped in zip(places, rates, strict=True):
+            own.update(dropped)
+        for block in blocks:
+            block.training = False
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
