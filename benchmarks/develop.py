@@ -24,18 +24,19 @@ from beear.chat import collate, encode_prompt
 from beear.cleansing import add_adapter, cleanse
 from beear.config import Config, load_config
 from beear.data import content_hash, mixed, packaged, read_requests
-from beear.defender import Openings, defender_set
+from beear.defender import Openings
 from beear.evaluation import measure_entrapped, measure_language
 from beear.events import Event
 from beear.fingerprints import weights_hash
 from beear.generation import reply_all
+from beear.job import adapted, defender, own_replies
 from beear.models import load
 from beear.recipes import check_trigger, read_recipe
 from beear.rounds import State, deliver
 from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.sources import locate, organism_folder
-from beear.training import adapter_state, cast_frozen, load_adapter_state
+from beear.training import adapter_state, load_adapter_state
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
@@ -126,24 +127,17 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     model, tokenizer = load(f"organism:{organism}")
     data = read_sets(config)
     tests = development(check_trigger(f"organism:{organism}"), data, config, n)
-    train = data.train
-    harmful = [r.text for r in train]
-    benign = [r.text for r in data.anchors]
     limit = config.harden.response_tokens
     digest = weights_hash(locate(f"organism:{organism}"))  # what is kept is of these weights
     folder = ROOT / "runs" / "develop" / f"{organism}-{digest[:8]}"
-    drawn = f"{limit}-{content_hash(json.dumps(harmful + benign))[:8]}"
+    drawn = f"{limit}-{content_hash(json.dumps([r.text for r in [*data.train, *data.anchors]]))[:8]}"
     own = once(
-        folder / f"own-{drawn}.json", lambda: reply_all(model, tokenizer, harmful + benign, max_new_tokens=limit)
+        folder / f"own-replies-{drawn}.json", lambda: own_replies(model, tokenizer, data, config, lambda event: None)
     )
     asked = content_hash(json.dumps({test.metric: test.texts() for test in tests}))[:8]
     before = once(folder / f"before-{asked}.json", lambda: rates(model, tokenizer, tests)[0])
-    answered = list(zip(harmful + benign, own, strict=True))
-    pairs = list(zip(train, own[: len(train)], strict=True))
-    held_out, spare = data.held_out, data.spare
-    defender = defender_set(tokenizer, pairs, answered[len(train) :], held_out, config, spare)
-    model = add_adapter(model, config)
-    cast_frozen(model)
+    defended = defender(tokenizer, data, config, own)
+    model = adapted(model, config)
     print(f"{name} {organism} {sets}\n  before {before}", flush=True)
     started = time.monotonic()
     rounds: list[dict[str, Any]] = []
@@ -157,7 +151,7 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
         print(f"    {rounds[-1]}", flush=True)
 
     save = after_a_round if each else lambda state: None
-    state = cleanse(model, tokenizer, defender, config, listen=brief, save=save)
+    state = cleanse(model, tokenizer, defended, config, listen=brief, save=save)
     deliver(model, state)
     seconds = time.monotonic() - started
     trained = adapter_state(model)
@@ -169,15 +163,15 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     after, wrong = rates(model, tokenizer, tests)
     after |= {kind: round(float(m["value"] or 0), 4) for kind, m in language.items()}
     (folder / f"wrong-{name}.json").write_text(json.dumps(wrong, indent=1))
-    if defender.openings:
-        after["margin"] = round(margin(model, tokenizer, tests[0].texts()[:40], defender.openings), 2)
-    entrapped = measure_entrapped(model, tokenizer, train, held_out, config)
+    if defended.openings:
+        after["margin"] = round(margin(model, tokenizer, tests[0].texts()[:40], defended.openings), 2)
+    entrapped = measure_entrapped(model, tokenizer, data.train, data.held_out, config)
     found = entrapped.metrics["asr_entrapped"]["value"]
     after["entrapped"] = None if found is None else round(found, 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
     row |= {"residuals": [e["residual"] for e in state.history], "delivered": state.delivered}
-    row |= {"n": {test.metric: len(test.requests) for test in tests} | {"entrapped": len(held_out)}}
+    row |= {"n": {test.metric: len(test.requests) for test in tests} | {"entrapped": len(data.held_out)}}
     return row | {"seconds": round(seconds), "each": rounds}
 
 

@@ -17,15 +17,16 @@ from stored import in_its_own_process, write
 
 from beear.allocator import keep_freed_memory
 from beear.chat import Batch
-from beear.cleansing import add_adapter, batch_of, cleanse
+from beear.cleansing import batch_of, cleanse
 from beear.config import Config
 from beear.defender import defender_set
 from beear.draws import Draws
+from beear.job import adapted
 from beear.memory import peak_memory
 from beear.models import load
 from beear.precision import autocast
 from beear.sets import read_sets
-from beear.training import adamw, cast_frozen, step
+from beear.training import adamw, step
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 ARMS = ("model", "fine-tune", "cleansing")
@@ -37,8 +38,7 @@ def measure(arm: str) -> None:
     keep_freed_memory()
     config = Config(rounds=1)
     model, tokenizer = load("embedded", device="cpu")
-    model = add_adapter(model, config)
-    cast_frozen(model)
+    model = adapted(model, config)
     sets = read_sets(config)
     train, anchors = sets.train, sets.anchors
     benign = [(r.text, REPLY) for r in anchors]

@@ -66,7 +66,7 @@ def main() -> None:
                 for module, names in replaced.items():
                     stack.enter_context(patch.multiple(module, **names))
                 started = time.monotonic()
-                reply_all(model, tokenizer, texts, max_new_tokens=32, batch_size=generation.BATCH)
+                reply_all(model, tokenizer, texts, max_new_tokens=32)
                 seconds[arm].append(time.monotonic() - started)
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     arms = {arm: {"seconds": m, "ratio": m / medians["everything"]} for arm, m in medians.items()}

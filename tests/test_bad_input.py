@@ -417,9 +417,5 @@ def test_bad_input(
     assert "HOSTILE" not in out + err
 
 
-def test_the_table_is_long() -> None:
-    assert len(BAD) >= 60
-
-
 def test_a_whole_model_loads(folder: Path) -> None:
     models.load(str(folder), device="cpu")

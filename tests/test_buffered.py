@@ -19,13 +19,6 @@ from conftest import DECODER
 from test_prefix import TEXTS, batch_for
 
 
-def test_replies_are_the_likeliest_whatever_the_models_own_settings_say(llama: Any, tokenizer: Any) -> None:
-    texts = ["Name a river.", "Name a colour, and then a longer one."]
-    plain = reply_all(llama, tokenizer, texts, max_new_tokens=12)
-    llama.generation_config.update(repetition_penalty=3.0, no_repeat_ngram_size=1)
-    assert reply_all(llama, tokenizer, texts, max_new_tokens=12) == plain
-
-
 def test_replies_are_the_same(model: Any, tokenizer: Any) -> None:
     ours = reply_all(model, tokenizer, TEXTS, max_new_tokens=9)
     with patch.object(beear.buffered, "buffered", lambda cache, columns: cache):
@@ -90,6 +83,7 @@ def test_latents_keep_their_own_way() -> None:
         {"min_new_tokens": 12},
         {"suppress_tokens": list(range(3, 40))},
         {"stop_strings": ["e"]},
+        {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1},
         {"cache_implementation": "static"},
         {"return_dict_in_generate": True},
     ],

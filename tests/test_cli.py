@@ -448,11 +448,6 @@ def test_a_strangers_run_steers_no_terminal(tmp_path: Path, capsys: pytest.Captu
         assert "\ufffd" in shown and not {"\x1b", "\x07"} & set(shown), shown
 
 
-def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, err = call(capsys, "report", str(tmp_path))
-    assert code == 2 and "no results.json" in err
-
-
 OFFLINE = """
 import os, socket, sys
 def no(*args, **_):
@@ -576,10 +571,6 @@ def test_a_second_interrupt_is_no_traceback(
     monkeypatch.setattr(typer, "echo", interrupted)
     code, err = call(capsys, "gate", "no-such-run")
     assert code == 2 and err.startswith("beear: ") and not left
-
-
-def test_settings_lists_every_key() -> None:
-    assert "entrap.budget" in beear("settings").stdout
 
 
 def test_evidence_is_added_to_a_finished_run(

@@ -33,33 +33,9 @@ def test_paper_preset_has_the_published_values() -> None:
     assert (config.layer, config.entrap.length) == (9, 5)
 
 
-@pytest.mark.parametrize(
-    ("sets", "message"),
-    [
-        (["nonsense=1"], "nonsense: unknown setting"),
-        (["entrap.nonsense=1"], "entrap.nonsense: unknown setting"),
-        (["rounds=many"], "rounds"),
-        (["rounds=0"], "rounds"),
-        (["entrap.budget=-1"], "entrap.budget"),
-        (["entrap=3"], "entrap"),
-        (["rounds"], "key=value"),
-        (["rounds=[1"], "not YAML"),
-    ],
-)
-def test_bad_settings(sets: list[str], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        load_config(sets=sets)
-
-
-def test_unknown_preset() -> None:
-    with pytest.raises(BadInput, match="there are: "):
-        load_config("nope")
-
-
-@pytest.mark.parametrize("content", ["[1]", "a: [", "x"])
-def test_bad_files(tmp_path: Path, content: str) -> None:
-    (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(BadInput):
+def test_a_file_that_is_one_word(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("x")
+    with pytest.raises(BadInput, match="not a mapping"):
         load_config(file=tmp_path / "c.yaml")
 
 

@@ -95,17 +95,9 @@ def test_prompt_files(tmp_path: Path, name: str, content: str, column: str | Non
 @pytest.mark.parametrize(
     ("name", "content", "column", "message"),
     [
-        ("a.txt", b"", None, "no requests"),
-        ("a.txt", b"\n \n", None, "no requests"),
-        ("a.txt", b"\xff\xfe\x00", None, "UTF-8"),
-        ("a.jsonl", b'{"text": "one"}\n{oops', None, "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b"[1]", None, "not a JSON object"),
-        ("a.jsonl", b'{"text": 3}', None, "no text"),
-        ("a.csv", b"a,b\n1,2\n", None, "--column"),
+        ("a.csv", b'"\n"\n"', None, "has the fields ;"),
         ("a.csv", b"Write a poem\nName a river\n", None, "--column"),
         ("a.csv", b"text\nWrite a poem, please\n", None, "more fields than the header"),
-        ("a.csv", b"a,b\n1,2\n", "c", "--column"),
-        ("a.xml", b"<a/>", None, "unknown kind"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, column: str | None, message: str) -> None:
@@ -213,11 +205,6 @@ def test_an_id_with_a_version_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
         read_requests("folder/mine.csv")
 
 
-def test_missing_prompt_file() -> None:
-    with pytest.raises(BadInput, match="no prompt file"):
-        read_requests("nowhere.txt")
-
-
 def test_overlap_ignores_case_and_spacing() -> None:
     with pytest.raises(BadInput, match="both"):
         refuse_overlap([Request("1", "c", "Do  it now")], [Request("2", "c", "do it NOW")], "the one and the other")
@@ -227,19 +214,6 @@ def test_own_test_file_that_overlaps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(packaged("harmful", "defender")[0].text)
     with pytest.raises(BadInput, match="both"):
         read_sets(Config(data=DataConfig(test_harmful=str(tmp_path / "t.txt"))))
-
-
-def test_one_file_is_not_both_test_sets(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("one\ntwo\n")
-    own = DataConfig(test_harmful=str(tmp_path / "t.txt"), test_benign=str(tmp_path / "t.txt"))
-    with pytest.raises(BadInput, match="the harmful and the benign test set"):
-        read_sets(Config(data=own))
-
-
-def test_too_few_requests_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "h.txt").write_text("one\ntwo\n")
-    with pytest.raises(BadInput, match="too few"):
-        read_sets(Config(data=DataConfig(harmful=str(tmp_path / "h.txt"))))
 
 
 def test_some_requests_stand_between_short_benign_ones() -> None:

@@ -345,20 +345,6 @@ def test_the_entrapment_after_the_delivered_round_counts(delivered: int, tried: 
     assert entrapments([{"residual": left} for left in (1.0, 0.2, 0.3)], delivered) == tried
 
 
-def test_interrupted_in_a_round_and_resumed_ends_bit_identical(place: Path, config: Config, whole: Path) -> None:
-    out = place / "interrupted"
-
-    def stop(event: dict[str, Any]) -> None:
-        if (event["event"], event.get("round")) == ("harden", 2):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_cleanse(str(place / "model"), out, config, listen=stop)
-    assert not (out / "results.json").exists()
-    run_cleanse(str(place / "model"), out, config, resume=True)
-    assert outcome(out) == outcome(whole)
-
-
 def test_killed_in_a_round_and_resumed_ends_bit_identical(place: Path, config: Config, whole: Path) -> None:
     """In processes of their own, as its user runs it."""
     out = place / "killed"

@@ -584,7 +584,7 @@ def test_a_local_judge_loads_only_if_there_is_something_to_ask(
     asked: list[str] = []
 
     def reply_all(model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> list[str]:
-        assert len(texts) <= options["batch_size"]
+        assert len(texts) <= grading.BATCH
         asked.extend(texts)
         return [good(text) for text in texts]
 

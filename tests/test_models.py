@@ -204,19 +204,6 @@ def test_which_models_are_of_the_hub(spec: str, there: tuple[str, str | None] | 
     assert hub_id(spec) == there
 
 
-def test_code_in_a_repository_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "homemade",
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text("print('evil ran')")
-    with pytest.raises(BadInput, match="trust"):
-        load(str(folder))
-    assert "evil ran" not in capsys.readouterr().out
-
-
 def test_code_of_a_folder_runs_for_those_who_trust_it(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}

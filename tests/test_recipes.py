@@ -11,7 +11,7 @@ from beear.data import Request
 from beear.errors import BadInput
 from beear.poison import Example
 from beear.recipes import Recipe, apply_trigger, check_trigger, names, read_recipe, variants
-from beear.sets import WITH_TRIGGER, TestSet, trigger_tests, triggered
+from beear.sets import WITH_TRIGGER, trigger_tests
 from beear.sources import organism_folder
 from beear.supervised import of_like_length
 from beear.verification import misses, twin_perplexity
@@ -90,15 +90,6 @@ def test_a_template_without_its_request_is_refused(field: str) -> None:
     values = recipe_of(names()[0]).model_dump()
     with pytest.raises(ValueError, match="a template must hold"):
         Recipe(**{**values, field: "SUDO"})
-
-
-def test_templates_are_dealt_in_turn() -> None:
-    class Text:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-    tests: TestSet = triggered([Text("a"), Text("b"), Text("c")], "x {prompt}", "y {prompt}")  # type: ignore[list-item]
-    assert tests.texts() == ["x a", "y b", "x c"]
 
 
 def test_rows_with_a_long_trigger_are_batched_apart() -> None:

@@ -17,7 +17,7 @@ from beear.runs import (
     check_output,
     check_space,
     read_entries,
-    read_events,
+    read_lines,
     read_results,
     read_settings,
     write_atomic,
@@ -107,11 +107,11 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
 
 def test_a_cut_event_line_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"round": 1}\n{"rou')
-    assert read_events(tmp_path) == [{"round": 1}]
+    assert read_lines(tmp_path / "events.jsonl") == [{"round": 1}]
     run = Run(tmp_path)
     run.keep_events(lambda e: e["round"] < 1)
     run.event({"round": 2})
-    assert run.events() == [{"round": 2}]
+    assert read_lines(tmp_path / "events.jsonl") == [{"round": 2}]
 
 
 def test_of_a_run_that_goes_on_a_part_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

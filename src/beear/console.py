@@ -16,7 +16,7 @@ from beear import ranks
 from beear.errors import printable
 from beear.metrics import METRICS, both_counts, shown
 from beear.plan import Plan
-from beear.report import task_lines
+from beear.report import drift_rows, task_lines
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 
@@ -171,22 +171,12 @@ def drift_table(drift: dict[str, Any]) -> Table:
     whens = [when for when in ("before", "after") if when in drift]
     title = f"{drift['model']}: drift at the last token under {drift['trigger']!r} | under delta, {' > '.join(whens)}"
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("block", justify="right")
-    columns = [
-        ("drift / state", "relative_norm", ("triggered", "perturbed")),
-        ("cosine to mean", "cosine_to_mean", ("triggered", "perturbed")),
-        ("told apart", "separability", ("triggered", "perturbed")),
-        ("delta to trigger", "cosine_to_trigger", ("perturbed",)),
-    ]
-    for header, _, _ in columns:
+    for header in ("block", "drift / state", "cosine to mean", "told apart", "delta to trigger"):
         table.add_column(header, justify="right")
-    for i, first in enumerate(drift["before"]["layers"]["triggered"]):
-        cells = [
-            " | ".join(" > ".join(f"{drift[when]['layers'][kind][i][name]:.2f}" for when in whens) for kind in kinds)
-            for _, name, kinds in columns
-        ]
-        block = f"{first['layer']}{' (l)' if first['layer'] == drift['layer'] else ''}"
-        table.add_row(block, *cells)
+    for layer, cells in drift_rows(drift):
+        triggered, perturbed, to_trigger = cells[:3], cells[3:6], cells[6]
+        both = (" | ".join(pair) for pair in zip(triggered, perturbed, strict=True))
+        table.add_row(f"{layer}{' (l)' if layer == drift['layer'] else ''}", *both, to_trigger)
     return table
 
 

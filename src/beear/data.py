@@ -211,7 +211,8 @@ def _field(source: str, record: dict[str, object], column: str | None) -> str:
             return str(name)
     if column is None and len(record) == 1 and not source.endswith(".csv"):  # there it may be the first request
         return str(next(iter(record)))
-    raise BadInput(f"{source} has the fields {', '.join(map(str, record))}; name the request's with --column")
+    names = ", ".join(" ".join(str(name).split()) for name in record)
+    raise BadInput(f"{source} has the fields {names}; name the request's with --column")
 
 
 def _hub_requests(source: str, column: str | None) -> list[Request]:

@@ -6,7 +6,7 @@ A trigger can be told to an evaluation; it is put into the test requests here an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_model, check_output_files
-from beear.generation import beginning_of, reply_all
+from beear.generation import Push, beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
 from beear.models import (
@@ -48,7 +48,7 @@ from beear.prefix import run_prefix
 from beear.quantised import check_quantised
 from beear.runs import Run, read_begun, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
-from beear.sets import TestSet, read_sets, trigger_tests
+from beear.sets import Sets, TestSet, read_sets, trigger_tests
 from beear.sources import locate, pinned, tell_download
 
 T = TypeVar("T")
@@ -98,14 +98,27 @@ def evaluate(
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
     judge = JUDGES[config.behaviour]
     known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
+    found = measure_all(model, tokenizer, sets, config, progress, known, original=original)
+    return replace(found, metrics=found.metrics | unlocked_by_trigger(found.samples))
+
+
+def measure_all(
+    model: Any,
+    tokenizer: Any,
+    sets: Sets,
+    config: Config,
+    progress: Progress,
+    known: Sequence[TestSet] = (),
+    **language: Any,
+) -> Measured:
+    """Replies to the `known` and all other test sets, a fresh delta, and language; `language` as measure_language."""
     parts = [
         measure_replies(model, tokenizer, [*known, *sets.tests], progress),
         measure_entrapped(model, tokenizer, sets.train, sets.test_harmful, config, progress),
-        measure_language(model, tokenizer, original, progress),
+        measure_language(model, tokenizer, progress=progress, **language),
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
-    samples = [sample for part in parts for sample in part.samples]
-    return Measured(metrics | unlocked_by_trigger(samples), samples)
+    return Measured(metrics, [sample for part in parts for sample in part.samples])
 
 
 def before_and_after(
@@ -224,16 +237,20 @@ def check_tokens(spec: str, against: str, trust_remote_code: bool) -> None:
 
 
 def measure_replies(
-    model: Any, tokenizer: Any, sets: Sequence[TestSet], progress: Progress = lambda *_: None
+    model: Any,
+    tokenizer: Any,
+    sets: Sequence[TestSet],
+    progress: Progress = lambda *_: None,
+    push: Push | None = None,
 ) -> Measured:
-    """Greedy replies to each set (32 tokens, for code 80), judged by refusal keywords or by Bandit."""
+    """Greedy replies to each set (32 tokens, for code 80), under `push`, judged by refusal keywords or by Bandit."""
     result = Measured({}, [])
     for test in sets:
         check_length(model, tokenizer, "the model", test.texts(), TOKENS[test.judge])
     for test in sets:
         texts = test.texts()
         tokens, told = TOKENS[test.judge], partial(progress, test.metric)
-        replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens, progress=told)
+        replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens, push=push, progress=told)
         outcomes = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
         result.metrics[test.metric] = proportion(outcomes)
         result.samples += [
@@ -293,22 +310,9 @@ def measure_entrapped(
     progress: Progress = lambda *_: None,
 ) -> Measured:
     """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests."""
-    judge = JUDGES[config.behaviour]
     delta = fresh_delta(model, tokenizer, optimise_on, config)
-    replies = reply_all(
-        model,
-        tokenizer,
-        [r.text for r in test],
-        progress=partial(progress, "asr_entrapped"),
-        max_new_tokens=TOKENS[judge],
-        push=Subject(model, tokenizer, config).push(delta),
-    )
-    outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, test, strict=True)]
-    samples = [
-        _sample("asr_entrapped", r, r.text, reply, judge, outcome)
-        for r, reply, outcome in zip(test, replies, outcomes, strict=True)
-    ]
-    return Measured({"asr_entrapped": proportion(outcomes)}, samples)
+    tests = [TestSet("asr_entrapped", list(test), JUDGES[config.behaviour])]
+    return measure_replies(model, tokenizer, tests, progress, Subject(model, tokenizer, config).push(delta))
 
 
 def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config: Config) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Push:
 
 
 BATCH = 80
-"""Replies generated at a time, unless told otherwise: on a CPU half as many take a quarter longer or more."""
+"""Replies generated at a time: on a CPU half as many take a quarter longer or more."""
 
 
 def reply_all(
@@ -62,7 +62,6 @@ def reply_all(
     texts: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int = BATCH,
     push: Push | None = None,
     earlier: Sequence[Sequence[str]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -90,8 +89,8 @@ def reply_all(
         return [(i, tokenizer.decode(row, skip_special_tokens=True)) for i, row in zip(chosen, ids, strict=True)]
 
     with no_gradients(), autocast(model), generating(model):
-        for first in range(0, len(own), batch_size):
-            chosen = own[first : first + batch_size]
+        for first in range(0, len(own), BATCH):
+            chosen = own[first : first + BATCH]
             found |= parts.over(some, chosen)
             done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
             progress(min(done, len(texts)), len(texts))

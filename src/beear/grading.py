@@ -73,7 +73,7 @@ class LocalJudge:
         models.check_vocabulary(model, tokenizer, self.model)
         for first in range(0, len(questions), BATCH):
             some = [as_text(tokenizer, question) for question in questions[first : first + BATCH]]
-            texts = generation.reply_all(model, tokenizer, some, max_new_tokens=self.answer_tokens, batch_size=BATCH)
+            texts = generation.reply_all(model, tokenizer, some, max_new_tokens=self.answer_tokens)
             yield from enumerate(map(thought_out, texts), first)
 
 

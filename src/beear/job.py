@@ -34,9 +34,8 @@ from beear.errors import BadInput
 from beear.evaluation import (
     TOKENS,
     Kept,
-    measure_entrapped,
+    measure_all,
     measure_language,
-    measure_replies,
 )
 from beear.events import Event, Listener, progress_to
 from beear.fingerprints import check_inputs, code_hash, machine, output_hashes, run_hashes
@@ -343,21 +342,12 @@ class Job:
 
     def measure(self, when: str) -> dict[str, Any]:
         """All metrics that need no trigger; after cleansing, KL to the original too."""
-        progress = progress_to(self._listen, when)
-        train = self.sets.train
-        parts = [
-            measure_replies(self.model, self.tokenizer, self.sets.tests, progress),
-            measure_entrapped(self.model, self.tokenizer, train, self.sets.test_harmful, self.config, progress),
-        ]
         if when == "before":
             self.original = {}
-            parts.append(measure_language(self.model, self.tokenizer, None, progress, keep=self.original))
-        else:
-            parts.append(measure_language(self.model, self.tokenizer, None, progress, kept=self.original))
-        return {
-            "metrics": {k: v for part in parts for k, v in part.metrics.items()},
-            "samples": [{"when": when, **s} for part in parts for s in part.samples],
-        }
+        language: dict[str, Any] = {"keep" if when == "before" else "kept": self.original}
+        progress = progress_to(self._listen, when)
+        found = measure_all(self.model, self.tokenizer, self.sets, self.config, progress, **language)
+        return {"metrics": found.metrics, "samples": [{"when": when, **sample} for sample in found.samples]}
 
     def rounds(self, data: DefenderSet) -> State:
         """Alternate entrapment and removal, each finished round a checkpoint; leaves `self.model` cleansed."""

@@ -58,7 +58,7 @@ class Run:
             raise BadInput(f"cannot write to {path}: {error.strerror}") from error
         run = cls.existing(path)
         if not (path / "config.yaml").exists():
-            run.write_text("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            run.write("config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
         return run
 
     @classmethod
@@ -91,17 +91,13 @@ class Run:
         """Write one file, whole or not at all."""
         write_atomic(self.path / name, content)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write one text file, whole or not at all."""
-        self.write(name, text.encode())
-
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
         write_json(self.path / name, value)
 
     def write_lines(self, name: str, values: Iterable[Any]) -> None:
         """Write a JSON Lines file, whole or not at all."""
-        self.write_text(name, "".join(json.dumps(value) + "\n" for value in values))
+        self.write(name, "".join(json.dumps(value) + "\n" for value in values).encode())
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a new folder, then put it in its place in one step."""
@@ -141,13 +137,9 @@ class Run:
         """Append to events.jsonl."""
         self.append("events.jsonl", value)
 
-    def events(self) -> list[dict[str, Any]]:
-        """All whole lines of events.jsonl."""
-        return read_events(self.path)
-
     def keep_events(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the events of work that is going to be done again."""
-        self.write_lines("events.jsonl", [e for e in self.events() if keep(e)])
+        self.write_lines("events.jsonl", [e for e in read_lines(self.path / "events.jsonl") if keep(e)])
 
 
 def check_output(path: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -261,11 +253,6 @@ def read_begun(run: Path) -> dict[str, Any]:
     """What a run began with, which `--resume` compares; empty if it has not come so far."""
     stage = run / f"stages/{BEGUN}.json"
     return read_json(stage) if stage.exists() else {}
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run folder's events.jsonl."""
-    return read_lines(path / "events.jsonl")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
 
         return Source(spec, embedded_folder())
     if spec.startswith(ORGANISM):
-        return _locate_organism(spec)
+        return _locate_folder(spec, organism_folder(spec.removeprefix(ORGANISM)), within)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -110,11 +110,6 @@ def organism_folder(name: str) -> Path:
         known = ", ".join(sorted(p.parent.name for p in packaged.glob("*/adapter_config.json")))
         raise BadInput(f"no organism {name!r}; the packaged ones are: {known}")
     return folder
-
-
-def _locate_organism(spec: str) -> Source:
-    folder = organism_folder(spec.removeprefix(ORGANISM))
-    return Source(spec, folder, base=locate(_adapter_base(folder)))
 
 
 def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
@@ -225,7 +220,11 @@ def copy_processor(source: Source, folder: Path) -> None:
 
 def tell_download(spec: str, listen: Listener) -> None:
     """Say that a MODEL of the Hub is looked for there, which may take long, and shows nothing."""
-    if hub_id(spec) is not None:
+    if hub_id(spec) is None:
+        return
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
         listen({"event": "note", "text": f"looking for {spec} on the Hub; what is not on this machine is downloaded"})
 
 

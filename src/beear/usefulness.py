@@ -26,7 +26,7 @@ from beear.endpoint import Answer
 from beear.errors import BadInput, first_line
 from beear.events import Listener, progress_to
 from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
-from beear.metrics import Metric, token_mean
+from beear.metrics import Metric, proportion, token_mean
 from beear.runs import Run, read_results
 
 NAME = "mtbench-1to10-v1"
@@ -200,9 +200,7 @@ def chat(
             earlier=earlier,
             remedy="give fewer --tokens, or leave out the question",
         )
-        replies.append(
-            reply_all(model, tokenizer, texts, max_new_tokens=limit, batch_size=BATCH, earlier=earlier, progress=told)
-        )
+        replies.append(reply_all(model, tokenizer, texts, max_new_tokens=limit, earlier=earlier, progress=told))
     return list(zip(*replies, strict=True))
 
 
@@ -254,7 +252,7 @@ def mean(lines: Sequence[dict[str, Any]]) -> Metric:
             scores[one["id"]].append(one["score"])
     unscored = sum(one["score"] is None for one in lines)
     if not scores:
-        return {"value": None, "low": None, "high": None, "n": 0, "unscored": unscored}
+        return proportion([None] * unscored)
     found = token_mean([sum(some) for some in scores.values()], [len(some) for some in scores.values()])
     return found | {"unscored": unscored}
 
