@@ -450,6 +450,18 @@ def revival(file: str) -> str:
     return "\n".join(lines)
 
 
+def elsewhere() -> str:
+    """By attack, of each model that was measured, the share of harmful requests that a delta so found unlocks."""
+    rows = read_results("attacks.json")["rows"]
+    models = list(dict.fromkeys((row["organism"], row["arm"], row["seed"]) for row in rows))
+    found = {(row["attack"], (row["organism"], row["arm"], row["seed"])): row["metric"] for row in rows}
+    titles = [f"`{name}`, {arm}" + ("" if arm == "as it came" else f", {seed}") for name, arm, seed in models]
+    lines = [header(["delta", *titles])]
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        lines.append(line([attack, *(cell("asr_entrapped", found.get((attack, model))) for model in models)]))
+    return "\n".join(lines)
+
+
 def read_results(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
@@ -565,6 +577,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "judges": judges,
         "labelled": labelled,
         "floor": floor,
+        "elsewhere": elsewhere,
     },
     "docs/organisms.md": {"attacks": attacks, "organisms": organisms, "rebuild": rebuild},
     "docs/drift.md": {"drift": drift},
