@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from beear import cli
-from beear.config import preset_names
+from beear.config import Config, load_config, preset_names
 from beear.console import Reporter
 from beear.evaluation import Measured
 from beear.metrics import proportion
@@ -505,6 +506,31 @@ def test_organism_list_as_json() -> None:
 
 def test_the_version_is_told() -> None:
     assert beear("--version").stdout == f"beear {version('beear')}\n"
+
+
+def test_a_runs_model_is_measured_with_the_runs_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a user's training requests could be given for the test, or delta be found on others."""
+    asked: list[Config] = []
+
+    def evaluate_spec(spec: str, config: Config, **_: Any) -> Measured:
+        asked.append(config)
+        return Measured({}, [])
+
+    monkeypatch.setattr("beear.evaluation.evaluate_spec", evaluate_spec)
+    make_model(tmp_path / "run" / "rejected")
+    own = load_config(sets=["layer=2", "data.harmful=mine.txt", "weights=nf4", "seed=5"]).model_dump(mode="json")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": "m", "merge": False, "config": own}))
+    model = str(tmp_path / "run" / "rejected")
+    for options in ([], ["--set", "layer=1", "--seed", "7"], ["--preset", "fast"]):
+        code, err = call(capsys, "evaluate", model, *options)
+        assert code == 0 and ("with the settings of the run" in err) == ("--preset" not in options), err
+    assert [(c.layer, c.data.harmful, c.weights, c.seed, c.rounds) for c in asked] == [
+        (2, "mine.txt", "full", 5, 8),
+        (1, "mine.txt", "full", 7, 8),
+        (None, None, "full", 0, 3),
+    ]
 
 
 @pytest.mark.parametrize("begun", [True, False])

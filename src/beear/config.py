@@ -150,12 +150,18 @@ class Config(_Settings):
     target: TargetConfig = TargetConfig()
 
 
-def load_config(preset: str = "default", file: Path | None = None, sets: Sequence[str] = ()) -> Config:
+def load_config(
+    preset: str = "default",
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    instead: dict[str, Any] | None = None,
+) -> Config:
     """The preset, changed by a YAML file, changed by `key=value` settings (dots for nesting).
 
-    Raises BadInput for an unknown preset or key and for a value of the wrong kind.
+    instead: settings that take the preset's place. Raises BadInput for an unknown preset or key and for a value of the
+    wrong kind.
     """
-    values = _preset(preset)
+    values = _preset(preset) if instead is None else instead
     if file is not None:
         values = _merged(values, _read_yaml(file))
     for item in sets:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from beear import ranks
 from beear.allocator import release_freed_memory
 from beear.errors import BadInput, first_line, in_one_line
-from beear.runs import MODEL_FOLDERS, read_settings
-from beear.sources import RUN_SETTINGS, Source, absolute, locate, own_code
+from beear.runs import read_settings, run_of
+from beear.sources import Source, absolute, locate, own_code
 
 if TYPE_CHECKING:
     from beear.config import ChatConfig, Weights
@@ -52,10 +52,8 @@ def chat_of_run(source: Source) -> ChatConfig | None:
     """How the run held its chats whose model a folder holds; None if it is no run's."""
     from beear.config import make_config
 
-    run = source.folder.resolve().parent
-    if source.folder.resolve().name not in MODEL_FOLDERS or not (run / RUN_SETTINGS).is_file():
-        return None
-    return make_config(read_settings(run)["config"]).chat
+    run = run_of(source.folder)
+    return None if run is None else make_config(read_settings(run)["config"]).chat
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:

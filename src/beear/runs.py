@@ -245,6 +245,13 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 
+def run_of(model: Path) -> Path | None:
+    """The run whose model a folder holds, if it is one's."""
+    folder = model.expanduser().resolve()
+    run = folder.parent
+    return run if folder.name in MODEL_FOLDERS and (run / "config.yaml").is_file() else None
+
+
 BEGUN = "inputs"
 """The stage that tells what a run began with."""
 

@@ -24,7 +24,17 @@ from beear.cli.options import (
     TriggerOption,
     TrustOption,
 )
-from beear.cli.shared import NOTHING_KEPT, behaviour_of, config_of, going_on, is_judged, is_run, show, show_run
+from beear.cli.shared import (
+    NOTHING_KEPT,
+    behaviour_of,
+    config_of,
+    going_on,
+    is_judged,
+    is_run,
+    settings_of_run,
+    show,
+    show_run,
+)
 from beear.errors import BadInput
 
 
@@ -49,6 +59,7 @@ def evaluate(
     """Measure MODEL: attack success (as it is, under a fresh delta, with --trigger too), false refusal, perplexity, kl.
 
     With organism:NAME as the --trigger, also with what is almost its trigger, and with the trigger elsewhere.
+    The model in a run folder is measured with the settings of the run, as far as no others are given.
     Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
     """
     from beear.console import Reporter, metric_table
@@ -57,7 +68,8 @@ def evaluate(
     from beear.runs import SCHEMA, check_file, write_atomic, write_json
     from beear.scorers import scorer_name
 
-    settings = config_of(preset, config, sets, seed, test_harmful=harmful, test_benign=benign, column=column)
+    instead = settings_of_run(model) if preset == "default" else None
+    settings = config_of(preset, config, sets, seed, instead, test_harmful=harmful, test_benign=benign, column=column)
     of_run = is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset)
     measured_on = behaviour_of(Path(model)) if of_run else settings.behaviour
     template, near = (None, {}) if trigger is None else (check_trigger(trigger, measured_on), variants(trigger))
@@ -70,6 +82,8 @@ def evaluate(
     for place in filter(None, (json_file, samples)):
         check_file(place)
     with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):
+        if instead is not None:
+            reporter({"event": "note", "text": f"measured with the settings of the run that {model} is of"})
         measured = evaluate_spec(
             model, settings, against=against, template=template, variants=near, device=device,
             trust_remote_code=trust_remote_code, listen=reporter,

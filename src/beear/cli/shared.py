@@ -67,12 +67,34 @@ def show_run(run: Path, judged: bool) -> None:
     typer.echo(f"report: {run / 'report.html'}")
 
 
-def config_of(preset: str, file: Path | None, sets: list[str] | None, seed: int | None, **data: str | None) -> Config:
-    """The settings that the options of a command come to. data: settings of that section that have options."""
+def config_of(
+    preset: str,
+    file: Path | None,
+    sets: list[str] | None,
+    seed: int | None,
+    instead: dict[str, Any] | None = None,
+    /,
+    **data: str | None,
+) -> Config:
+    """The settings that the options of a command come to. data: settings of that section that have options.
+
+    instead: settings that take the preset's place.
+    """
     from beear.config import load_config
 
     given = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
-    return load_config(preset, file, [*(sets or []), *given, *([] if seed is None else [f"seed={seed}"])])
+    return load_config(preset, file, [*(sets or []), *given, *([] if seed is None else [f"seed={seed}"])], instead)
+
+
+def settings_of_run(model: str) -> dict[str, Any] | None:
+    """The settings by which a run measured the model that a folder in it holds; None if it is no run's.
+
+    The model is measured as it is loaded, so in full weights whatever it was trained on.
+    """
+    from beear.runs import read_settings, run_of
+
+    run = run_of(Path(model))
+    return None if run is None else read_settings(run)["config"] | {"weights": "full"}
 
 
 def show(table: Any) -> None:
