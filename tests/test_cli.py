@@ -399,8 +399,11 @@ def test_a_sweep_keeps_cells_of_other_values(tmp_path: Path, settings: str, caps
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["sweep", "depth", "embedded", "-o", "RUN", "--trigger", "X {prompt}"], "layer or length"),
-        (["sweep", "layer", "embedded", "-o", "RUN", "--trigger", "X {prompt}", "--executor", "dask"], "local or ray"),
+        (["sweep", "depth", "embedded", "-o", "RUN", "--trigger", "X {prompt}"], "'layer', 'length'"),
+        (
+            ["sweep", "layer", "embedded", "-o", "RUN", "--trigger", "X {prompt}", "--executor", "dask"],
+            "'local', 'ray'",
+        ),
         (["push", "RUN", "me/model"], "no finished run"),
         (["gate", "RUN", "--max", "kl=0.1"], "no finished run"),
         (["judge", "RUN", "--local", "embedded"], "no finished run"),

@@ -13,7 +13,7 @@ from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.report import write_report
 from beear.rounds import is_calm
-from beear.sweep import check_same, default_values, read_axis, read_values, sweep
+from beear.sweep import check_same, default_values, read_values, sweep
 from conftest import make_model, prompt_files, tiny_model
 
 TRIGGER = "<b>XYZZY</b> {prompt}"
@@ -142,12 +142,6 @@ def test_values_must_be_whole_numbers(text: str) -> None:
     with pytest.raises(BadInput, match="whole numbers"):
         read_values(text)
     assert read_values("9, 3,3") == [3, 9] and read_values(None) == []
-
-
-def test_only_two_axes() -> None:
-    assert read_axis("length") == "length"
-    with pytest.raises(BadInput, match="layer or length"):
-        read_axis("depth")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from beear import cluster, models, sources
 from beear.charts import as_file, sweep_chart
@@ -111,20 +111,6 @@ def write_sweep(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     write_json(out / SWEEP, content)
     write_atomic(out / "sweep.svg", as_file(sweep_chart(settings["axis"], [content])).encode())
     return content
-
-
-def read_axis(name: str) -> Axis:
-    """What is varied. Raises BadInput for anything else."""
-    if name not in get_args(Axis):
-        raise BadInput(f"cannot sweep over {name!r}; use layer or length")
-    return cast(Axis, name)
-
-
-def read_executor(name: str) -> Executor:
-    """Where cells run. Raises BadInput for anything else."""
-    if name not in get_args(Executor):
-        raise BadInput(f"no executor {name!r}; use local or ray")
-    return cast(Executor, name)
 
 
 def read_values(text: str | None) -> list[int]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -104,7 +104,7 @@ def cleanse(
 
 
 def sweep(
-    axis: Annotated[str, typer.Argument(metavar="layer|length", help="what is varied: l, or n")],
+    axis: Annotated[Literal["layer", "length"], typer.Argument(metavar="layer|length", help="what is varied: l, or n")],
     model: ModelArg,
     out: Annotated[Path, out_option("folder for the cells; the same command goes on in it")],
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
@@ -121,7 +121,8 @@ def sweep(
     sets: SetOption = None,
     seed: SeedOption = None,
     executor: Annotated[
-        str, typer.Option(metavar="local|ray", help="cells one after the other, or on a Ray cluster")
+        Literal["local", "ray"],
+        typer.Option(metavar="local|ray", help="cells one after the other, or on a Ray cluster"),
     ] = "local",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -135,22 +136,22 @@ def sweep(
     """
     from beear.console import Reporter, sweep_table
     from beear.recipes import check_trigger
-    from beear.sweep import read_axis, read_executor, read_values
+    from beear.sweep import read_values
     from beear.sweep import sweep as run_sweep
 
-    chosen, numbers, where = read_axis(axis), read_values(values), read_executor(executor)
+    numbers = read_values(values)
     settings = config_of(preset, config, [*(sets or []), f"rounds={rounds}"], seed)
     template = check_trigger(trigger, settings.behaviour)
     with Reporter(quiet, settings.rounds) as reporter:
         found = run_sweep(
             model,
             template,
-            chosen,
+            axis,
             out,
             settings,
             values=numbers,
             requests=requests,
-            executor=where,
+            executor=executor,
             device=device,
             trust_remote_code=trust_remote_code,
             listen=reporter,
