@@ -526,13 +526,14 @@ def test_a_runs_model_is_measured_with_the_runs_settings(
     own = load_config(sets=["layer=2", "data.harmful=mine.txt", "weights=nf4", "seed=5"]).model_dump(mode="json")
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": "m", "merge": False, "config": own}))
     model = str(tmp_path / "run" / "rejected")
-    for options in ([], ["--set", "layer=1", "--seed", "7"], ["--preset", "fast"]):
+    for options in ([], ["--set", "layer=1", "--seed", "7"], ["--preset", "fast"], ["--preset", "default"]):
         code, err = call(capsys, "evaluate", model, *options)
         assert code == 0 and ("with the settings of the run" in err) == ("--preset" not in options), err
     assert [(c.layer, c.data.harmful, c.weights, c.seed, c.rounds) for c in asked] == [
         (2, "mine.txt", "full", 5, 8),
         (1, "mine.txt", "full", 7, 8),
         (None, None, "full", 0, 3),
+        (None, None, "full", 0, 8),
     ]
 
 

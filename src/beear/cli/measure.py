@@ -47,7 +47,9 @@ def evaluate(
     trigger: TriggerOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the metrics to this file")] = None,
     samples: Annotated[Path | None, typer.Option("--samples", help="write every reply to this .jsonl file")] = None,
-    preset: PresetOption = "default",
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="of settings (default: default, of a run's model the run's own)")
+    ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     seed: SeedOption = None,
@@ -68,9 +70,13 @@ def evaluate(
     from beear.runs import SCHEMA, check_file, write_atomic, write_json
     from beear.scorers import scorer_name
 
-    instead = settings_of_run(model) if preset == "default" else None
-    settings = config_of(preset, config, sets, seed, instead, test_harmful=harmful, test_benign=benign, column=column)
-    of_run = is_run(model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset)
+    instead = settings_of_run(model) if preset is None else None
+    settings = config_of(
+        preset or "default", config, sets, seed, instead, test_harmful=harmful, test_benign=benign, column=column
+    )
+    of_run = is_run(
+        model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset or "default"
+    )
     measured_on = behaviour_of(Path(model)) if of_run else settings.behaviour
     template, near = (None, {}) if trigger is None else (check_trigger(trigger, measured_on), variants(trigger))
     if of_run:
