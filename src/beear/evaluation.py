@@ -49,7 +49,7 @@ from beear.quantised import check_quantised
 from beear.runs import Run, read_begun, read_results, read_settings
 from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import Sets, TestSet, read_sets, trigger_tests
-from beear.sources import locate, pinned, tell_download
+from beear.sources import locate, model_of, tell_download
 
 T = TypeVar("T")
 WHENS = ("before", "after")
@@ -137,7 +137,7 @@ def before_and_after(
     """
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
-    before = pinned(settings["model"], read_begun(run).get("commit"))
+    before = model_of(settings, run)
     if whens:  # else nothing loads
         source = locate(before)
         tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)

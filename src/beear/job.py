@@ -123,7 +123,7 @@ def check_order(settings: dict[str, Any], out: Path, config: Config, device: str
         raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
     check_quantised(config.weights, merge)
     sets = read_sets(config)
-    source = sources.locate(model_of(settings, out))
+    source = sources.locate(sources.model_of(settings, out))
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     resolve_layer(config.layer, models.depth(source, trust_remote_code))
     where = models.pick_device(device)
@@ -158,14 +158,9 @@ def check_begun(out: Path, order: Order, device: str) -> None:
         )
 
 
-def model_of(settings: dict[str, Any], run: Path) -> str:
-    """MODEL of a run, at the commit of the Hub that it began with."""
-    return sources.pinned(settings["model"], read_begun(run).get("commit"))
-
-
 def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_remote_code: bool) -> None:
     """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
-    source = sources.locate(model_of(settings, out))
+    source = sources.locate(sources.model_of(settings, out))
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     check_inputs(read_results(out).get("hashes", {}), run_hashes(source, read_sets(config), tokenizer))
 

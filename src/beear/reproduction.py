@@ -9,10 +9,11 @@ from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.fingerprints import check_output_files
-from beear.job import check_finished, model_of, run_cleanse
+from beear.job import check_finished, run_cleanse
 from beear.known import add_triggered
 from beear.metrics import at_most, value_of
 from beear.runs import read_results, read_settings
+from beear.sources import model_of
 
 ABOUT = ("versions", "machine")
 """What may differ between two runs of the same settings, and then explains other bits."""

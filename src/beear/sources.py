@@ -12,11 +12,12 @@ import shutil
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from beear.checkpoint import check_folder, check_gguf
 from beear.errors import BadInput, first_line, in_one_line
 from beear.events import Listener
-from beear.runs import MODEL_FOLDERS
+from beear.runs import MODEL_FOLDERS, read_begun
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 EMBEDDED, ORGANISM = "embedded", "organism:"
@@ -90,6 +91,11 @@ def pinned(spec: str, commit: str | None) -> str:
     """MODEL at this commit, if it is of the Hub and one is known: what a repository holds today may be another."""
     there = hub_id(spec)
     return spec if there is None or commit is None else f"{there[0]}@{commit}"
+
+
+def model_of(settings: dict[str, Any], run: Path) -> str:
+    """MODEL of a run with these settings, at the commit of the Hub that it began with."""
+    return pinned(settings["model"], read_begun(run).get("commit"))
 
 
 def packaged_organisms() -> Path:
