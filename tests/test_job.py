@@ -702,6 +702,7 @@ def test_a_run_stays_with_the_commit_of_the_hub_that_it_began_with(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
     told: list[Event] = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
