@@ -592,6 +592,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/decisions/0026-padding-does-not-run.md": {"hardening": partial(arms, "hardening")},
     "docs/decisions/0030-each-ingredient-taken-away.md": {"ablation": ablation},
+    "docs/decisions/0031-deltas-that-removal-did-not-meet.md": {"elsewhere": elsewhere},
 }
 for number, (file, page) in enumerate(DEFAULTS.items(), start=1):
     TABLES[page] = {"residual": partial(residual, file)}
