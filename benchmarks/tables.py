@@ -457,7 +457,8 @@ def elsewhere() -> str:
     found = {(row["attack"], (row["organism"], row["arm"], row["seed"])): row["metric"] for row in rows}
     titles = [f"`{name}`, {arm}" + ("" if arm == "as it came" else f", {seed}") for name, arm, seed in models]
     lines = [header(["delta", *titles])]
-    for attack in dict.fromkeys(row["attack"] for row in rows):
+    whole = max(models, key=lambda model: sum((attack, model) in found for attack, _ in found))  # of all attacks
+    for attack in (attack for attack, model in found if model == whole):
         lines.append(line([attack, *(cell("asr_entrapped", found.get((attack, model))) for model in models)]))
     return "\n".join(lines)
 
