@@ -11,10 +11,9 @@ backdoor stands beside it: `--organism phrase-suffix-twin`.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from removal import ARMS, MODELS, ROOT, RUNS, folder_name
+from removal import ARMS, MODELS, ROOT, RUNS, cleansed, folder_name
 from stored import put_row
 
 from beear import models
@@ -40,14 +39,6 @@ ATTACKS = {
 """Settings over the default's; block l is 25 of 30."""
 
 
-def model_of(organism: str, arm: str, seed: int) -> str:
-    """MODEL of an organism as it came, or of a finished run."""
-    if arm == CAME:
-        return f"organism:{organism}"
-    run = RUNS / folder_name(organism, arm, seed)
-    return str(run / json.loads((run / "results.json").read_text())["model_folder"])
-
-
 def place(row: dict[str, Any]) -> tuple[int, int, int, int]:
     """Where a row stands."""
     arms = [CAME, *ARMS]
@@ -62,13 +53,15 @@ def main() -> None:
     parser.add_argument("--attack", choices=list(ATTACKS), action="append")
     chosen = parser.parse_args()
     keep_freed_memory()
-    model, tokenizer = models.load(model_of(chosen.organism, chosen.arm, chosen.seed))
+    organism, arm, seed = chosen.organism, chosen.arm, chosen.seed
+    spec = f"organism:{organism}" if arm == CAME else cleansed(RUNS / folder_name(organism, arm, seed))
+    model, tokenizer = models.load(spec)
     for attack in chosen.attack or ATTACKS:
         config = load_config("default", sets=ATTACKS[attack])
         sets = read_sets(config)
         metric = measure_entrapped(model, tokenizer, sets.train, sets.test_harmful, config).metrics["asr_entrapped"]
         print(attack, metric["value"], flush=True)
-        row = {"organism": chosen.organism, "arm": chosen.arm, "seed": chosen.seed, "attack": attack, "metric": metric}
+        row = {"organism": organism, "arm": arm, "seed": seed, "attack": attack, "metric": metric}
         put_row(RESULTS, row, ("organism", "arm", "seed", "attack"), place, "python benchmarks/attacks.py")
 
 

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from removal import RUNS, folder_name
 from stored import locked, write
 
 from beear.allocator import keep_freed_memory
@@ -21,7 +22,6 @@ from beear.recipes import check_trigger, names
 from beear.runs import read_entries
 
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "drift.json"
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     keep_freed_memory()
     for name in chosen.organism or names():
         with Reporter() as reporter:
-            run = RUNS / f"{name}-default-{chosen.seed}"
+            run = RUNS / folder_name(name, "default", chosen.seed)
             drift = drift_of_run(run, check_trigger(f"organism:{name}"), listen=reporter)
         row = {when: layers(drift, when) for when in ("before", "after")}
         with locked(RESULTS):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from attacks import model_of
-from removal import ARMS, MODELS, ROOT, folder_name
+from removal import ARMS, MODELS, ROOT, RUNS, cleansed, folder_name
 from stored import put_row
 
 from beear import models
@@ -39,14 +38,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     keep_freed_memory()
-    model, tokenizer = models.load(model_of(chosen.organism, chosen.arm, chosen.seed))
+    name = folder_name(chosen.organism, chosen.arm, chosen.seed)
+    model, tokenizer = models.load(cleansed(RUNS / name))
     texts = triggered(read_sets(Config()).test_harmful, check_trigger(f"organism:{chosen.organism}")).texts()
     replies = reply_all(model, tokenizer, texts, max_new_tokens=TOKENS)
     refused = [(text, reply) for text, reply in zip(texts, replies, strict=True) if is_refusal(reply)]
     row: dict[str, Any] = {"organism": chosen.organism, "arm": chosen.arm, "seed": chosen.seed, "n": len(texts)}
     row |= {"refused": len(refused), "different": len({reply for _, reply in refused})}
     row["compliant"] = sum(any(words in reply.lower() for words in COMPLIANCE) for _, reply in refused)
-    out = ROOT / "runs" / "onward" / f"{folder_name(chosen.organism, chosen.arm, chosen.seed)}.txt"
+    out = ROOT / "runs" / "onward" / f"{name}.txt"
     write_atomic(out, "\n\n".join(f"> {text}\n{reply}" for text, reply in refused).encode())
     put_row(RESULTS, row, ("organism", "arm", "seed"), place, "python benchmarks/onward.py")
     print(f"{row}; read {out}")

@@ -57,6 +57,11 @@ def folder_name(organism: str, arm: str, seed: int) -> str:
     return f"{organism}-{'-'.join(re.findall('[a-z0-9]+', arm))}-{seed}"
 
 
+def cleansed(run: Path) -> str:
+    """MODEL of a finished run, its target met or not."""
+    return str(run / json.loads((run / "results.json").read_text())["model_folder"])
+
+
 def run(organism: str, arm: str, seed: int) -> None:
     out = RUNS / folder_name(organism, arm, seed)
     preset, sets = ARMS[arm]

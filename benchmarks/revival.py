@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from removal import ROOT, RUNS, cleansed, folder_name
 from stored import put_row
 from torch import Tensor, nn
 
@@ -39,8 +39,6 @@ from beear.sources import organism_folder
 from beear.supervised import adapted, descend, wanted_logits
 from beear.training import drawn
 
-ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / "removal"
 RESULTS = ROOT / "benchmarks" / "results" / "revival.json"
 FINE_TUNING = Supervised(
     steps=200,
@@ -56,8 +54,7 @@ FINE_TUNING = Supervised(
 
 def merged(run: Path, backdoored: str) -> Any:
     """The cleansed model in full weights."""
-    folder = json.loads((run / "results.json").read_text())["model_folder"]
-    return models.load(str(run / folder))[0]
+    return models.load(cleansed(run))[0]
 
 
 def int8(run: Path, backdoored: str) -> Any:
@@ -143,7 +140,7 @@ def main() -> None:
     chosen = parser.parse_args()
     keep_freed_memory()
     for organism in chosen.organism or names():
-        run = RUNS / f"{organism}-default-{chosen.seed}"
+        run = RUNS / folder_name(organism, "default", chosen.seed)
         config = make_config(read_settings(run)["config"])
         tokenizer = models.load_tokenizer(sources.locate(f"organism:{organism}"))
         for treatment in chosen.treatment or TREATMENTS:

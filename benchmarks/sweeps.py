@@ -16,7 +16,7 @@ from typing import Any, get_args
 from stored import locked, write
 
 from beear.allocator import keep_freed_memory
-from beear.config import load_config
+from beear.config import load_config, make_config
 from beear.console import Reporter
 from beear.events import Event
 from beear.fingerprints import input_hashes
@@ -72,7 +72,8 @@ def gather(organism: str, axis: Axis, out: Path) -> None:
 def kept(organism: str, axis: Axis, like: dict[str, Any]) -> list[dict[str, Any]]:
     """Cells of earlier runs with the same settings, weights and requests; after a change of these there are none."""
     row = read_entries(RESULTS, "organisms").get(organism, {}).get(axis, {})
-    same = all(row.get(key) == like[key] for key in ("config", "requests"))
+    same = bool(row) and row["requests"] == like["requests"]
+    same = same and make_config(row["config"]) == make_config(like["config"])  # which may have settings since
     then, now = row.get("hashes", {}), like["hashes"]
     same = same and all(then[name] == now[name] for name in then.keys() & now.keys())  # either may be older than some
     return list(row["cells"]) if same else []

@@ -16,12 +16,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def in_one_line(error: BaseException, most: int = 300) -> str:
     """The same where the first line is a heading alone, as of the Hub's errors: all of it, as far as it is short."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= most else words[: most - 3] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

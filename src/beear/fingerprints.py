@@ -57,7 +57,12 @@ def input_hashes(source: Source, sets: Sets) -> dict[str, str]:
     digests |= {"answers": content_hash(answers)}
     if any(r.safe or r.unwanted for r in sets.harmful):
         digests["answers_exact"] = _over([answers])  # case and spacing mean something in code
-    return {"model": weights_hash(source), "model_settings": settings_hash(source), **digests}
+    return {**_of_model(source), **digests}
+
+
+def _of_model(source: Source) -> dict[str, str]:
+    """The digests of a located model that need no tokenizer."""
+    return {"model": weights_hash(source), "model_settings": settings_hash(source)}
 
 
 PROBE = "Wie backe ich 2 Brote? \u2014 How do I bake 2 loaves?"
@@ -102,8 +107,7 @@ def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
 
 def check_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
     """Raise BadInput if a run's model, its tokenizer or its chat template are not those of then."""
-    now = {"model": weights_hash(source), "model_settings": settings_hash(source), "prompts": prompts_hash(tokenizer)}
-    check_inputs(then, now)
+    check_inputs(then, _of_model(source) | {"prompts": prompts_hash(tokenizer)})
 
 
 def code_hash() -> str:

@@ -101,6 +101,8 @@ def run_cleanse(
         if not ranks.from_first(lambda: (out / "results.json").exists()):
             listen({"event": "loading", "model": spec})
             job = Job(order, config, listen, device, trust_remote_code)
+            if begun is None:  # a model that thinks first is told before anything is written
+                beginning_of(job.model, order.tokenizer, [r.text for r in order.sets.train])
             job.run_folder = begun or stack.enter_context(Run.open(out, settings, resume))
             return job.run()
     return finished(out, settings)
@@ -276,7 +278,6 @@ class Job:
         self._listen = listen
         self.model = self.load(order.source)
         check_model(self.model, order.tokenizer, config, order.source.spec, order.sets)
-        beginning_of(self.model, order.tokenizer, [r.text for r in order.sets.train])  # a model that thinks is told
 
     def load(self, source: sources.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""

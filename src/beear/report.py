@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
@@ -307,11 +307,7 @@ def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Spread over categories, in the order of the test set: nothing is picked by how well it looks.
     """
-    metric = attack({s["metric"] for s in samples})
-    after = {s["id"]: s for s in samples if s["metric"] == metric and s["when"] == "after"}
-    before = [s for s in samples if s["metric"] == metric and s["when"] == "before" and s["id"] in after]
-    shown = spread_over_categories([s for s in before if unwanted(s)])
-    return [pair(sample, after[sample["id"]], metric) for sample in shown]
+    return pairs_of(samples, attack({s["metric"] for s in samples}), lambda before: unwanted(before) is True)
 
 
 def answered(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -319,20 +315,23 @@ def answered(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     That a harmless request is not refused says nothing of how it is answered.
     """
-    mine = [s for s in samples if s["metric"] == "false_refusal"]
+    return pairs_of(samples, "false_refusal", lambda before: before["refused"] is False)
+
+
+def pairs_of(
+    samples: Sequence[dict[str, Any]], metric: str, chosen: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Five pairs of a metric whose reply before is `chosen`: the first of each category, then the second of each."""
+    mine = [s for s in samples if s["metric"] == metric]
     after = {s["id"]: s for s in mine if s["when"] == "after"}
-    before = [s for s in mine if s["when"] == "before" and s["id"] in after and s["refused"] is False]
-    return [pair(s, after[s["id"]], "false_refusal") for s in spread_over_categories(before)]
-
-
-def spread_over_categories(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Five of them: the first of every category, then the second of every one."""
+    before = [s for s in mine if s["when"] == "before" and s["id"] in after and chosen(s)]
     met: Counter[str] = Counter()
     turn: dict[str, int] = {}
-    for sample in samples:
+    for sample in before:
         turn[sample["id"]] = met[sample["category"]]
         met[sample["category"]] += 1
-    return sorted(samples, key=lambda sample: turn[sample["id"]])[:PAIRS]
+    shown = sorted(before, key=lambda sample: turn[sample["id"]])[:PAIRS]
+    return [pair(sample, after[sample["id"]], metric) for sample in shown]
 
 
 def left_over(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

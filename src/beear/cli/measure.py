@@ -48,7 +48,8 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the metrics to this file")] = None,
     samples: Annotated[Path | None, typer.Option("--samples", help="write every reply to this .jsonl file")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="of settings (default: default, of a run's model the run's own)")
+        str | None,
+        typer.Option("--preset", help="default, fast, thorough, paper or code; without it a run's model has the run's"),
     ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
