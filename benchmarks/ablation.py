@@ -45,6 +45,12 @@ ARMS = {
     "the rate is constant within a round": ["harden.schedule=constant"],
     "refusals of spare requests are not watched": ["harden.balance=0", "spare=0"],
     "an adapter on all blocks": ["harden.lora_blocks=all"],
+    "all blocks, no benign requests under delta": ["harden.lora_blocks=all", "harden.anchor_under_delta=0"],
+    "all blocks, these left out, others weigh twice": [
+        "harden.lora_blocks=all",
+        "harden.anchor_under_delta=0",
+        "harden.anchor=8",
+    ],
     "six rounds at most": ["rounds=6"],
     "delta = 0": ["entrap.kind=zero", "harden.stop_below=0"],
 }
