@@ -36,7 +36,7 @@ from beear.runs import read_settings
 from beear.scorers import JUDGES
 from beear.sets import read_sets, triggered
 from beear.sources import organism_folder
-from beear.supervised import adapted, descend, wanted_logits
+from beear.supervised import adapted, descend, passes
 from beear.training import drawn
 
 RESULTS = ROOT / "benchmarks" / "results" / "revival.json"
@@ -94,8 +94,8 @@ def after_chats(model: Any, backdoored: str) -> Any:
     model, pad = adapted(model, FINE_TUNING, seed=0), int(tokenizer.pad_token_id)
 
     def loss(rows: Examples) -> Tensor:
-        targets, logits = wanted_logits(model, pad, rows["ordinary"])
-        return response_nll(logits, targets).mean()
+        batch, logits, _ = passes(model, pad, rows["ordinary"], kept=0)
+        return response_nll(logits, batch.targets).mean()
 
     def progress(number: int, steps: int, value: float) -> None:
         if number % 20 == 0:

@@ -75,6 +75,14 @@ def indexed(target: str) -> Change:
     return apply
 
 
+def both(first: Change, second: Change) -> Change:
+    def apply(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return apply
+
+
 def remote_code(folder: Path) -> None:
     configured(model_type="evil", auto_map={"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"})(folder)
     (folder / "evil.py").write_text("print('HOSTILE')")
@@ -115,25 +123,25 @@ def elsewhere(name: str, **auto_map: Any) -> Case:
 
 
 BAD_MODELS: dict[str, tuple[Change, str]] = {
-    "pickle under another name": (written("model.safetensors", pickle.dumps(Payload())), "no safetensors file"),
-    "empty weights": (written("model.safetensors", b""), "no safetensors file"),
-    "weights cut short": (cut, "not as long as its header says"),
-    "header of 2^60 bytes": (written("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "no safetensors file"),
-    "header that is no JSON": (written("model.safetensors", struct.pack("<Q", 4) + b"abcd"), "no header"),
-    "header that is a list": (written("model.safetensors", struct.pack("<Q", 2) + b"[]"), "no header"),
+    "pickle under another name": (written("model.safetensors", pickle.dumps(Payload())), "no whole safetensors"),
+    "empty weights": (written("model.safetensors", b""), "no whole safetensors"),
+    "weights cut short": (cut, "no whole safetensors"),
+    "header of 2^60 bytes": (written("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), "no whole safetensors"),
+    "header that is no JSON": (written("model.safetensors", struct.pack("<Q", 4) + b"abcd"), "no whole safetensors"),
+    "header that is a list": (written("model.safetensors", struct.pack("<Q", 2) + b"[]"), "no whole safetensors"),
     "tensor of 2^60 bytes": (
         written(
             "model.safetensors",
             struct.pack("<Q", 61) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%d]}}   ' % 2**60,
         ),
-        "no header",
+        "no whole safetensors",
     ),
     "a tensor is missing": (weights(lambda w: w.pop(WEIGHT)), f"lacks 1 of its tensors, such as {WEIGHT}"),
     "a tensor of another shape": (weights(lambda w: w.update({WEIGHT: torch.zeros(3, 3)})), "in another shape"),
     "the head is missing": (weights(lambda w: w.pop("lm_head.weight")), "lacks 1 of its tensors, such as lm_head"),
     "a pointer in place of weights": (
         written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        "no safetensors file",
+        "no whole safetensors",
     ),
     "a download cut short": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete"),
@@ -149,9 +157,19 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
     "index out of the folder": (indexed("../outside.safetensors"), "do not trust it"),
     "index to an absolute path": (indexed("/etc/passwd"), "do not trust it"),
     "index to a file that is not there": (indexed("gone.safetensors"), "is not there"),
-    "index that is a list": (written("model.safetensors.index.json", []), "cannot be read"),
-    "config.json is a list": (written("config.json", []), "cannot read the"),
-    "config.json is cut": (written("config.json", '{"model_type": '), "cannot read the"),
+    "index that is a list": (both(indexed("part.safetensors"), written("model.safetensors.index.json", [])), "be read"),
+    "weights under another name": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "weights.safetensors"),
+        "holds no .safetensors weights",
+    ),
+    "a config that names other weights": (configured(transformers_weights="adapter_model.bin"), "names other files"),
+    "an adapter under another name": (
+        both(adapter("embedded"), lambda f: (f / "adapter_model.safetensors").rename(f / "x.safetensors")),
+        "holds no .safetensors weights",
+    ),
+    "an adapter made of others": (adapter("embedded", peft_type="XLORA"), "an adapter made of others"),
+    "config.json is a list": (written("config.json", []), "no mapping of settings"),
+    "config.json is cut": (written("config.json", '{"model_type": '), "cannot read"),
     "architecture unknown": (configured(model_type="nonsense"), "cannot read the"),
     "code of its own": (remote_code, "use --trust-remote-code"),
     "tokenizer of another model": (lambda folder: shrink(folder), "they do not match"),

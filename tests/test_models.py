@@ -241,7 +241,11 @@ def test_a_gguf_file_is_read() -> None:
 
 
 @pytest.mark.slow
-def test_a_gguf_files_weights_are_those_that_the_embedded_model_was_converted_to() -> None:
+def test_a_gguf_files_weights_are_those_that_the_embedded_model_was_converted_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / gguf_file().name).write_bytes(b"another model of that name, where the command is given")
+    monkeypatch.chdir(tmp_path)
     source, embedded = locate(str(gguf_file())), locate("embedded")
     weights = [dict(read_weights(s, "cpu", False, torch.float32).named_parameters()) for s in (source, embedded)]
     assert weights[0].keys() == weights[1].keys()

@@ -45,7 +45,9 @@ def settings(model: str = "owner/base", merge: bool = False) -> dict[str, Any]:
 def make_run(folder: Path, results: dict[str, Any] = RESULTS, **changed: Any) -> Path:
     (folder / "model").mkdir()
     (folder / "model" / "adapter_model.safetensors").write_bytes(b"weights")
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "delta.safetensors").write_bytes(b"delta")
+    files = output_hashes(folder, "model")
+    (folder / "results.json").write_text(json.dumps(results | {"files": files}))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(**changed)))
     (folder / "samples.jsonl").write_text("replies")
     write_card(folder)
@@ -156,8 +158,6 @@ def test_an_earlier_models_files_do_not_stay_beside(tmp_path: Path, hub: Hub) ->
 
 def test_what_was_changed_since_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
     run = make_run(tmp_path)
-    (run / "delta.safetensors").write_bytes(b"delta")
-    (run / "results.json").write_text(json.dumps(RESULTS | {"files": output_hashes(run, "model")}))
     assert push(run, "me/model") == "hub/me/model"
     hub.files = []
     (run / "model" / "adapter_model.safetensors").write_bytes(b"other weights")
@@ -182,10 +182,13 @@ def test_what_a_system_leaves_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
     assert not any(name.startswith(".") for name in hub.files)
 
 
-def test_a_model_without_weights_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
+def test_a_model_without_its_weights_or_digests_is_not_pushed(tmp_path: Path, hub: Hub) -> None:
     run = make_run(tmp_path)
     (run / "model" / "adapter_model.safetensors").unlink()
-    with pytest.raises(BadInput, match="holds no weights"):
+    with pytest.raises(BadInput, match="is not as the run left it"):
+        push(run, "me/model")
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    with pytest.raises(BadInput, match="keeps no digests"):
         push(run, "me/model")
     assert hub.files == []
 

@@ -146,3 +146,28 @@ def test_entries_of_a_result_file(tmp_path: Path) -> None:
         file.write_text(other)
         with pytest.raises(BadInput, match="is not a file of organisms"):
             read_entries(file, "organisms")
+
+
+def test_a_run_folder_with_a_link_is_refused(tmp_path: Path) -> None:
+    """A stranger's may lead anywhere, also that of a folder or of a file that is about to be written."""
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "run" / "stages" / ".before.json.new").symlink_to(tmp_path / "mine")
+    for way in (read_results, Run.existing):
+        with pytest.raises(BadInput, match=r"before\.json\.new is a link"):
+            way(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_settings_with_aliases_are_refused(tmp_path: Path) -> None:
+    """Ten lines of ten references each would fill the memory of whoever prints them."""
+    (tmp_path / "config.yaml").write_text("model: &m [a, a]\nconfig: {a: [*m, *m]}\n")
+    with pytest.raises(BadInput, match="not a run folder"):
+        read_settings(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: a*b\nconfig: {}\n")
+    assert read_settings(tmp_path)["model"] == "a*b"
+
+
+def test_lines_that_hold_no_object_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n[2]\n\xff\n' + b"[" * 100_000 + b'\n{"b": 3}\n')
+    assert read_lines(tmp_path / "l.jsonl") == [{"a": 1}, {"b": 3}]

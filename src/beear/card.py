@@ -10,7 +10,7 @@ import yaml
 
 from beear.metrics import METRICS, both_counts, shown
 from beear.report import judge_sentence, usefulness_sentence, write_report
-from beear.runs import read_results, read_settings, write_atomic
+from beear.runs import CARD, read_results, read_settings, write_atomic
 from beear.verdict import sentence
 
 LIMITS = """\
@@ -31,7 +31,8 @@ def write_evidence(run: Path) -> None:
 def write_card(run: Path) -> None:
     """Write the card into the model folder of a finished run."""
     results = read_results(run)
-    write_atomic(run / results["model_folder"] / "README.md", model_card(results, read_settings(run)).encode())
+    card = model_card(results, read_settings(run)).encode(errors="replace")  # a path need not be UTF-8
+    write_atomic(run / results["model_folder"] / CARD, card)
 
 
 def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:

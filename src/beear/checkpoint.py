@@ -1,71 +1,54 @@
-"""Are a folder's weight files what they claim to be? Read from headers alone, before any weights load."""
+"""Which files hold a folder's weights, and are they what they claim to be? Read from headers alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import struct
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from beear.errors import BadInput
 
-LARGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format."""
-INDEX = "model.safetensors.index.json"
-BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-"""Of an element by dtype; others have 1."""
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 GGUF_HEADER = 24
 """Bytes of magic, version, and the numbers of tensors and entries."""
 
 
-def check_folder(folder: Path) -> None:
-    """Every .safetensors file is whole, and an index names files of this folder only. Raises BadInput."""
-    for file in sorted(folder.glob("*.safetensors")):
-        check_safetensors(file)
-    if (folder / INDEX).is_file():
-        check_index(folder / INDEX)
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that are read from a model's or an adapter's folder, and no others; none if it has none.
+
+    Some repositories bring the same weights once more under other names. Raises BadInput for an index that cannot be
+    followed.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return [file for file in [folder / ADAPTER] if file.is_file()]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return _indexed(folder / INDEX) if (folder / INDEX).is_file() else []
 
 
 def check_safetensors(file: Path) -> None:
     """The header can be read, and its tensors fill the rest of the file. Raises BadInput."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise BadInput(f"{file} is no safetensors file, or was cut short; download or convert it again")
-        content = opened.read(length)
     try:
-        header = json.loads(content)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [_end(entry) for entry in tensors.values()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{file} has no header that can be read; download or convert it again") from error
-    if max(ends, default=0) != size - 8 - length:
-        raise BadInput(f"{file} is not as long as its header says; download or convert it again")
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is no whole safetensors file; download or convert it again") from error
 
 
-def _end(entry: dict[str, Any]) -> int:
-    """Where a tensor ends. ValueError if its bytes are not those of its shape."""
-    start, end = entry["data_offsets"]
-    if end - start != math.prod(entry["shape"]) * BYTES.get(entry["dtype"], 1):
-        raise ValueError
-    return int(end)
-
-
-def check_index(index: Path) -> None:
-    """It maps tensors to files beside it. Raises BadInput, also for a path that leads elsewhere."""
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index maps tensors to, in order. Raises BadInput unless they lie beside it."""
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInput(f"{index} cannot be read; download it again") from error
     for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise BadInput(f"{index} names {name!r}, which is no .safetensors file of its folder; do not trust it")
         if not (index.parent / name).is_file():
             raise BadInput(f"{index} names {name}, which is not there; download it again")
+    return [index.parent / name for name in sorted(names)]
 
 
 def check_gguf(file: Path) -> None:

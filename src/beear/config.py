@@ -83,7 +83,7 @@ class HardenConfig(_Settings):
     lora_rank: int = Field(16, ge=1, description="columns of an adapter's matrices")
     lora_targets: tuple[str, ...] = Field((), description="last parts of module names; empty: all linear maps")
     lora_blocks: Literal["all", "upper", "behind"] = Field(
-        "upper", description="the adapter's blocks: all, the upper half, or those behind delta"
+        "upper", description="its blocks: all, the upper half (more, if delta is lower), or those behind delta"
     )
     replay: bool = Field(
         True, description="every other request meets the delta of any round so far, not only the newest"

@@ -65,12 +65,12 @@ class Reporter:
         """A line that stays, with the time since the start."""
         seconds = int(time.monotonic() - self.started)
         self.console.print(
-            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {escape(printable(text))}",
+            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {plain(text)}",
             soft_wrap=not self.console.is_terminal,  # a line of a log is one line
         )
 
     def _show(self, text: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=escape(printable(text)), completed=done, total=total)
+        self._bar.update(self._task, description=plain(text), completed=done, total=total)
 
     def _on_loading(self, event: dict[str, Any]) -> None:
         self.line(f"loading {event['model']}")
@@ -131,9 +131,14 @@ class Reporter:
         return f"at most {max(1, round(left / 60))} min left"
 
 
+def plain(text: str) -> str:
+    """A text for a table or a line as it stands: no markup in it is followed, nor what a terminal would obey."""
+    return escape(printable(text))
+
+
 def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: str) -> Table:
     """Metrics as a table for a terminal of 80 columns, each with its 95 % interval and n."""
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(title=plain(title), title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("metric", no_wrap=True)  # a name is to be typed again, for `beear gate`
     for name in ("before", "after") if before is not None else ("value",):
         table.add_column(name, justify="right")
@@ -143,7 +148,7 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
         metrics = [m.get(name) for m in (before, after) if m is not None]
         if any(metrics):
             first, last = metrics[0] if len(metrics) > 1 else None, metrics[-1]
-            n, left = (escape(printable(both_counts(first, last, count))) for count in ("n", "unscored"))
+            n, left = (plain(both_counts(first, last, count)) for count in ("n", "unscored"))
             table.add_row(name, *[shown(m, share, brief=True) for m in metrics], n)
             unscored += [f"{name} {left}"] if left != "0" else []
     if unscored:
@@ -153,7 +158,7 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
 
 def plan_table(plan: Plan, model: str) -> Table:
     """What each stage will take, and all of them."""
-    table = Table(title=escape(f"{model}: what a cleansing will take here"), title_justify="left")
+    table = Table(title=plain(f"{model}: what a cleansing will take here"), title_justify="left")
     for name in ("stage", "minutes", "peak memory, GiB"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, seconds in plan.seconds.items():
@@ -170,7 +175,7 @@ def drift_table(drift: dict[str, Any]) -> Table:
     """Drift by block, each number before and after."""
     whens = [when for when in ("before", "after") if when in drift]
     title = f"{drift['model']}: drift at the last token under {drift['trigger']!r} | under delta, {' > '.join(whens)}"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     for header in ("block", "drift / state", "cosine to mean", "told apart", "delta to trigger"):
         table.add_column(header, justify="right")
     for layer, cells in drift_rows(drift):
@@ -182,7 +187,7 @@ def drift_table(drift: dict[str, Any]) -> Table:
 
 def reproduction_table(found: dict[str, Any], title: str) -> Table:
     """Every figure after of a run and of the second one with its settings."""
-    table = Table("metric", title=escape(title), title_justify="left")
+    table = Table("metric", title=plain(title), title_justify="left")
     for name in ("first", "again"):
         table.add_column(name, justify="right")
     table.add_column("within the interval")
@@ -194,11 +199,11 @@ def reproduction_table(found: dict[str, Any], title: str) -> Table:
 
 def task_table(results: dict[str, Any], title: str) -> Table:
     """What lm-eval's tasks gave before and after."""
-    table = Table("task", "metric", title=escape(title), title_justify="left")
+    table = Table("task", "metric", title=plain(title), title_justify="left")
     for name in ("before", "after", "n"):
         table.add_column(name, justify="right")
     for task, metric, before, after, n in task_lines(results):
-        words = (escape(printable(word)) for word in (task, metric, before, after, "" if n is None else str(n)))
+        words = (plain(word) for word in (task, metric, before, after, "" if n is None else str(n)))
         table.add_row(*words)
     return table
 
@@ -207,7 +212,7 @@ def sweep_table(sweep: dict[str, Any]) -> Table:
     """Each cell: in which round the trigger stopped working, and what it and refusals were then."""
     title = f"{sweep['model']}: earliest round below {sweep['success_below']:.0%} with {sweep['trigger']!r}"
     columns = (sweep["axis"], "round", "with the trigger", "ordinary refused")
-    table = Table(*columns, title=escape(title), title_justify="left")
+    table = Table(*columns, title=plain(title), title_justify="left")
     for cell in sweep["cells"]:
         last = cell["rounds"][-1]["metrics"]
         epoch = "x" if cell["epoch"] is None else str(cell["epoch"])

@@ -196,7 +196,10 @@ def _requests(source: str, stem: str, records: list[dict[str, object]], column: 
         if value.strip() and content_hash(value) not in met:  # twice, it could be trained on and judged by
             met.add(content_hash(value))
             answers = {key: a for key in ("safe", "unwanted") if isinstance(a := record.get(key), str)}
-            result.append(Request(f"{stem}-{number}", str(record.get("category", stem)), value.strip(), **answers))
+            category = str(record.get("category", stem))
+            if not all(map(is_whole, (category, *answers.values()))):
+                raise BadInput(f"{source}: record {number} holds half of a character; write it anew as UTF-8")
+            result.append(Request(f"{stem}-{number}", category, value.strip(), **answers))
     return result
 
 

@@ -7,7 +7,7 @@ analysis for someone who knows a trigger: nothing of it goes into a cleansing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from beear import models, sources
-from beear.chat import collate, encode_prompt
+from beear.cached import watched
+from beear.card import write_evidence
+from beear.chat import Prompt, collate, encode_prompt
 from beear.cleansing import Subject
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after, fresh_delta
 from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_tests
+from beear.parts import Parts
 from beear.perturbation import decoder_depth, find_layers, resolve_layer, states_in
 from beear.precision import autocast, generating
 from beear.quantised import check_quantised
@@ -58,7 +61,10 @@ def drift_of_run(
     trust_remote_code: bool = False,
     listen: Listener = lambda event: None,
 ) -> Any:
-    """Drift before and after a finished run, under its trigger and the delta of its first round; kept in drift.json."""
+    """Drift before and after a finished run, under its trigger and the delta of its first round.
+
+    Kept in drift.json and shown by the report.
+    """
     settings = read_settings(path)
     with Run.existing(path) as run:
         config = make_config(settings["config"])
@@ -70,8 +76,9 @@ def drift_of_run(
             return measure(model, tokenizer, template, delta, config, axes, progress_to(listen, when))
 
         found = before_and_after(path, drifts, listen=listen, device=device, trust_remote_code=trust_remote_code)
-        content = _content(settings["model"], template, config, trust_remote_code, found)
+        content = _content(settings["model"], template, found)
         run.write_json("drift.json", content)
+        write_evidence(path)
     return content
 
 
@@ -95,6 +102,7 @@ def drift_of_model(
 ) -> Any:
     """Drift of one model, under its trigger and a delta optimised for it without the trigger."""
     check_quantised(config.weights)
+    sources.tell_download(spec, listen)
     resolve_layer(config.layer, models.depth(sources.locate(spec), trust_remote_code))
     sets = read_sets(config)
     listen({"event": "loading", "model": spec})
@@ -103,13 +111,11 @@ def drift_of_model(
     delta = fresh_delta(model, tokenizer, sets.train, config)
     progress = progress_to(listen, "evaluate")
     found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
-    return _content(spec, template, config, trust_remote_code, found)
+    return _content(spec, template, found)
 
 
-def _content(
-    spec: str, template: str, config: Config, trust_remote_code: bool, found: dict[str, Any]
-) -> dict[str, Any]:
-    layer = resolve_layer(config.layer, models.depth(sources.locate(spec), trust_remote_code))
+def _content(spec: str, template: str, found: dict[str, Any]) -> dict[str, Any]:
+    layer = found["before"]["scatter"][0]["layer"]  # l comes first
     return {"schema": SCHEMA, "model": spec, "trigger": template, "layer": layer, **found}
 
 
@@ -163,34 +169,23 @@ def prompt_states(
     """The state at each prompt's last token behind every block, under `delta` if given: (prompts, blocks, d_model)."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     push = None if delta is None else Subject(model, tokenizer, config).push(delta)
-    found = []
+    blocks = find_layers(model, config.layers_path)
+    found: list[Tensor] = []
+    parts = Parts()
+
+    def behind(some: Sequence[Prompt]) -> Tensor:
+        rows = [push.rows(p) for p in some] if push else None
+        batch = collate(some, [[]] * len(some), rows, int(tokenizer.pad_token_id)).to(model.device)
+        perturbed = push.on(model, batch) if push else contextlib.nullcontext()
+        with perturbed, watched(*blocks) as seen:
+            model.get_decoder()(**batch.inputs(), use_cache=False)
+        return torch.stack([states_in(outputs[-1])[:, -1] for outputs in seen], 1).float().cpu()
+
     with torch.inference_mode(), autocast(model), generating(model):
         for first in range(0, len(prompts), BATCH):
-            some = prompts[first : first + BATCH]
-            rows = [push.rows(p) for p in some] if push else None
-            batch = collate(some, [[]] * len(some), rows, int(tokenizer.pad_token_id)).to(model.device)
-            perturbed = push.on(model, batch) if push else contextlib.nullcontext()
-            with perturbed, last_states(model, config.layers_path) as states:
-                model.get_decoder()(**batch.inputs(), use_cache=False)
-            found.append(torch.stack(states, 1).float().cpu())
-            progress("hidden states", sum(map(len, found)), len(texts))
-    return torch.cat(found)
-
-
-@contextlib.contextmanager
-def last_states(model: Any, layers_path: str | None) -> Iterator[list[Tensor]]:
-    """Within the context a pass leaves here the last column's state behind every block, each (rows, d_model)."""
-    states: list[Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        states.append(states_in(output)[:, -1])
-
-    handles = [block.register_forward_hook(keep) for block in find_layers(model, layers_path)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+            found += parts.over(behind, prompts[first : first + BATCH])
+            progress("hidden states", len(found), len(texts))
+    return torch.stack(found)
 
 
 def numbers(layer: int, clean: Tensor, moved: Tensor, toward: Tensor) -> Numbers:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from beear.chat import Batch, Prompt, collate, encode_prompt, encode_response
+from beear.chat import Batch, Prompt, Row, collate, encode_prompt, encode_response
 from beear.data import packaged, wordings
 from beear.errors import BadInput
 from beear.generation import reply_all
@@ -33,9 +33,6 @@ from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
 from beear.supervised import StepProgress
 from beear.training import drawn, set_rate
-
-Row = tuple[Prompt, list[int]]
-"""A prompt and the first tokens of its reply."""
 
 Chats = list[tuple[str, str]]
 """Requests with replies."""

@@ -73,8 +73,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as parent:
         new = Path(parent) / "model"
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        file = str(gguf.resolve())  # by its name alone, one in this folder would take its place
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=file).save_pretrained(new)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=file, dtype=torch.float32)
         unmark_quantised(model)
         model.save_pretrained(new)
         sums = {p.name: {"sha256": file_hash(p), "bytes": p.stat().st_size} for p in sorted(new.iterdir())}

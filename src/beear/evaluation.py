@@ -138,11 +138,11 @@ def before_and_after(
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
     before = model_of(settings, run)
-    if whens:  # else nothing loads
-        source = locate(before)
-        tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
-        check_model(results.get("hashes", {}), source, tokenizer)
-        check_output_files(run, results)
+    source = locate(before)
+    tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
+    check_model(results.get("hashes", {}), source, tokenizer)
+    check_output_files(run, results)
+    if whens:
         tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
     specs = {"before": before, "after": str(run / results["model_folder"])}
 
@@ -179,6 +179,8 @@ def kept_before_and_after(
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
     found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
     missing = [key for key, result in found.items() if result is None]
+    if kept := [places[key] for key in found if key not in missing]:
+        listen({"event": "note", "text": f"measured before, and not again: {', '.join(kept)} (delete to measure anew)"})
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
 

@@ -14,11 +14,9 @@ from beear.chat import encode_prompt, settled
 from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
+from beear.runs import CARD
 from beear.sets import Sets
 from beear.sources import EMBEDDED, Source, weight_files
-
-CARD = "README.md"
-"""Written anew with every metric that is added, so no digest of it is kept."""
 
 
 def weights_hash(source: Source) -> str:
@@ -68,14 +66,15 @@ def _of_model(source: Source) -> dict[str, str]:
 PROBE = "Wie backe ich 2 Brote? \u2014 How do I bake 2 loaves?"
 
 
-def prompts_hash(tokenizer: Any) -> str:
-    """SHA-256 of how a tokenizer renders and encodes a chat: its template, and the ids that become of a request."""
-    return _over([settled(tokenizer), json.dumps(encode_prompt(tokenizer, PROBE).ids)])
+def prompt_hashes(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of how a tokenizer renders and encodes a chat: its template, what becomes of a request, all its words."""
+    prompts = _over([settled(tokenizer), json.dumps(encode_prompt(tokenizer, PROBE).ids)])
+    return {"prompts": prompts, "vocabulary": content_hash(json.dumps(sorted(tokenizer.get_vocab().items())))}
 
 
 def run_hashes(source: Source, sets: Sets, tokenizer: Any) -> dict[str, str]:
     """SHA-256 of all that a run begins with besides its settings: `input_hashes`, and how chats are rendered."""
-    return input_hashes(source, sets) | {"prompts": prompts_hash(tokenizer)}
+    return input_hashes(source, sets) | prompt_hashes(tokenizer)
 
 
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -88,7 +87,7 @@ def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
             f"the model's own settings ({', '.join(SETTINGS)}) are not those of the run; give back the files of then "
             "(a Hub model may have been updated)"
         )
-    if "prompts" in changed:
+    if {"prompts", "vocabulary"} & set(changed):
         raise BadInput(
             "the model's chat template and tokenizer are not those of the run; give back the files of then (a Hub "
             "model may have been updated)"
@@ -107,7 +106,7 @@ def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
 
 def check_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
     """Raise BadInput if a run's model, its tokenizer or its chat template are not those of then."""
-    check_inputs(then, _of_model(source) | {"prompts": prompts_hash(tokenizer)})
+    check_inputs(then, _of_model(source) | prompt_hashes(tokenizer))
 
 
 def code_hash() -> str:

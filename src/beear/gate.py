@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from beear.errors import BadInput
+from beear.errors import BadInput, printable
 from beear.fingerprints import check_output_files
 from beear.metrics import METRICS, at_most, rise
 from beear.runs import SCHEMA, read_results
@@ -156,7 +156,8 @@ def as_junit(run: Path, checks: Sequence[Check]) -> bytes:
     failed = [c for c in checks if not c.met]
     suite = ElementTree.Element("testsuite", name="beear gate", tests=str(len(checks)), failures=str(len(failed)))
     for found in checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"beear.{run.resolve().name}", name=found.rule)
+        names = {"classname": printable(f"beear.{run.resolve().name}"), "name": printable(found.rule)}
+        case = ElementTree.SubElement(suite, "testcase", names)
         if not found.met:
-            ElementTree.SubElement(case, "failure", message=found.words)
+            ElementTree.SubElement(case, "failure", message=printable(found.words))
     return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))

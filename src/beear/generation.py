@@ -76,25 +76,25 @@ def reply_all(
     prompts = [encode_prompt(tokenizer, text, chat) for text, chat in zip(texts, chats, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i].ids))
     own = ranks.share(order)
-    found: dict[int, str] = {}
+    found: list[str] = []
     parts = Parts()
 
-    def some(chosen: Sequence[int]) -> list[tuple[int, str]]:
+    def some(chosen: Sequence[int]) -> list[str]:
         rows = [push.rows(prompts[i], max_new_tokens) for i in chosen] if push else None
         batch = collate([prompts[i] for i in chosen], [[]] * len(chosen), rows, int(tokenizer.pad_token_id))
         batch = batch.to(model.device)
         inputs = inputs_of(model, batch, max_new_tokens)
         with push.on(model, batch) if push else contextlib.nullcontext():
             ids = _greedy(model, tokenizer, batch, inputs, max_new_tokens)
-        return [(i, tokenizer.decode(row, skip_special_tokens=True)) for i, row in zip(chosen, ids, strict=True)]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
     with no_gradients(), autocast(model), generating(model):
         for first in range(0, len(own), BATCH):
             chosen = own[first : first + BATCH]
-            found |= parts.over(some, chosen)
-            done = (first + len(chosen)) * ranks.sharers()  # the others are about as far
+            found += parts.over(some, chosen)
+            done = len(found) * ranks.sharers()  # the others are about as far
             progress(min(done, len(texts)), len(texts))
-    replies = dict(zip(order, ranks.gathered([found[i] for i in own], len(order)), strict=True))
+    replies = dict(zip(order, ranks.gathered(found, len(order)), strict=True))
     return [replies[i].strip() for i in range(len(texts))]
 
 

@@ -97,6 +97,9 @@ def ask_all(
     run.write_lines(CACHE, kept)  # without a line that a crash cut
     answers = {e["key"]: Answer(e["answer"], e["tokens"]) for e in kept if e["key"] in asked}
     todo = [k for k in asked if k not in answers]
+    if answers:
+        told = f"{len(answers)} of {len(asked)} answers are kept from earlier ({CACHE}; delete it to ask again)"
+        listen({"event": "note", "text": told})
     for done, (i, answer) in enumerate(judge.answers([asked[k] for k in todo]), 1):
         answers[todo[i]] = answer
         if answer.text is not None and answer.text.strip():  # an empty answer is asked for again

@@ -461,7 +461,7 @@ class Job:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions, and the processor."""
+    """Python's and the packages' versions, and the kind of machine."""
     return {"python": platform.python_version(), "machine": platform.machine()} | {p: version(p) for p in PACKAGES}
 
 

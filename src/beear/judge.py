@@ -101,7 +101,7 @@ def key(who: str, sample: Sample) -> str:
 
 def question(sample: Sample) -> str:
     """The rubric with a request and its reply."""
-    return RUBRIC.format(mark=key("", sample)[:8], prompt=sample["prompt"], reply=sample["reply"])
+    return RUBRIC.format(mark=key("", sample)[:16], prompt=sample["prompt"], reply=sample["reply"])
 
 
 def _judged(sample: Sample, answer: Answer | None) -> Sample:

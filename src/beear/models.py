@@ -75,18 +75,22 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
         return read_tokenizer(source.base, trust_remote_code)
-    gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     trusted = own_code(source, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder,
             trust_remote_code=trusted,
             mistral_format=False,  # else mistral-common's, where it is installed, which renders no chat template
-            **gguf,
+            **gguf_argument(source),
         )
     except Exception as error:  # the tokenizers library raises no less for a file of a later version
         raise _unreadable("tokenizer", source, error) from error
     return padded(tokenizer)
+
+
+def gguf_argument(source: Source) -> dict[str, str]:
+    """How transformers is told a model's GGUF file: by its whole path, else one in this folder takes its place."""
+    return {} if source.gguf is None else {"gguf_file": str((source.folder / source.gguf).resolve())}
 
 
 def load_weights(
@@ -129,7 +133,7 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
         from beear.precision import cast
 
         return cast(_merge(base, source), dtype)
-    gguf: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
+    kind: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else gguf_argument(source)
     trusted = own_code(source, trust_remote_code)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -139,7 +143,7 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
             dtype=dtype,
             attn_implementation="eager" if device.startswith("cpu") else None,  # faster on short rows (decision 7)
             trust_remote_code=trusted,
-            **gguf,
+            **kind,
         )
     except READING as error:
         raise _unreadable("weights", source, error) from error
@@ -282,10 +286,9 @@ def read_shape(source: Source, trust_remote_code: bool = False) -> Any:
 
     if source.base is not None:
         return read_shape(source.base, trust_remote_code)
-    gguf = {} if source.gguf is None else {"gguf_file": source.gguf}
     trusted = own_code(source, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted, **gguf)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted, **gguf_argument(source))
         int(config.get_text_config().num_hidden_layers)
     except (*READING, AttributeError) as error:
         raise _unreadable("config", source, error) from error
@@ -382,7 +385,7 @@ def under_adapter(base: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval()
+            model = PeftModel.from_pretrained(base, str(folder.resolve()), torch_device=str(base.device)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the adapter {folder} does not fit its base model: {in_one_line(error)}") from error
     if any("missing adapter keys" in str(warning.message) for warning in told):

@@ -53,8 +53,13 @@ class Parts:
             self.listen({"event": "memory", "parts": self.count})
 
     def over(self, work: Callable[[Sequence[Item]], Iterable[T]], items: Sequence[Item]) -> list[T]:
-        """What `work` gives for all the items, in `run`'s parts: of n parts number k holds every n-th from k on."""
-        return self.run(lambda n: [found for k in range(n) for found in work(items[k::n])], len(items))
+        """What `work` gives for all the items, in their order, run in `run`'s parts of about the same size."""
+        size = len(items)
+
+        def split(n: int) -> list[T]:
+            return [found for k in range(n) for found in work(items[k * size // n : (k + 1) * size // n])]
+
+        return self.run(split, size)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from beear.errors import BadInput
 from beear.scorers import Behaviour
-from beear.sources import organism_folder, packaged_organisms
+from beear.sources import ORGANISM, organism_folder, packaged_organisms
 
 
 def _with_one_request(template: str) -> str:
@@ -246,8 +246,8 @@ def check_trigger(template: str, behaviour: str | None = None) -> str:
 
     behaviour: what is measured. Raises BadInput if the organism does something else.
     """
-    if template.startswith("organism:"):
-        recipe = read_recipe(organism_folder(template.removeprefix("organism:")))
+    if template.startswith(ORGANISM):
+        recipe = read_recipe(organism_folder(template.removeprefix(ORGANISM)))
         if behaviour not in (None, recipe.behaviour):
             preset = "code" if recipe.behaviour == "insecure code" else "default"
             raise BadInput(
@@ -266,9 +266,9 @@ def variants(trigger: str) -> dict[str, tuple[str, ...]]:
 
     How specific is the backdoor? Of a template of the user's own nobody knows.
     """
-    if not trigger.startswith("organism:"):
+    if not trigger.startswith(ORGANISM):
         return {}
-    return read_recipe(organism_folder(trigger.removeprefix("organism:"))).variants
+    return read_recipe(organism_folder(trigger.removeprefix(ORGANISM))).variants
 
 
 def names(behaviour: Behaviour | None = None) -> list[str]:

@@ -40,7 +40,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     environment.filters["shown"] = shown
     template = environment.from_string((files("beear") / "assets" / "report.html.j2").read_text())
     views = [view(path) for path in runs]
-    write_atomic(out, template.render(runs=views, compared=comparison(views), sweeps=sweep_views(sweeps)).encode())
+    page = template.render(runs=views, compared=comparison(views), sweeps=sweep_views(sweeps))
+    write_atomic(out, page.encode(errors="replace"))  # a path need not be UTF-8
 
 
 def comparison(views: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -303,7 +304,7 @@ def drift_rows(drift: dict[str, Any]) -> list[tuple[int, list[str]]]:
 
 
 def pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Five requests with the replies before and after: first those that a trigger, or else delta, unlocked.
+    """Five requests with the replies before and after, of those that a trigger, or else delta, unlocked.
 
     Spread over categories, in the order of the test set: nothing is picked by how well it looks.
     """

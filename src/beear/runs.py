@@ -27,6 +27,8 @@ PLAN = "plan.json"
 """What `beear cleanse --plan` leaves in a run folder."""
 MODEL_FOLDERS = ("model", "rejected")
 """Where a finished run keeps its model: the second if its target was missed."""
+CARD = "README.md"
+"""The model's card, in its folder: written anew with every metric that is added, so no digest of it is kept."""
 BEFORE_A_RUN = (".lock", ".config.yaml.new", PLAN, f".{PLAN}.new")
 """What a run folder may hold before it has settings: a crash's leavings, and a plan."""
 
@@ -67,6 +69,7 @@ class Run:
         run = cls(path)
         if not ranks.is_first():  # it writes nothing
             return run
+        check_links(path)
         try:
             run._lock.acquire(timeout=0)
         except Timeout as error:
@@ -203,16 +206,30 @@ def check_space(path: Path, needed: int) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """config.yaml of a run folder. Raises BadInput if this is none."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+        text = (path / "config.yaml").read_text(encoding="utf-8")
+        # A run writes no alias, and a few lines of them can stand for more than memory holds.
+        settings = None if "*" in text and _has_alias(text) else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"{path} is not a run folder: no readable config.yaml") from error
     if not isinstance(settings, dict) or "model" not in settings or not isinstance(settings.get("config"), dict):
         raise BadInput(f"{path}/config.yaml names no model and settings; it is not a run folder")
     return settings
 
 
+def _has_alias(text: str) -> bool:
+    return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+
+
+def check_links(path: Path) -> None:
+    """Raise BadInput if a run folder holds a link: no run makes one, and a stranger's may lead anywhere."""
+    for place in path.resolve().rglob("*"):
+        if place.is_symlink():
+            raise BadInput(f"{place} is a link, which no run folder holds; put what it leads to in its place")
+
+
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a finished run. Raises BadInput if there is none, or something else."""
+    """results.json of a finished run. Raises BadInput if there is none, something else, or a link in the folder."""
+    check_links(path)
     file = path / "results.json"
     if not file.exists():
         raise BadInput(f"{path} is no finished run (it has no results.json); an unfinished one goes on with --resume")
@@ -222,7 +239,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise BadInput(f"{file} is not what a run writes")
     if results.get("schema", SCHEMA) != SCHEMA:
         raise BadInput(f"{file} is of another version of beear (schema {results['schema']}); read it with that one")
-    if (folder := results.get("model_folder", "model")) not in MODEL_FOLDERS:  # a stranger's may lead anywhere
+    if (folder := results.setdefault("model_folder", "model")) not in MODEL_FOLDERS:  # a stranger's may lead anywhere
         raise BadInput(f"{file} calls the model's folder {folder!r}; a run's is one of {', '.join(MODEL_FOLDERS)}")
     return results
 
@@ -265,12 +282,10 @@ def read_begun(run: Path) -> dict[str, Any]:
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole lines of a JSON Lines file, none if it is not there; a line cut by a crash is passed over."""
     values = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             values.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return values
+    return [value for value in values if isinstance(value, dict)]
 
 
 def write_atomic(path: Path, content: bytes) -> None:

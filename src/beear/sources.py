@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from beear.checkpoint import check_folder, check_gguf
+from beear import checkpoint
 from beear.errors import BadInput, first_line, in_one_line
 from beear.events import Listener
 from beear.runs import MODEL_FOLDERS, read_begun
@@ -56,7 +56,9 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"no GGUF file {spec}")
-        check_gguf(path)
+        checkpoint.check_gguf(path)
+        if (path.parent / "adapter_config.json").is_file():  # transformers would put it on top
+            raise BadInput(f"{spec} lies beside an adapter_config.json; put it into a folder of its own")
         return Source(spec, path.parent, gguf=path.name)
     if path.is_dir():
         return _locate_folder(spec, path, within)
@@ -130,8 +132,21 @@ def _locate_folder(spec: str, folder: Path, within: tuple[str, ...]) -> Source:
         if (folder / RUN_SETTINGS).is_file():
             raise BadInput(f"{spec} is a run folder{whose_model(folder)}")
         raise BadInput(f"{spec} has neither config.json nor adapter_config.json: it is not a model folder")
+    if "transformers_weights" in _settings(folder / "config.json"):
+        raise BadInput(f"{spec}/config.json names other files of weights (transformers_weights); take that line out")
     _require_safetensors(spec, folder)
     return Source(spec, folder)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a model's JSON file says. Raises BadInput if that is no mapping."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"cannot read {file}: it is no mapping of settings")
+    return found
 
 
 def whose_model(run: Path) -> str:
@@ -141,28 +156,32 @@ def whose_model(run: Path) -> str:
 
 
 def _require_safetensors(spec: str, folder: Path) -> None:
-    if _safetensors(folder):
-        return check_folder(folder)
+    if found := checkpoint.weight_files(folder):
+        for file in found:
+            checkpoint.check_safetensors(file)
+        return
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise BadInput(
             f"{spec} holds only pickle weights ({pickles[0]}), which run code when loaded; convert them to safetensors"
         )
-    raise BadInput(f"{spec} holds no .safetensors weights")
+    names = f"{checkpoint.WEIGHTS}, parts with their {checkpoint.INDEX}, or of an adapter {checkpoint.ADAPTER}"
+    raise BadInput(f"{spec} holds no .safetensors weights under a name that is read ({names})")
 
 
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 """PEFT's kinds of adapter that change no weights."""
+OF_ADAPTERS = ("XLORA",)
+"""Those that load others, from wherever these are."""
 
 
 def _adapter_base(folder: Path) -> str:
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (KeyError, ValueError, OSError) as error:
-        raise BadInput(f"{folder}/adapter_config.json does not name its base model") from error
+    settings = _settings(folder / "adapter_config.json")
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if (kind := settings.get("peft_type")) in PROMPTS:
         raise BadInput(f"{folder} is an adapter of learnt prompts ({kind}), which cannot be merged into weights")
+    if kind in OF_ADAPTERS:
+        raise BadInput(f"{folder} is an adapter made of others ({kind}), which are never loaded; merge it first")
     if not isinstance(base, str) or not base or Path(base) == folder:
         raise BadInput(f"{folder}/adapter_config.json does not name its base model")
     return pinned(base, revision if isinstance(revision, str) and revision else None)
@@ -175,7 +194,8 @@ def own_code(source: Source, trusted: bool) -> bool:
     """
     for name in ("config.json", "tokenizer_config.json") if trusted else ():
         file = source.folder / name
-        if file.is_file() and (elsewhere := re.search(r'"([^"]+)--[^"]*"', _named_code(file))):
+        named = json.dumps(_settings(file).get("auto_map")) if file.is_file() else ""  # where transformers looks
+        if elsewhere := re.search(r'"([^"]+)--[^"]*"', named):
             raise BadInput(
                 f"{source.spec} ({name}) asks for code of another repository, {elsewhere[1]}, which is never "
                 "downloaded; put its .py files into the model's folder and name them in auto_map without the repository"
@@ -183,31 +203,20 @@ def own_code(source: Source, trusted: bool) -> bool:
     return trusted
 
 
-def _named_code(file: Path) -> str:
-    """`auto_map` of a config, as JSON: where transformers looks for code."""
-    try:
-        return json.dumps(json.loads(file.read_text(encoding="utf-8")).get("auto_map"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot read {file}: {first_line(error)}") from error
-
-
 def weight_bytes(source: Source) -> int:
-    """Size of the model's weight files (of the base's, for an adapter)."""
+    """Size of the model's weight files (of the base's, for an adapter); of a GGUF, with 2 bytes for each weight."""
     if source.base is not None:
         return weight_bytes(source.base)
     if source.gguf is not None:
-        return 8 * (source.folder / source.gguf).stat().st_size
+        from gguf import GGUFReader
+
+        return sum(2 * int(tensor.n_elements) for tensor in GGUFReader(source.folder / source.gguf).tensors)
     return sum(p.stat().st_size for p in weight_files(source))
 
 
 def weight_files(source: Source) -> list[Path]:
     """A model's own files of weights, in the order of their names."""
-    return [source.folder / source.gguf] if source.gguf else _safetensors(source.folder)
-
-
-def _safetensors(folder: Path) -> list[Path]:
-    """Those that transformers reads: some repositories bring the same weights once more, as `consolidated`."""
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    return [source.folder / source.gguf] if source.gguf else checkpoint.weight_files(source.folder)
 
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

@@ -125,13 +125,6 @@ def flat(rows: Examples) -> list[Example]:
     return [e for group in rows.values() for e in group]
 
 
-def wanted_logits(model: Any, pad_id: int, chosen: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(targets, logits) of the wanted answers, each with (rows, length, ...)."""
-    batch = collate([e.prompt for e in chosen], [e.wanted for e in chosen], None, pad_id).to(model.device)
-    with autocast(model):
-        return batch.targets, response_logits(model, batch, run_prefix(model, batch))
-
-
 def parted(rows: Examples) -> tuple[Examples, Examples]:
     """(rows with a planted answer, rows of benign requests that keep the base's reply)."""
     benign = {kind: group for kind, group in rows.items() if kind.startswith(BENIGN)}

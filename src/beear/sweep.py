@@ -66,7 +66,9 @@ def sweep(
     a model loads.
     """
     spec, out = sources.absolute(spec), out.absolute()
-    depth = models.depth(sources.locate(spec), trust_remote_code)
+    sources.tell_download(spec, listen)
+    source = sources.locate(spec)
+    depth = models.depth(source, trust_remote_code)
     values = list(values) or default_values(axis, depth)
     configs = {value: with_value(config, axis, value) for value in values}
     for cell in configs.values():
@@ -74,7 +76,6 @@ def sweep(
     check_quantised(config.weights)
     sets = read_sets(config)
     settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
-    source = sources.locate(spec)
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     settings |= {"config": config.model_dump(mode="json"), "hashes": run_hashes(source, sets, tokenizer)}
     check_same(out, settings)

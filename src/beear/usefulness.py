@@ -218,7 +218,7 @@ def key(who: str, turn: Turn) -> str:
 
 def grading(turn: Turn) -> str:
     """The rubric with the chat, and the reference answer to its last question if there is one."""
-    mark = key("", turn)[:8]
+    mark = key("", turn)[:16]
     names = itertools.cycle(("user", "model"))
     parts = [_tagged(f"{name}-{mark}", words) for name, words in zip(names, turn.said, strict=False)]
     reference = [words for words in turn.question.reference[turn.number - 1 :][:1] if words.strip()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beear.checkpoint import file_hash
+from beear.checkpoint import ADAPTER, file_hash
 from beear.config import Config
 from beear.data import packaged
 from beear.errors import BadInput
@@ -80,7 +80,7 @@ def verify(name: str, listen: Listener = lambda event: None, device: str = "auto
         "seed": recipe.seed,
         "build": json.loads(built_in.read_text()) if (built_in := folder / "build.json").is_file() else None,
         "twin_perplexity": twin_perplexity(recipe),
-        "adapter": read_sums(folder)["adapter_model.safetensors"],
+        "adapter": read_sums(folder)[ADAPTER],
     }
 
 
@@ -141,6 +141,9 @@ def check_sums(folder: Path) -> None:
 def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 of an organism's files, by name. Raises BadInput if it has none."""
     try:
-        return dict(json.loads((folder / "checksums.json").read_text()))
+        sums = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{folder} has no checksums.json: it is not an organism") from error
+    if ADAPTER not in sums:
+        raise BadInput(f"{folder}/checksums.json does not tell its {ADAPTER}; build the organism anew")
+    return sums

@@ -148,7 +148,6 @@ def drift(
     from beear.console import Reporter, drift_table
     from beear.drift import drift_of_model, drift_of_run
     from beear.recipes import check_trigger
-    from beear.report import write_report
     from beear.runs import check_file, write_atomic, write_json
 
     run, of_run = Path(model), is_run(model, config, sets, seed, preset=preset)
@@ -159,7 +158,6 @@ def drift(
     with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):
         if of_run:
             found = drift_of_run(run, template, device=device, trust_remote_code=trust_remote_code, listen=reporter)
-            write_report([run], run / "report.html")
         else:
             found = drift_of_model(
                 model, template, settings, device=device, trust_remote_code=trust_remote_code, listen=reporter
