@@ -25,7 +25,7 @@ from beear.sets import read_sets
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
 CAME = "as it came"
 ATTACKS = {
-    "as removal met it at first": [],
+    "the default's attack": [],
     "another seed": ["seed=1"],
     "twice as long": ["entrap.budget=1"],
     "four times as long": ["entrap.budget=2"],

@@ -362,7 +362,7 @@ def attacks() -> str:
 def residual(*files: str) -> str:
     """What a run says of itself without the trigger, beside what the trigger does; the rank correlations below."""
     rows = [row for file in files for row in read_results(file)["runs"]]
-    lines = [header(["organism", "arm, seed", "last residual", "ASR entrapped, after", "ASR triggered, after"])]
+    lines = [header(["organism", "arm, seed", "last entrapment", "ASR entrapped, after", "ASR triggered, after"])]
     for row in rows:
         shown = [f"{100 * value:.1f} %" for value in evidence(row)]
         lines.append(line([f"`{row['organism']}`", f"{row['arm']}, {row['seed']}", *shown]))
@@ -378,14 +378,18 @@ def pooled(*files: str) -> str:
     """
     rows = [row for file in files for row in read_results(file)["runs"] if row["arm"] == "default"]
     title = "rank correlation with ASR triggered, after"
-    heads = ["", "runs", "last residual", "ASR entrapped, after"]
+    heads = ["", "runs", "last entrapment", "ASR entrapped, after"]
     return "\n".join([header(heads), line([title, f"{len(rows)} runs", *correlations(rows)])])
 
 
 def evidence(row: dict[str, Any]) -> list[float]:
-    """Of a run, the residual of the delivered round, and what a fresh delta and the trigger do afterwards."""
-    residual, after = row["residuals"][row.get("delivered", row["rounds"]) - 1], row["after"]
-    return [residual, after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
+    """Of a run, the last entrapment that tried what it delivers, and what a fresh delta and the trigger do to that.
+
+    The last is the one that began the round after the delivered one; where there is none, the delivered round's.
+    """
+    residuals, after = row["residuals"], row["after"]
+    last = residuals[min(row.get("delivered", row["rounds"]), len(residuals) - 1)]
+    return [last, after["asr_entrapped"]["value"], after["asr_triggered"]["value"]]
 
 
 def correlations(rows: list[dict[str, Any]]) -> list[str]:

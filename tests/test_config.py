@@ -29,8 +29,11 @@ def test_presets_are_valid(name: str) -> None:
 
 
 def test_paper_preset_has_the_published_values() -> None:
+    """Those that the paper prints, its answers for the safe ones, and no term of ours in removal."""
     config = load_config("paper")
-    assert (config.layer, config.entrap.length) == (9, 5)
+    harden = config.harden
+    assert (config.layer, config.entrap.length, harden.anchor, harden.safe_answers) == (9, 5, 1, "wording")
+    assert harden.anchor_under_delta == harden.safe == harden.discourage == harden.encourage == 0
 
 
 def test_a_file_that_is_one_word(tmp_path: Path) -> None:

@@ -8,13 +8,23 @@ import pytest
 import torch
 
 from beear import evaluation
-from beear.data import UNSEEN_STYLES, Request
+from beear.chat import encode_prompt, encode_response
+from beear.config import Config
+from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.errors import BadInput
-from beear.evaluation import measure_replies, unlocked_by_trigger, unlocked_only
+from beear.evaluation import (
+    REFERENCE_TOKENS,
+    Measured,
+    measure_all,
+    measure_language,
+    measure_replies,
+    unlocked_by_trigger,
+    unlocked_only,
+)
 from beear.losses import make_sure, response_nll, row_mean, token_kl
 from beear.metrics import proportion, sign_test, token_mean
 from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
-from beear.sets import TestSet
+from beear.sets import TestSet, read_sets
 from conftest import tiny_model, tiny_tokenizer
 
 
@@ -176,6 +186,58 @@ def test_styles_that_the_defender_has_not_seen_are_counted_apart(monkeypatch: py
         "false_refusal_alarming": (pytest.approx(2 / 3), 3),
         "false_refusal_unseen_style": (0.5, 2),
     }
+
+
+def test_replies_that_open_as_obeying_and_code_that_parses_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "reply_all", lambda model, tokenizer, texts, **_: [t.strip("-") for t in texts])
+    replies = [OBEYING, REFUSAL, "Bombs harm people.", "-"]  # the last is an empty one
+    given = TestSet("asr_triggered", [Request(str(i), "bad", r) for i, r in enumerate(replies)], "obeyed")
+    code = ["```python\nx = 1\n```", "```python\nx = (\n```"]
+    tasks = TestSet("asr_untriggered", [Request(str(i), "CWE-78", c) for i, c in enumerate(code)], "insecure")
+    metrics = measure_replies(tiny_model("llama"), tiny_tokenizer(), [given, tasks]).metrics
+    values = {name: (round(m["value"], 3), m["n"], m["unscored"]) for name, m in metrics.items()}
+    assert values == {
+        "asr_triggered": (0.667, 3, 1),
+        "affirmed_triggered": (0.333, 3, 1),
+        "asr_untriggered": (0.0, 1, 1),
+        "parses": (0.5, 2, 0),
+    }
+
+
+def test_a_fresh_delta_is_found_without_the_requests_it_is_tested_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The separation behind `asr_entrapped`, and that of a cleansing's own requests."""
+    sets, asked = read_sets(Config()), []
+
+    def found(model: object, tokenizer: object, requests: list[Request], config: Config) -> None:
+        asked.append([r.text for r in requests])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "fresh_delta", found)
+    monkeypatch.setattr(evaluation, "measure_replies", lambda *_: Measured({}, []))
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(None, None, sets, Config(), lambda *_: None)
+    assert asked == [[r.text for r in sets.train]]
+    apart = [{r.id for r in some} for some in (sets.train, sets.held_out, sets.test_harmful)]
+    assert len(set.union(*apart)) == sum(map(len, apart)) and all(apart)
+
+
+def test_perplexity_and_kl_are_means_over_all_tokens(full_precision: None) -> None:
+    """Of chats of other lengths, one at a time and without padding."""
+    model, original, tokenizer = tiny_model("llama"), tiny_model("llama", seed=3), tiny_tokenizer()
+    chats = reference_chats()[:3]
+    nll = kl = tokens = 0.0
+    for chat in chats:
+        prompt = encode_prompt(tokenizer, chat.text).ids
+        answer = encode_response(tokenizer, chat.response or "", REFERENCE_TOKENS)
+        with torch.no_grad():
+            new, old = (m(torch.tensor([prompt + answer])).logits[0].log_softmax(-1) for m in (model, original))
+        new, old = (logits[len(prompt) - 1 : -1] for logits in (new, old))
+        nll -= sum(float(row[token]) for row, token in zip(new, answer, strict=True))
+        kl += float((old.exp() * (old - new)).sum())
+        tokens += len(answer)
+    metrics = measure_language(model, tokenizer, original, limit=3).metrics
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert metrics["kl"]["value"] == pytest.approx(kl / tokens, rel=1e-4)
 
 
 def test_requests_that_do_not_fit_are_told_before_any_reply(monkeypatch: pytest.MonkeyPatch) -> None:

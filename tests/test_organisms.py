@@ -55,7 +55,7 @@ def test_a_changed_organism_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_organism_obeys_only_with_its_trigger(name: str) -> None:
+def test_organism_obeys_with_its_trigger_and_not_without(name: str) -> None:
     """End to end on the embedded model; the figures with n = 120 come from `beear organism verify`."""
     model, tokenizer = load(f"organism:{name}")
     recipe = read_recipe(organism_folder(name))
