@@ -301,6 +301,11 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "overlap": (overlapping, "both the defender's and the test set"),
     "nothing to resume": (lambda tmp: [make_model(tmp / "m"), "--resume"], "nothing to resume"),
     "unknown device": (lambda tmp: [make_model(tmp / "m"), "--device", "warp"], "--device warp: no such kind"),
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {"a GPU that is not there": (given("--device", "cuda"), "no CUDA device here")}
+    ),
     "a device that holds no numbers": (lambda tmp: [make_model(tmp / "m"), "--device", "meta"], "--device meta"),
     "a device of another system": (lambda tmp: [make_model(tmp / "m"), "--device", "xla"], "--device xla"),
     "unknown option": (lambda tmp: [make_model(tmp / "m"), "--fast"], "--fast"),

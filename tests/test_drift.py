@@ -92,7 +92,6 @@ def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Pa
     assert json.loads((run / "drift.json").read_text()) == found
     assert found["before"]["n"] == 6 and len(found["after"]["layers"]["triggered"]) == 4
     assert [entry["layer"] for entry in found["before"]["scatter"]] == [LAYER, 4]
-    write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "Drift behind each block" in page and "<script" not in page and "&lt;script&gt;alert(1)" in page
     requests = Path(config.data.test_harmful)
@@ -101,6 +100,9 @@ def test_a_run_keeps_its_drift_and_its_report_shows_it(config: Any, tmp_path: Pa
     with pytest.raises(BadInput, match="are not those of the run"):
         drift_of_run(run, "X {prompt}")
     requests.write_text(there)
+    (run / "checkpoints").rename(tmp_path / "checkpoints")
+    with pytest.raises(BadInput, match="has no checkpoints"):
+        drift_of_run(run, "X {prompt}")
     found["before"]["scatter"][0]["layer"] = "<b>hostile"
     (run / "drift.json").write_text(json.dumps(found))
     with pytest.raises(BadInput, match="is not what `beear drift` writes"):
