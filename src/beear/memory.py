@@ -6,10 +6,10 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_MACHINE = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -43,12 +43,12 @@ def restart_peak(device: str = "cpu") -> None:
         _CLEAR.write_text("5")
 
 
-def available_memory(device: str = "cpu") -> int | None:
-    """Bytes that are free for this process, or None where the system does not tell."""
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that are free for this process."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    free = [size for size in (_field(_MACHINE, "MemAvailable"), _left_to_container()) if size is not None]
-    return min(free, default=None)
+    free, left = int(psutil.virtual_memory().available), _left_to_container()
+    return free if left is None else min(free, left)
 
 
 def _left_to_container() -> int | None:

@@ -88,7 +88,7 @@ def sweep(
     write_json(out / SWEEP_SETTINGS, settings)
     folders = {value: out / f"{axis}-{value:02d}" for value in values}
     cells = [
-        partial(run_cell, spec, folders[value], cell, sets, tests, trust_remote_code)
+        partial(run_cell, sources.pinned(spec, source.commit), folders[value], cell, sets, tests, trust_remote_code)
         for value, cell in configs.items()
         if not (folders[value] / CELL).exists()
     ]

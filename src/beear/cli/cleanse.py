@@ -246,9 +246,8 @@ def _plan(model: str, out: Path, config: Config, *, quiet: bool, as_json: bool, 
         return
     show(plan_table(plan, model))
     available, peak = available_memory(pick_device(device)), max(plan.peak_memory_bytes.values())
-    if available is not None:
-        words = "fits into" if peak <= available else "does NOT fit into"
-        typer.echo(f"{peak / 2**30:.1f} GiB {words} the {available / 2**30:.1f} GiB that are free here")
+    words = "fits into" if peak <= available else "does NOT fit into"
+    typer.echo(f"{peak / 2**30:.1f} GiB {words} the {available / 2**30:.1f} GiB that are free here")
     typer.echo(f"plan:   {out / 'plan.json'}; the same command without --plan runs it")
 
 
