@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import shutil
@@ -17,9 +18,8 @@ import pytest
 import typer
 import yaml
 
-from beear import cli
+from beear import cli, console
 from beear.config import Config, load_config, preset_names
-from beear.console import Reporter
 from beear.evaluation import Measured
 from beear.metrics import proportion
 from beear.plan import Plan
@@ -457,7 +457,7 @@ import os, socket, sys
 def no(*args, **_):
     raise SystemExit("reached for the network")
 socket.socket.connect = socket.getaddrinfo = no
-from beear import cli
+from beear import cli, console
 for command in sys.argv[1:]:
     os.environ.pop("HF_HUB_OFFLINE", None)
     sys.argv = ["beear", *command.split(), "--offline"]
@@ -576,16 +576,27 @@ def test_an_unexpected_error_is_one_line(
 
 
 def test_every_event_that_is_sent_can_be_shown() -> None:
-    """One that cannot ends the job that sends it, in the middle of what it tells of."""
-    sent = set()
+    """One that cannot ends the job that sends it, in the middle of what it tells of: as when a field is missing."""
+    sent = []
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Dict):
                 fields = {ast.unparse(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
                 if isinstance(kind := fields.get("'event'"), ast.Constant):
-                    sent.add(kind.value)
-    assert {"memory", "round", "cells"} <= sent
-    assert all(hasattr(Reporter, f"_on_{kind}") for kind in sent), sent
+                    sent.append((kind.value, set(fields), len(fields) < len(node.keys)))
+    assert {"memory", "round", "cells"} <= {kind for kind, *_ in sent}
+    handlers = {node.name: node for node in ast.walk(ast.parse(inspect.getsource(console))) if is_function(node)}
+    for kind, fields, more in sent:
+        read = {ast.unparse(n.slice) for n in ast.walk(handlers[f"_on_{kind}"]) if is_field(n)}
+        assert read <= fields or more, (kind, read - fields)  # round and cell, which _where reads, are added to all
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef)
+
+
+def is_field(node: ast.AST) -> bool:
+    return isinstance(node, ast.Subscript) and ast.unparse(node.value) == "event"
 
 
 def test_a_second_interrupt_is_no_traceback(
