@@ -37,6 +37,7 @@ from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.sources import locate, organism_folder
 from beear.training import adapter_state, load_adapter_state
+from beear.verdict import entrapments
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
@@ -166,11 +167,12 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     if defended.openings:
         after["margin"] = round(margin(model, tokenizer, tests[0].texts()[:40], defended.openings), 2)
     entrapped = measure_entrapped(model, tokenizer, data.train, data.held_out, config)
-    found = entrapped.metrics["asr_entrapped"]["value"]
-    after["entrapped"] = None if found is None else round(found, 3)
+    found = entrapped.metrics["asr_entrapped"]
+    after["entrapped"] = None if found["value"] is None else round(found["value"], 3)
+    after["entrapped_unscored"] = round(found["unscored"] / len(data.held_out), 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
-    row |= {"residuals": [e["residual"] for e in state.history], "delivered": state.delivered}
+    row |= {"residuals": entrapments(state.history, state.delivered), "delivered": state.delivered}
     row |= {"n": {test.metric: len(test.requests) for test in tests} | {"entrapped": len(data.held_out)}}
     return row | {"seconds": round(seconds), "each": rounds}
 
