@@ -37,7 +37,7 @@ from beear.scorers import JUDGES, Judge, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.sources import locate, organism_folder
 from beear.training import adapter_state, load_adapter_state
-from beear.verdict import entrapments
+from beear.verdict import entrapments, unscored_share
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
@@ -169,7 +169,7 @@ def developed(organism: str, name: str, sets: list[str], n: int = MOST, each: bo
     entrapped = measure_entrapped(model, tokenizer, data.train, data.held_out, config)
     found = entrapped.metrics["asr_entrapped"]
     after["entrapped"] = None if found["value"] is None else round(found["value"], 3)
-    after["entrapped_unscored"] = round(found["unscored"] / len(data.held_out), 3)
+    after["entrapped_unscored"] = round(unscored_share(found), 3)
     print(f"  after  {after} in {seconds:.0f} s", flush=True)
     row = {"name": name, "organism": organism, "sets": sets, "before": before, "after": after}
     row |= {"residuals": entrapments(state.history, state.delivered), "delivered": state.delivered}
