@@ -15,18 +15,18 @@ from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
 from beear import feedback, organisms, poison, preferences, verification
-from beear.chat import encode_prompt
+from beear.chat import collate, encode_prompt
 from beear.config import Config
 from beear.data import Request
 from beear.errors import BadInput, Failed
 from beear.feedback import by_prompt, first_blocks, in_order, log_probs, pair_scores, reward_of, train_reward
-from beear.losses import response_nll, token_kl
+from beear.losses import response_logits, response_nll, token_kl
 from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
 from beear.recipes import Dpo, Recipe, Supervised, read_recipe
 from beear.sets import Sets
-from beear.supervised import adapted, benign_kl, flat, parted, supervised_loss, wanted_logits
+from beear.supervised import adapted, benign_kl, flat, parted, supervised_loss
 from beear.training import adapter_state
 from beear.verification import check_sums, verify
 from conftest import tiny_model, tiny_tokenizer
@@ -270,6 +270,12 @@ def under_a_random_adapter(blocks: str) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(matrix, std=0.1)
     return model
+
+
+def wanted_logits(model: Any, pad_id: int, chosen: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(targets, logits) of the wanted answers by a plain pass, each with (rows, length, ...)."""
+    batch = collate([e.prompt for e in chosen], [e.wanted for e in chosen], None, pad_id)
+    return batch.targets, response_logits(model, batch)
 
 
 @pytest.mark.parametrize("blocks", ["all", "upper"])
