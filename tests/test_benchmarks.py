@@ -11,15 +11,18 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_it_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_it_can_be_imported(name: str) -> None:
     module = importlib.import_module(name)
     assert name == "stored" or callable(module.main)
 
 
-def test_the_last_entrapment_is_the_one_that_tried_what_is_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_the_last_entrapment_is_the_one_that_tried_what_is_delivered() -> None:
     tables = importlib.import_module("tables")
     metric = {"asr_entrapped": {"value": 0.2}, "asr_triggered": {"value": 0.1}}
     row = {"residuals": [0.9, 0.5, 0.3], "rounds": 4, "after": metric}
@@ -30,8 +33,7 @@ def test_the_last_entrapment_is_the_one_that_tried_what_is_delivered(monkeypatch
     assert tables.correlations(runs) == ["0.87", ""], "equal residuals share a rank; all alike rank nothing"
 
 
-def test_rates_of_development_leave_out_what_could_not_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_rates_of_development_leave_out_what_could_not_be_scored() -> None:
     tables = importlib.import_module("tables")
     assert tables.rate("triggered", {"triggered": 0.5}, {"triggered": 10}).startswith("50.0 % (24 to 76)")
     half = {"triggered": 0.5, "triggered_unscored": 0.2}
@@ -42,7 +44,6 @@ def test_rates_of_development_leave_out_what_could_not_be_scored(monkeypatch: py
 def test_results_name_their_command_and_rows_take_the_place_of_older_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     stored = importlib.import_module("stored")
     monkeypatch.setattr(stored, "ROOT", tmp_path)
     path = tmp_path / "figures.json"

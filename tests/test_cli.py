@@ -457,7 +457,7 @@ import os, socket, sys
 def no(*args, **_):
     raise SystemExit("reached for the network")
 socket.socket.connect = socket.getaddrinfo = no
-from beear import cli, console
+from beear import cli
 for command in sys.argv[1:]:
     os.environ.pop("HF_HUB_OFFLINE", None)
     sys.argv = ["beear", *command.split(), "--offline"]

@@ -24,7 +24,7 @@ from beear.metrics import proportion
 from beear.reproduction import compare, reproduce
 from beear.sets import Sets
 from beear.sources import Source, locate
-from conftest import CHATML, call, make_model, prompt_files, tiny_model
+from conftest import CHATML, call, make_model, prompt_files, tiny_model, tiny_tokenizer
 
 SMALL = {"steps": 1, "batch": 2, "response_tokens": 4}
 
@@ -226,3 +226,17 @@ def test_runs_that_do_not_agree(made: Path) -> None:
     assert found["differs"] == [f"machine.threads: {threads} then, {threads + 1} now", "beear's code"]
     again["after"], again["verdict"] = first["after"], first["verdict"]
     assert compare(first, again)["agrees"]
+
+
+def test_a_tokenizer_with_two_ids_exchanged_is_noticed(tmp_path: Path) -> None:
+    """Also of tokens that neither the template nor the probe holds."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["x"], ids["X"] = ids["X"], ids["x"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    then, now = map(fingerprints.prompt_hashes, (tokenizer, type(tokenizer).from_pretrained(tmp_path)))
+    assert then["prompts"] == now["prompts"] and then["vocabulary"] != now["vocabulary"]
+    with pytest.raises(BadInput, match="tokenizer are not those of the run"):
+        fingerprints.check_inputs(then, now)

@@ -179,7 +179,7 @@ def kept_before_and_after(
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
     found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
     missing = [key for key, result in found.items() if result is None]
-    if kept := [places[key] for key in found if key not in missing]:
+    if kept := [places[key] for key, result in found.items() if result is not None]:
         listen({"event": "note", "text": f"measured before, and not again: {', '.join(kept)} (delete to measure anew)"})
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
