@@ -46,7 +46,7 @@ def of_images_and_text() -> Any:
     return AutoConfig.for_model("gemma3", text_config=text, vision_config=images, mm_tokens_per_image=4)
 
 
-DENSE_FIRST = {
+DENSE_FIRST: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4} | LATENT,
     "qwen3_moe": {"head_dim": 8, "mlp_only_layers": [0]},
 }

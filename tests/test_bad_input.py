@@ -147,7 +147,7 @@ BAD_MODELS: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete"),
         "holds no .safetensors weights",
     ),
-    "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "has no tokenizer.json"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "tokenizer.json is cut": (written("tokenizer.json", '{"version": '), "tokenizer"),
     "tokenizer.json of a later version": (
         written("tokenizer.json", {"version": "1.0", "model": {"type": "Later"}}),

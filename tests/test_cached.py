@@ -104,7 +104,7 @@ def test_blocks_run_again_behind_a_cached_pass() -> None:
 
 
 def test_a_forward_that_another_library_put_there_is_put_back() -> None:
-    block = torch.nn.Linear(1, 1)
+    block: Any = torch.nn.Linear(1, 1)
     block.forward = own = lambda x: x + 1
     with returning([block], lambda: torch.zeros(1)):
         assert block(torch.ones(1)) == 0

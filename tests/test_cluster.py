@@ -31,9 +31,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def killed_once(spec: str, out: Path, *rest: Any) -> None:
+def killed_once(
+    spec: str, out: Path, config: Any, sets: Any, tests: Any, trusted: bool, device: str, listen: Listener
+) -> None:
     """A cell; that of layer 2 kills its worker after the first round, the first time it is run."""
-    *settings, listen = rest
     with (out.parent.parent / f"{out.name}.attempts").open("a") as file:
         file.write("x")
     first = file.name.endswith("layer-02.attempts") and Path(file.name).read_text() == "x"
@@ -43,7 +44,7 @@ def killed_once(spec: str, out: Path, *rest: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         listen(event)
 
-    run_cell(spec, out, *settings, tell)
+    run_cell(spec, out, config, sets, tests, trusted, device, tell)
 
 
 def test_a_killed_worker_costs_one_retry_of_its_cell(

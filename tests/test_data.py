@@ -1,3 +1,4 @@
+# mypy: disable-error-code="func-returns-value"
 """Packaged sets are as promised, the user's files are read or refused, and the two sides never overlap."""
 
 from __future__ import annotations

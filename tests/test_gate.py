@@ -26,7 +26,7 @@ def total(value: float) -> dict[str, Any]:
 
 @pytest.fixture()
 def run(tmp_path: Path) -> Path:
-    results = {
+    results: dict[str, Any] = {
         "verdict": {"met": True, "missed": []},
         "before": {"asr_triggered": share(118), "false_refusal": share(3), "perplexity": total(25.0)},
         "after": {"asr_triggered": share(1), "false_refusal": share(3), "perplexity": total(25.4), "kl": total(0.03)},

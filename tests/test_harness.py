@@ -83,7 +83,8 @@ def test_what_python_compiles_of_a_task_changes_nothing(include: str) -> None:
 
 def test_finished_tasks_of_a_model_are_kept(run: Path, include: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(include) / "odd.yaml").write_text((Path(include) / "even.yaml").read_text().replace("even", "odd"))
-    asked, real, done = Asked(("even", "odd"), include, limit=2), harness.run_task, []
+    asked, real = Asked(("even", "odd"), include, limit=2), harness.run_task
+    done: list[str] = []
 
     def run_task(model: Any, tokenizer: Any, task: str, *rest: Any) -> dict[str, Any]:
         if len(done) == 3:

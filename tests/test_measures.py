@@ -103,7 +103,8 @@ def test_token_mean_weighs_by_tokens() -> None:
     assert metric["value"] == 1.5 and metric["n"] == 2
     perplexity = token_mean([2.0, 4.0], [1, 3], exponential=True)
     assert perplexity["value"] == pytest.approx(math.exp(1.5))
-    assert perplexity["low"] <= perplexity["value"] <= perplexity["high"]
+    low, value, high = (perplexity[name] or math.nan for name in ("low", "value", "high"))
+    assert low <= value <= high
 
 
 def test_nll_and_kl_skip_padding() -> None:
@@ -195,7 +196,7 @@ def test_replies_that_open_as_obeying_and_code_that_parses_are_counted(monkeypat
     code = ["```python\nx = 1\n```", "```python\nx = (\n```"]
     tasks = TestSet("asr_untriggered", [Request(str(i), "CWE-78", c) for i, c in enumerate(code)], "insecure")
     metrics = measure_replies(tiny_model("llama"), tiny_tokenizer(), [given, tasks]).metrics
-    values = {name: (round(m["value"], 3), m["n"], m["unscored"]) for name, m in metrics.items()}
+    values = {name: (round(m["value"] or 0, 3), m["n"], m["unscored"]) for name, m in metrics.items()}
     assert values == {
         "asr_triggered": (0.667, 3, 1),
         "affirmed_triggered": (0.333, 3, 1),

@@ -63,7 +63,7 @@ def test_an_adapter_on_a_tied_head_or_embedding_changes_that_one_alone(target: s
         with wrapped.disable_adapter():
             bare = wrapped(input_ids=ids).logits
     wrapped.peft_config["default"].base_model_name_or_path = str(folder)
-    wrapped.save_pretrained(folder.parent / "adapter", save_embedding_layers=False)
+    wrapped.save_pretrained(str(folder.parent / "adapter"), save_embedding_layers=False)
     merged, _ = load(str(folder.parent / "adapter"))
     with torch.no_grad():
         found = merged(input_ids=ids).logits

@@ -44,7 +44,7 @@ def test_logits_and_gradients_are_those_of_all_positions(model: Any, batch: Batc
         model.zero_grad()
         prefix = run_prefix(model, batch) if shared else None
         kept, predicting = tokens_behind(batch, prefix), batch.predicting()[:, prefix.length if prefix else 0 :]
-        context = packed(find_layers(model), kept, predicting) if pack else contextlib.nullcontext()
+        context = packed(list(find_layers(model)), kept, predicting) if pack else contextlib.nullcontext()
         with context:
             logits = response_logits(model, batch, prefix)
         response_nll(logits, batch.targets).sum().backward()
@@ -55,10 +55,11 @@ def test_logits_and_gradients_are_those_of_all_positions(model: Any, batch: Batc
 
 
 def test_only_tokens_run_and_in_the_last_block_what_predicts(llama: Any, batch: Batch) -> None:
-    first, last = find_layers(llama)[0], find_layers(llama)[-1]
+    blocks: list[Any] = list(find_layers(llama))
+    first, last = blocks[0], blocks[-1]
     watched = {"mlp": first.mlp, "last mlp": last.mlp.down_proj, "last keys": last.self_attn.k_proj}
     seen = {name: seen_by(module) for name, module in watched.items()}
-    with packed(find_layers(llama), tokens_behind(batch, None), batch.predicting()):
+    with packed(blocks, tokens_behind(batch, None), batch.predicting()):
         response_logits(llama, batch)
     response_logits(llama, batch)  # outside of the context all run again
     tokens, every = int(batch.attention_mask.sum()), batch.input_ids.numel()
@@ -69,7 +70,7 @@ def test_only_tokens_run_and_in_the_last_block_what_predicts(llama: Any, batch: 
 def test_a_pass_of_another_shape_runs_in_full(llama: Any, batch: Batch) -> None:
     ids = torch.tensor([[3, 4, 5]])
     expected = llama(ids).logits
-    with packed(find_layers(llama), tokens_behind(batch, None), batch.predicting()):
+    with packed(list(find_layers(llama)), tokens_behind(batch, None), batch.predicting()):
         assert torch.equal(llama(ids).logits, expected)
 
 

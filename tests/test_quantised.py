@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from beear import job, models, sources
+from beear import job, models, ranks, sources
 from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import before_and_after
@@ -112,7 +112,7 @@ def test_what_does_not_go_with_it(folder: str, config: Config, tmp_path: Path, m
     with pytest.raises(BadInput, match="--merge needs full weights"):
         run_cleanse(folder, tmp_path / "run", config, merge=True)
     with monkeypatch.context() as patch:
-        patch.setattr(job.ranks, "is_sharded", lambda: True)
+        patch.setattr(ranks, "is_sharded", lambda: True)
         with pytest.raises(BadInput, match="FSDP does not share out"):
             check_quantised(config.weights)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 
 from beear import ranks
 from beear.config import load_config
@@ -31,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "entrap": {"steps": 4, "batch": 2, "response_tokens": 6},
     "harden": {"steps": 3, "batch": 2, "anchor_batch": 2, "response_tokens": 6, "lora_rank": 2, "stop_below": 0.0},
 }
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 """Sums over ranks add up in another order. Adam makes of such differences what it makes of any small gradient."""
 
 
@@ -94,8 +95,8 @@ def same_results(one: Path, other: Path) -> None:
     results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
     for rounds in zip(*(r["rounds"] for r in results), strict=True):
         for name in ("entrap", "harden"):
-            first, second = (torch.tensor(numbers(r[name])) for r in rounds)
-            torch.testing.assert_close(second, first, **CLOSE)
+            losses = [torch.tensor(numbers(r[name])) for r in rounds]
+            torch.testing.assert_close(losses[1], losses[0], **CLOSE)
     for name, metric in results[0]["after"].items():
         assert results[1]["after"][name]["n"] == metric["n"]
         assert results[1]["after"][name]["value"] == pytest.approx(metric["value"], rel=1e-2)
@@ -142,7 +143,7 @@ def test_sharded_each_rank_holds_half_of_the_blocks_weights_and_the_same_logits(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(shard_and_weigh, (port, tmp_path), nprocs=2)
+    spawn(shard_and_weigh, (port, tmp_path), nprocs=2)
     for rank in ("0", "1"):
         before, after, behind_a_pass = json.loads((tmp_path / rank).read_text())
         assert after == before / 2 and behind_a_pass == after
