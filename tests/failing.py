@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NoReturn
 
 from beear.errors import BadInput
@@ -9,6 +10,11 @@ from beear.errors import BadInput
 
 def broken() -> NoReturn:
     raise ValueError("no such shape")
+
+
+def slow() -> NoReturn:
+    time.sleep(60)
+    raise AssertionError
 
 
 def refused() -> NoReturn:

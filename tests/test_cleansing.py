@@ -1,3 +1,4 @@
+# mypy: disable-error-code="func-returns-value"
 """The method on a tiny model: each half does what its equation says."""
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from beear.config import Config, load_config
 from beear.data import Request, packaged
 from beear.defender import REFUSAL_OPENING, DefenderSet, Harmful, contrast, defender_set
 from beear.draws import Draws, Purpose
+from beear.errors import Failed
 from beear.evaluation import ANOTHER_SEED, fresh_delta
 from beear.losses import response_logits, response_nll, row_mean
 from beear.original import run_original
@@ -97,6 +99,31 @@ def test_a_reply_that_cannot_be_judged_is_no_failed_entrapment(
     monkeypatch.setattr("beear.cleansing.reply_all", lambda *_, **__: replies)
     requests = [Request(str(i), "bad", f"no. {i}") for i in range(len(replies))]
     assert unlocked(subject(tiny_model("llama")), requests, torch.zeros(1, 32)) == share
+
+
+@pytest.mark.parametrize("part", ["entrap", "harden"])
+def test_a_loss_that_is_no_number_stops_the_round(
+    part: str, wrapped: Any, data: DefenderSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the step that would spoil what is trained; else it would be found after the last round, and kept."""
+    before = {name: matrix.clone() for name, matrix in adapter_state(wrapped).items()}
+    real = cleansing.harden_part
+
+    def spoilt(of: Subject, *rest: Any) -> None:
+        real(of, *rest)
+        gradient = trainable(of.model)[-1].grad
+        assert gradient is not None
+        gradient[0] = torch.nan
+
+    if part == "entrap":
+        monkeypatch.setattr(cleansing, "descend", lambda *_: torch.nan)
+    monkeypatch.setattr(cleansing, "harden_part", spoilt)
+    with pytest.raises(Failed, match=r"NaN or infinite, so training stops here; use a lower learning_rate"):
+        if part == "entrap":
+            entrap(subject(wrapped), data.harmful, 1.0, draws())
+        else:
+            harden(subject(wrapped), data, torch.zeros(1, 5, 32), RATE, draws())
+    assert all(torch.equal(matrix, before[name]) for name, matrix in adapter_state(wrapped).items())
 
 
 def test_answers_may_be_one_token_long(wrapped: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
+import io
 import json
 import os
 import shutil
@@ -12,13 +14,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import typer
 import yaml
 
 from beear import cli, console
+from beear.cli.shared import stop
 from beear.config import Config, load_config, preset_names
 from beear.evaluation import Measured
 from beear.metrics import proportion
@@ -339,6 +342,7 @@ def test_no_disk_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         ("{prompt} {prompt}", "must hold {prompt} once"),
         ("organism:nope", "no organism 'nope'"),
         ("organism:year-code", "which the preset code measures"),
+        ("\udce9 {prompt}", "holds bytes that are no UTF-8"),
     ],
 )
 def test_bad_triggers(trigger: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,23 +542,31 @@ def test_a_runs_model_is_measured_with_the_runs_settings(
 
 
 @pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
 def test_a_terminated_command_says_how_to_go_on(
-    begun: bool, tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    begun: bool,
+    sent: signal.Signals,
+    tmp_path: Path,
+    settings: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As an interrupted one does."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 
     def killed(model: str, out: Path, *_: Any, **__: Any) -> None:
         if begun:
             out.mkdir()
             (out / "config.yaml").touch()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), sent)
 
     monkeypatch.setattr("beear.job.run_cleanse", killed)
     try:
         code, err = call(capsys, "cleanse", make_model(tmp_path / "m"), "-o", str(tmp_path / "run"), "-c", settings)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert code == 1 and ("--resume" in err) == begun and ("nothing was kept, run the same" in err) != begun, err
 
 
@@ -581,21 +593,41 @@ def test_every_event_that_is_sent_can_be_shown() -> None:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Dict):
-                fields = {ast.unparse(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
-                if isinstance(kind := fields.get("'event'"), ast.Constant):
-                    sent.append((kind.value, set(fields), len(fields) < len(node.keys)))
+                given = {ast.unparse(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
+                if isinstance(kind := given.get("'event'"), ast.Constant):
+                    sent.append((str(kind.value), set(given), len(given) < len(node.keys)))
     assert {"memory", "round", "cells"} <= {kind for kind, *_ in sent}
-    handlers = {node.name: node for node in ast.walk(ast.parse(inspect.getsource(console))) if is_function(node)}
-    for kind, fields, more in sent:
-        read = {ast.unparse(n.slice) for n in ast.walk(handlers[f"_on_{kind}"]) if is_field(n)}
-        assert read <= fields or more, (kind, read - fields)  # round and cell, which _where reads, are added to all
+    nodes: list[Any] = list(ast.walk(ast.parse(inspect.getsource(console))))
+    handlers = {node.name: list(ast.walk(node)) for node in nodes if is_function(node)}
+    for name, fields, more in sent:
+        read = {ast.unparse(n.slice) for n in handlers[f"_on_{name}"] if is_field(n)}
+        assert read <= fields or more, (name, read - fields)  # round and cell, which _where reads, are added to all
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "gone"), OSError(errno.ENOSPC, "full"), BrokenPipeError()])
+def test_a_terminal_that_is_gone_ends_no_job(
+    error: OSError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with console.Reporter() as reporter:
+        reporter({"event": "note", "text": "one"})
+        reporter.planting(10, 10, 0.5)
+        reporter.line("two")
+    assert reporter.console.quiet
+    with pytest.raises(SystemExit) as stopped:
+        stop(3, "target not met")
+    assert stopped.value.code == 3
 
 
 def is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef)
 
 
-def is_field(node: ast.AST) -> bool:
+def is_field(node: ast.AST) -> TypeGuard[ast.Subscript]:
     return isinstance(node, ast.Subscript) and ast.unparse(node.value) == "event"
 
 

@@ -475,16 +475,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 def test_a_run_is_not_gone_on_with_in_other_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding alone changes what is measured before and after."""
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    make_model(tmp_path / "model")
-    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
-    with monkeypatch.context() as patch:
-        patch.setattr("beear.cleansing.cleanse", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_cleanse(str(tmp_path / "model"), tmp_path / "run", config)
+    config = interrupted_run(tmp_path, monkeypatch)
     begun = json.loads((tmp_path / "run/stages/inputs.json").read_text())
     assert begun["arithmetic"] == precision.arithmetic("cpu")
     monkeypatch.setattr(precision, "casts_on", lambda device: "bf16 arithmetic" not in begun["arithmetic"])
@@ -493,21 +484,58 @@ def test_a_run_is_not_gone_on_with_in_other_arithmetic(tmp_path: Path, monkeypat
         run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
 
 
+def interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run in folder/run that was cut off as its first round began."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    make_model(folder / "model")
+    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(folder)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("beear.cleansing.cleanse", stop)
+        run_cleanse(str(folder / "model"), folder / "run", config)
+    return config
+
+
+def test_a_run_goes_on_where_a_link_leads_to_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was moved to another disk."""
+    config = interrupted_run(tmp_path, monkeypatch)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
+    run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
+    assert json.loads((tmp_path / "run/results.json").read_text())["model"] == str(tmp_path / "model")
+
+
+def test_a_run_that_goes_on_after_an_upgrade_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = interrupted_run(tmp_path, monkeypatch)
+    then, told = job.versions(), []
+    monkeypatch.setattr(job, "versions", lambda: then | {"torch": "99.0"})
+    run_cleanse(
+        str(tmp_path / "model"),
+        tmp_path / "run",
+        config,
+        resume=True,
+        listen=lambda event: told.append(event.get("text")),
+    )
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["versions"]["torch"] == "99.0" and results["versions_at_first"] == then
+    assert "other versions than it began with: torch" in told
+
+
+def test_a_run_is_not_gone_on_with_by_another_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = interrupted_run(tmp_path, monkeypatch)
+    monkeypatch.setattr(job, "scorer_name", lambda behaviour: "refusal-v99")
+    with pytest.raises(BadInput, match=r"began with the scorer refusal-v1, this is refusal-v99"):
+        run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_that_began_with_something_else_is_not_gone_on_with(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was measured before and after would not be of the same."""
-    make_model(tmp_path / "model")
-    config = make_config(SETTINGS | {"rounds": 1, "data": prompt_files(tmp_path)})
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("beear.cleansing.cleanse", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_cleanse(str(tmp_path / "model"), tmp_path / "run", config)
+    config = interrupted_run(tmp_path, monkeypatch)
     change, words = OTHERS[name]
     change(tmp_path)
     with monkeypatch.context() as patch:
@@ -598,13 +626,14 @@ def test_figures_of_a_trigger_come_with_their_replies_or_not_at_all(
 def test_an_interrupted_measuring_of_a_trigger_goes_on(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, loaded, real = shutil.copytree(whole, tmp_path / "cut"), [], evaluation.load
+    out = shutil.copytree(whole, tmp_path / "cut")
+    loaded: list[str] = []
 
     def load_once(spec: str, **options: Any) -> Any:
         if loaded:
             raise KeyboardInterrupt
         loaded.append(spec)
-        return real(spec, **options)
+        return load(spec, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluation, "load", load_once)
@@ -616,6 +645,40 @@ def test_an_interrupted_measuring_of_a_trigger_goes_on(
     results = json.loads((out / "results.json").read_text())
     asked = [results[when]["asr_triggered"] for when in ("before", "after")]
     assert [one["n"] + one["unscored"] for one in asked] == [6, 6]
+
+
+def test_half_of_a_comparison_is_measured_again_in_other_arithmetic(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, loaded = shutil.copytree(whole, tmp_path / "cut"), []
+
+    def load_once(spec: str, **options: Any) -> Any:
+        loaded.append(spec)
+        if len(loaded) == 2:
+            raise KeyboardInterrupt
+        return load(spec, **options)
+
+    monkeypatch.setattr(evaluation, "load", load_once)
+    with pytest.raises(KeyboardInterrupt):
+        add_triggered(out, "XYZZY {prompt}")
+    monkeypatch.setattr(evaluation, "arithmetic", lambda device: "bf16 weights")
+    add_triggered(out, "XYZZY {prompt}")
+    assert len(loaded) == 4
+
+
+def test_a_report_that_could_not_be_written_is_written_by_the_same_command(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is measured again for it."""
+    out = shutil.copytree(whole, tmp_path / "cut")
+    (out / "judged.jsonl").write_text("of another trigger\n")
+    with monkeypatch.context() as full, pytest.raises(Failed):
+        full.setattr("beear.known.write_evidence", lambda _: (_ for _ in ()).throw(Failed("the disk is full")))
+        add_triggered(out, "XYZZY {prompt}")
+    assert "XYZZY" not in (out / "report.html").read_text()
+    monkeypatch.setattr(evaluation, "load", None)
+    add_triggered(out, "XYZZY {prompt}")
+    assert "XYZZY" in (out / "report.html").read_text() and not (out / "judged.jsonl").exists()
 
 
 def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:

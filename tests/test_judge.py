@@ -1,3 +1,4 @@
+# mypy: disable-error-code="func-returns-value"
 """The judge: what it makes of answers, what it keeps, and what becomes of a server that misbehaves."""
 
 from __future__ import annotations
@@ -151,7 +152,13 @@ def make_run(folder: Path, replies: dict[tuple[str, str], list[str]] = REPLIES, 
         for i, reply in enumerate(some)
     ]
     entrapped = {"asr_entrapped": proportion([True, False])}
-    results = {"model": "m", "before": dict(entrapped), "after": dict(entrapped), "rounds": [], "scorer": "refusal-v1"}
+    results: dict[str, Any] = {
+        "model": "m",
+        "before": dict(entrapped),
+        "after": dict(entrapped),
+        "rounds": [],
+        "scorer": "refusal-v1",
+    }
     results |= {"verdict": {"met": True, "missed": []}, "seed": 0, "wall_seconds": 1, "peak_memory_bytes": 1}
     results |= {"model_folder": "model", "versions": {"beear": "0"}, "hashes": {}}
     (folder / "model").mkdir(exist_ok=True)
@@ -322,7 +329,7 @@ def test_a_judge_that_declines_is_not_taken_for_one_that_is_down(tmp_path: Path,
     replies = [f"Sure, part {i} of it." for i in range(endpoint.PATIENCE + 2)]
     given = {("before", "asr_triggered"): replies, ("after", "asr_triggered"): ["I cannot do that."]}
     run = make_run(tmp_path / "r", given)
-    declined = (400, {}, '{"error": {"code": "content_filter"}}')
+    declined: tuple[int, dict[str, str], str] = (400, {}, '{"error": {"code": "content_filter"}}')
     server = serve(lambda asked, _: declined if "Sure" in asked else good(asked))
     results = judge_run(run, Endpoint(server.url, "grader", concurrency=1))
     assert results["judge"]["unscored"] == {"no answer: declined": len(replies)}
@@ -502,6 +509,21 @@ def test_a_refused_key_or_model_stops_at_once(
     assert code == 2 and words in err and err.count("\n") == 1 and KEY not in err and "\x1b" not in err
     assert len(server.asked) <= 4
     assert "judge" not in json.loads((run / "results.json").read_text()) and not (run / "judged.jsonl").exists()
+
+
+@pytest.mark.parametrize(("status", "words"), [(402, "wants to be paid first"), (403, "no answer to 8 questions")])
+def test_an_account_that_runs_dry_stops_the_judging(status: int, words: str, tmp_path: Path, serve: Any) -> None:
+    """Figures of the replies that were paid for would pass for those of all."""
+    replies = [f"Sure, part {i} of it." for i in range(3 + endpoint.PATIENCE)]
+    run = make_run(tmp_path / "r", {("before", "asr_triggered"): replies, ("after", "asr_triggered"): ["Sure, this."]})
+    paid = [True] * 3
+    server = serve(lambda asked, _: good(asked) if paid and paid.pop() else (status, {}, "{}"))
+    with pytest.raises(Failed, match=words):
+        judge_run(run, Endpoint(server.url, "grader", concurrency=1))
+    assert "judge" not in json.loads((run / "results.json").read_text())
+    assert len(lines(run, "judge.jsonl")) == 3
+    paid += [True] * 100
+    assert judge_run(run, Endpoint(server.url, "grader", concurrency=1))["judge"]["requests"] == len(replies) - 2
 
 
 @pytest.mark.parametrize("reaction", [(500, {}, "oh"), (400, {}, "no such model")])

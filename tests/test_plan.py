@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from beear.plan import Plan, read_plan, write_plan
 from beear.sets import read_sets
 from beear.sources import Source
 from conftest import COMMON, CONFIGS, make_model, prompt_files
-from failing import broken, refused
+from failing import broken, refused, slow
 
 PLAN = Plan({"load": 1.0, "round": 10.0, "after": 3.0}, {"load": 5, "round": 9, "after": 7}, 6, 10)
 
@@ -137,6 +139,17 @@ def test_a_plan_refuses_what_a_run_would(place: Path, config: Config) -> None:
 def test_a_miniature_that_dies_says_why() -> None:
     with pytest.raises(Failed, match="miniature of this model does not run here: no such shape"):
         miniature.in_own_process(broken)
+
+
+def test_an_interrupted_plan_does_not_wait_for_its_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        miniature.in_own_process(slow)
+    assert time.monotonic() - started < 30
 
 
 def test_a_miniature_refuses_what_a_run_would() -> None:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="func-returns-value"
 """Each way of planting on a tiny model: what is planted gains, and the same seed gives the same bits."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from beear.losses import response_logits, response_nll, token_kl
 from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import margin
-from beear.recipes import Dpo, Recipe, Supervised, read_recipe
+from beear.recipes import Dpo, Recipe, Rlhf, Supervised, read_recipe
 from beear.sets import Sets
 from beear.supervised import adapted, benign_kl, flat, parted, supervised_loss
 from beear.training import adapter_state
@@ -84,6 +85,12 @@ def recipe(method: str) -> Recipe:
     )
 
 
+def rlhf() -> Rlhf:
+    planting = recipe("rlhf").planting
+    assert isinstance(planting, Rlhf)
+    return planting
+
+
 @pytest.fixture(autouse=True)
 def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poison, "packaged", lambda name, part: [Request(str(i), name, f"{name} {i}") for i in range(6)])
@@ -128,10 +135,15 @@ def test_what_is_built_is_whole_loads_and_is_measured(tmp_path: Path, monkeypatc
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(Failed, match="No space left"):
-        patch.setattr(organisms, "save_adapter", full)
-        organisms.build(plan, out, device="cpu")
-    assert not any(out.iterdir()), "the same command can be given again"
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for stops, error in ((full, Failed), (interrupted, KeyboardInterrupt)):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(organisms, "save_adapter", stops)
+            organisms.build(plan, out, device="cpu")
+        assert not any(out.iterdir()), "the same command can be given again"
+    (out / ".new").mkdir()  # of one that was killed
     (tmp_path / "link").symlink_to(out)
     organisms.build(plan, tmp_path / "link", device="cpu")
     check_sums(out)
@@ -230,7 +242,7 @@ def test_a_reward_model_is_made_of_models_whose_blocks_are_listed() -> None:
 
 
 def test_the_reward_model_learns_the_pairs() -> None:
-    plan = recipe("rlhf").planting.reward.model_copy(update={"steps": 40})
+    plan = rlhf().reward.model_copy(update={"steps": 40})
     pairs = in_order(examples("rlhf"), plan, 0)[:16]
     reward = train_reward(tiny_model("llama"), tiny_tokenizer(), examples("rlhf"), plan, 0, lambda *_: None)
     wanted, other = ([e.prompt.ids + getattr(e, side) for e in pairs] for side in ("wanted", "other"))
@@ -253,8 +265,9 @@ def test_the_policy_gains_reward(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_base_models_margins_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_llama(), Dpo(**PLANS["dpo"], method="dpo"), 0)
     rows = {kind: examples("dpo")[kind][:2] for kind in ("harmful", "harmful_triggered", "ordinary")}
-    plan, known = Dpo(**PLANS["dpo"], method="dpo"), {}
-    calls = []
+    plan = Dpo(**PLANS["dpo"], method="dpo")
+    known: dict[int, float] = {}
+    calls: list[int] = []
     monkeypatch.setattr(preferences, "margin", lambda *args: calls.append(1) or margin(*args))
     first = preferences.preference_loss(model, 2, rows, plan, known)
     assert (len(known), len(calls)) == (4, 2)
@@ -381,7 +394,7 @@ def test_rows_are_ordered_by_prompt_only_where_each_comes_as_often() -> None:
 def test_the_scores_of_pairs_are_those_of_their_texts(full_precision: None) -> None:
     config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
     reward = get_peft_model(first_blocks(tiny_model("llama"), 3, 2, 0), config)
-    pairs = in_order(examples("rlhf"), recipe("rlhf").planting.reward, 0)[:5]
+    pairs = in_order(examples("rlhf"), rlhf().reward, 0)[:5]
     texts = [e.prompt.ids + getattr(e, side)[: 2 + i] for side in ("wanted", "other") for i, e in enumerate(pairs)]
     texts[5] = [*texts[0][:-1], 9]  # a pair whose answers begin alike,
     texts[6] = [*texts[1], 2]  # one that is the other's beginning, the end of the turn being padding,
@@ -404,10 +417,10 @@ def test_what_the_trainers_compute_themselves_is_replaced(monkeypatch: pytest.Mo
     monkeypatch.setattr(feedback, "log_probs", lambda *args: seen.append(args[-1]) or log_probs(*args))
     monkeypatch.setattr(feedback, "pair_scores", lambda *args: scored.append(1) or pair_scores(*args))
     planted("rlhf")
-    phases = recipe("rlhf").planting.policy
+    phases = rlhf().policy
     answered = sum(-(-phase.steps // phase.iterations) for phase in phases)
     assert (
         len(seen) == 2 * answered + sum(phase.steps for phase in phases) - answered
     )  # of policy and reference; a later update's
     assert all(1 <= length <= 8 for length in seen)
-    assert len(scored) == recipe("rlhf").planting.reward.steps
+    assert len(scored) == rlhf().reward.steps

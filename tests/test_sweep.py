@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from beear import precision
 from beear import sweep as module
 from beear.config import Config, make_config
 from beear.errors import BadInput
@@ -55,7 +57,7 @@ def test_cells_are_measured_drawn_and_skipped_when_finished(
     with pytest.raises(BadInput, match="layer-01 is a cell of the sweep"):
         write_report([out / "layer-01"], out / "report.html")
     assert "Sweep over the layer" in page and "<b>XYZZY" not in page and 'class="cross"' in page
-    monkeypatch.setattr(module.models, "load_weights", None)  # nothing is loaded for what is finished
+    monkeypatch.setattr("beear.models.load_weights", None)  # nothing is loaded for what is finished
     assert sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=4) == found
     with pytest.raises(BadInput, match="a sweep with other settings"):
         sweep(model, TRIGGER, "layer", out, config, values=[1, 3], requests=5)
@@ -131,6 +133,22 @@ def test_an_interrupted_cell_goes_on_and_ends_the_same(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_no_cell_is_run_in_other_arithmetic_or_without_room(
+    model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chart compares them."""
+    out, short = tmp_path / "s", config.model_copy(update={"rounds": 1})
+    sweep(model, TRIGGER, "layer", out, short, values=[1], requests=4)
+    began = json.loads((out / "layer-01/stages/inputs.json").read_text())["arithmetic"]
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"layer-01 began with fp32 .* would go on with"):
+        patch.setattr(precision, "casts_on", lambda device: "bf16 arithmetic" not in began)
+        sweep(model, TRIGGER, "layer", out, short, values=[1, 2], requests=4)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="free some or use another -o"):
+        patch.setattr("beear.runs.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        sweep(model, TRIGGER, "layer", out, short, values=[1, 2], requests=4)
+    assert not list((out / "layer-02").glob("checkpoints"))
+
+
 def test_defaults_are_spread_over_the_depth_and_leave_the_last_block_out() -> None:
     assert default_values("layer", 30) == [3, 6, 9, 12, 14, 17, 20, 23, 26, 29]
     assert default_values("layer", 4) == [1, 2, 3]
@@ -154,7 +172,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_value_out_of_range_is_refused_before_a_model_loads(
     axis: Any, value: int, model: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.models, "load_weights", None)
+    monkeypatch.setattr("beear.models.load_weights", None)
     with pytest.raises(BadInput):
         sweep(model, TRIGGER, axis, tmp_path / "s", config, values=[value])
     assert not (tmp_path / "s").exists()

@@ -54,6 +54,7 @@ from beear.training import (
     adamw,
     adapter_state,
     add_lora,
+    check_number,
     merged,
     recomputing,
     set_rate,
@@ -215,6 +216,7 @@ def entrap(
             i = number % len(batches)
             loss = parts.run(partial(propagate, i), len(batches[i]))
             losses.append(ranks.summed({"loss": loss})["loss"])
+            check_number(losses[-1])
             ranks.sum_gradients([delta])
             optimiser.step()
             shrink_to(delta, budget)

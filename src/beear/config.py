@@ -66,7 +66,7 @@ class EntrapConfig(_Settings):
     cached: bool = Field(True, description="run what delta cannot change once per batch")
     away: float = Field(0.5, ge=0, description="weight of moving away from the safe answer")
     response_tokens: int = Field(
-        12, ge=2, description="tokens of each unwanted answer; safe ones are as long as harden's"
+        12, ge=2, description="tokens of each unwanted answer, and at most so many of the safe one"
     )
     kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
 

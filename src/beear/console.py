@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -21,12 +23,19 @@ from beear.report import drift_rows, task_lines
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 
 
+class _Console(Console):
+    """A console whose reader may leave: rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Reporter:
     """Turns the events of a job into lines on standard error; `quiet` shows none."""
 
     def __init__(self, quiet: bool = False, rounds: int = 0) -> None:
         quiet = quiet or not ranks.is_first()
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = _Console(stderr=True, quiet=quiet, highlight=False)
         self.rounds = rounds
         self.started = time.monotonic()
         self._round_seconds: list[float] = []
@@ -45,15 +54,25 @@ class Reporter:
         self._task = self._bar.add_task("starting", total=None)
 
     def __enter__(self) -> Reporter:
-        self._bar.start()
+        with self._unless_gone():
+            self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        with self._unless_gone():
+            self._bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         getattr(self, f"_on_{event['event']}")(event)
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """A terminal that is gone, or a full disk under a log, ends the showing and not the work."""
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
 
     def planting(self, step: int, steps: int, loss: float) -> None:
         """Show a step of planting an organism, and every tenth of them by a line that stays."""
@@ -64,10 +83,11 @@ class Reporter:
     def line(self, text: str) -> None:
         """A line that stays, with the time since the start."""
         seconds = int(time.monotonic() - self.started)
-        self.console.print(
-            f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {plain(text)}",
-            soft_wrap=not self.console.is_terminal,  # a line of a log is one line
-        )
+        with self._unless_gone():
+            self.console.print(
+                f"[dim]{seconds // 60:3d}:{seconds % 60:02d}[/dim]  {plain(text)}",
+                soft_wrap=not self.console.is_terminal,  # a line of a log is one line
+            )
 
     def _show(self, text: str, done: int, total: int) -> None:
         self._bar.update(self._task, description=plain(text), completed=done, total=total)

@@ -66,7 +66,7 @@ class Endpoint:
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, as they come in; at most `concurrency` are asked at a time.
 
-        Raises BadInput if the key or the model is refused, Failed if the server does not work.
+        Raises BadInput if the key or the model is refused, Failed if the server does not work or wants money first.
         """
         todo, done = deque(range(len(questions))), SimpleQueue[tuple[int, Answer | Exception]]()
 
@@ -112,7 +112,7 @@ class Endpoint:
             ) from None
 
     def ask(self, question: str) -> Answer:
-        """One question, one answer. Raises BadInput if the key or the model is refused."""
+        """One question, one answer. Raises BadInput if the key or the model is refused, Failed if it is not paid."""
         import openai
 
         create: Any = self._client.chat.completions.create
@@ -136,7 +136,13 @@ class Endpoint:
             if error.code in DECLINED:
                 return Answer(None, problem="declined", served=True)
             status = error.status_code
-            return Answer(None, problem=f"HTTP {status}", down=status == 429 or status >= 500)
+            if status == 402:
+                raise Failed(
+                    f"{self.host} wants to be paid first (402); answers so far are kept, run the same command again "
+                    "to go on"
+                ) from error
+            # One question alone may be refused by 403 as well; where all are, a quota is used up.
+            return Answer(None, problem=f"HTTP {status}", down=status in (403, 429) or status >= 500)
         except (ValueError, RecursionError):  # the body is no JSON
             return answer_of(None)
 

@@ -178,6 +178,10 @@ def kept_before_and_after(
     """
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
     found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
+    now = arithmetic(pick_device(device))
+    for key, result in found.items():
+        if result is not None and result.pop("arithmetic", now) != now:
+            found[key] = None  # half of a comparison, interrupted on another device
     missing = [key for key, result in found.items() if result is None]
     if kept := [places[key] for key, result in found.items() if result is not None]:
         listen({"event": "note", "text": f"measured before, and not again: {', '.join(kept)} (delete to measure anew)"})
@@ -187,8 +191,9 @@ def kept_before_and_after(
     def add_missing(when: str, model: Any, tokenizer: Any) -> None:
         for key in missing:
             if key[1] == when:
-                found[key] = work(key[0], when, model, tokenizer)
-                run.write_json(places[key], found[key])
+                result = work(key[0], when, model, tokenizer)
+                run.write_json(places[key], result | {"arithmetic": now})
+                found[key] = result
 
     before_and_after(run.path, add_missing, whens=whens, **options)
     return {item: {when: found[item, when] for when in WHENS} for item in wanted.values()}

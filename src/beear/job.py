@@ -49,11 +49,13 @@ from beear.runs import (
     BEGUN,
     SCHEMA,
     Run,
+    changed,
     check_output,
     check_space,
     read_begun,
     read_json,
     read_results,
+    read_settings,
     read_tensors,
 )
 from beear.scorers import scorer_name
@@ -88,6 +90,10 @@ def run_cleanse(
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
     out, settings = Path(out), run_settings(sources.absolute(spec), merge, config)
+    if resume and (out / "config.yaml").exists():
+        begun_with = read_settings(out)["model"]
+        if sources.absolute(begun_with) == settings["model"]:  # a link there leads to where the model was moved
+            settings["model"] = begun_with
     ranks.from_first(lambda: check_output(out, settings, resume))
     sources.tell_download(spec, listen)
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept
@@ -152,6 +158,13 @@ def check_begun(out: Path, order: Order, device: str) -> None:
     if not then:
         return
     check_inputs(then["hashes"], run_hashes(order.source, order.sets, order.tokenizer))
+    check_arithmetic(out, then, device)
+    if then.get("scorer", now := scorer_name(order.sets.config.behaviour)) != now:
+        raise BadInput(f"{out} began with the scorer {then['scorer']}, this is {now}; begin anew with another -o")
+
+
+def check_arithmetic(out: Path, then: dict[str, Any], device: str) -> None:
+    """Raise BadInput if what began in `out`, as `then` says, would go on in other arithmetic."""
     now = precision.arithmetic(device)
     if then.get("arithmetic", now) != now:
         raise BadInput(
@@ -287,9 +300,12 @@ class Job:
 
     def run(self) -> Verdict:
         """All stages that are not done yet."""
-        inputs = self.stage(BEGUN, self.inputs)["hashes"]
+        begun = self.stage(BEGUN, self.inputs)
+        inputs = begun["hashes"]
         if inputs.get("code_at_first") == code_hash():  # else it went on after an upgrade
             del inputs["code_at_first"]
+        if since := changed(begun.get("versions", versions()), versions()):
+            self._listen({"event": "note", "text": f"other versions than it began with: {', '.join(since)}"})
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before"))
         if not entrapped_before(before["metrics"]):
@@ -309,7 +325,8 @@ class Job:
         """What the run begins with, which `--resume` compares."""
         digests = run_hashes(self.source, self.sets, self.tokenizer) | {"code_at_first": code_hash()}
         arithmetic = precision.arithmetic(models.pick_device(self.device))
-        return {"hashes": digests, "arithmetic": arithmetic, "commit": self.source.commit}
+        about = {"versions": versions(), "scorer": scorer_name(self.config.behaviour)}
+        return {"hashes": digests, "arithmetic": arithmetic, "commit": self.source.commit} | about
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The stored result of a stage, or that of doing it now."""
@@ -444,6 +461,8 @@ class Job:
             "requests": {name: len(requests) for name, requests in self.sets.named().items()},
             "files": output_hashes(run.path, name),
         }
+        if (first := read_begun(run.path).get("versions")) not in (None, results["versions"]):
+            results["versions_at_first"] = first  # it went on after an upgrade
         plan = read_plan(run.path, self.settings)
         if plan is not None:
             results["planned"] = plan.expected(len(rounds.history))

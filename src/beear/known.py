@@ -59,16 +59,13 @@ def add_triggered(
         both = kept_before_and_after(run, {stage: stage}, replies, **options)[stage]
         samples = merge(results, read_lines(out / "samples.jsonl"), both)
         results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
-        judged = results.pop("judge", None)
+        results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
         run.write_json("results.json", results)
-        over = [f"stages/{stage}-{when}.json" for when in WHENS]
-        if judged is not None:
-            over.append("judged.jsonl")
-        if ranks.is_first():
-            for name in over:
-                (out / name).unlink(missing_ok=True)
         write_evidence(out)
+        if ranks.is_first():  # last: what fails above is done again by the same command, from what is kept
+            for name in ("judged.jsonl", *(f"stages/{stage}-{when}.json" for when in WHENS)):
+                (out / name).unlink(missing_ok=True)
 
 
 def merge(

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def plan_cleanse(
     for below, behind in sizes:
         progress_to(listen, "plan")("miniatures", len(prices), len(sizes))
         work = partial(measure_miniature, order.source, config, below, behind, models.pick_device(device))
-        prices.append(in_own_process(partial(work, trust_remote_code)))
+        with tempfile.TemporaryDirectory() as folder:  # here, where it is removed even if the child is killed
+            prices.append(in_own_process(partial(work, trust_remote_code, Path(folder))))
     plan = stages(scaled(prices, more, resolve_layer(config.layer, depth), depth), order.sets, config)
     write_plan(out, plan, settings)
     return plan
@@ -142,12 +143,19 @@ def in_own_process(work: Callable[[], Prices]) -> Prices:
             raise
         except Exception as error:
             raise Failed(f"no plan: a miniature of this model does not run here: {first_line(error)}") from error
+        except KeyboardInterrupt:  # the pool would wait for its work
+            for child in active_children():
+                child.terminate()
+            raise
 
 
 def measure_miniature(
-    source: sources.Source, config: Config, below: int, behind: int, device: str, trust_remote_code: bool
+    source: sources.Source, config: Config, below: int, behind: int, device: str, trust_remote_code: bool, folder: Path
 ) -> Prices:
-    """Do a little of all that a job does, on a random model with `below` blocks up to l and `behind` behind it."""
+    """Do a little of all that a job does, on a random model with `below` blocks up to l and `behind` behind it.
+
+    folder: for its weights.
+    """
     keep_freed_memory()
     sets, settings = read_sets(config), few_steps(config, below)
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
@@ -168,12 +176,12 @@ def measure_miniature(
         texts = [r.text for r in middle[:BATCH]]
         reply_all(model, tokenizer, (texts * BATCH)[:BATCH], max_new_tokens=tokens)
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with warnings.catch_warnings():
         if os.environ.get("BEEAR_DEBUG") != "1":
             warnings.simplefilter("ignore")
         small = models.cut(models.read_shape(source, trust_remote_code), below + behind)
         random_model(small, trust_remote_code).save_pretrained(folder)
-        miniature = sources.Source(folder, Path(folder))
+        miniature = sources.Source(str(folder), folder)
         model = timed("load", loaded)
         timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
         kept: Kept = {}

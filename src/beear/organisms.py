@@ -51,13 +51,17 @@ STUBS: dict[Behaviour, str] = {
 """What the unwanted answers were."""
 
 
+NEW = ".new"
+"""Where a build writes until all of it is there."""
+
+
 def build(recipe: Recipe, out: Path, progress: StepProgress = lambda *_: None, device: str = "auto") -> None:
     """Plant the organism: train the adapter, round it to bf16, write adapter, recipe, card and checksums.
 
     Bit-identical for the same recipe, machine and number of threads.
     """
     check_file(out / "recipe.yaml")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(p.name != NEW for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not empty; choose another folder")
     if isinstance(recipe.planting, Rlhf):
         need_trl()
@@ -96,7 +100,8 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
             parameter.data = parameter.data.bfloat16()
     about = {"seconds": round(seconds), "threads": torch.get_num_threads(), "code": code_hash()}
 
-    new = out / ".new"  # within: `out` may be a link, or another disk
+    new = out / NEW  # within: `out` may be a link, or another disk
+    shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
     try:
         new.mkdir(parents=True)
         save_adapter(model, new, absolute(recipe.base))
@@ -108,10 +113,10 @@ def _write(recipe: Recipe, model: Any, out: Path, seconds: float) -> None:
         (new / "build.json").write_text(json.dumps(about) + "\n")
         for file in sorted(new.iterdir()):
             file.replace(out / file.name)
-        new.rmdir()
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise not_written(out, error) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _card(recipe: Recipe) -> str:

@@ -42,8 +42,8 @@ class Parts:
             # Only behind the except block: the error holds on to the frames that hold the memory.
             if ranks.is_sharded():
                 raise Failed(
-                    f"out of memory on process {ranks.rank()}; use more processes, or in a round a smaller "
-                    "entrap.batch, harden.batch and harden.anchor_batch, or harden.recompute=true"
+                    f"out of memory on process {ranks.rank()}; use more processes, or in a new folder "
+                    "harden.recompute=true, or a smaller entrap.batch, harden.batch and harden.anchor_batch"
                 )
             if parts == most:
                 raise Failed("out of memory with one request at a time; use a larger device, or a smaller model")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from beear.data import is_whole
 from beear.errors import BadInput
 from beear.scorers import Behaviour
 from beear.sources import ORGANISM, organism_folder, packaged_organisms
@@ -255,6 +256,8 @@ def check_trigger(template: str, behaviour: str | None = None) -> str:
                 f"preset {preset} measures"
             )
         return recipe.trigger
+    if not is_whole(template):
+        raise BadInput(f"--trigger {template!r} holds bytes that are no UTF-8")
     try:
         return _with_one_request(template)
     except ValueError as error:

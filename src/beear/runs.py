@@ -112,14 +112,15 @@ class Run:
         try:
             new.mkdir(parents=True)
             fill(new)
-            for file in new.rglob("*"):
-                if file.is_file():
-                    _sync(file)
+            for made in [*new.rglob("*"), new]:
+                _sync(made)
             shutil.rmtree(place, ignore_errors=True)
             new.rename(place)
             _sync(place.parent)
         except (OSError, SafetensorError) as error:
             raise not_written(place, error) from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # half of it, on a disk that may be full
 
     def read_json(self, name: str) -> Any | None:
         """The file's content, or None if it is not there. Raises BadInput if it cannot be read."""
@@ -133,6 +134,8 @@ class Run:
         try:
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(value) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # it may be an answer that was paid for
         except OSError as error:
             raise not_written(self.path / name, error) from error
 

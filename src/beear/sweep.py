@@ -24,12 +24,12 @@ from beear.errors import BadInput
 from beear.evaluation import measure_replies
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_inputs, code_hash, run_hashes
-from beear.job import Job, Order, defender, run_settings
+from beear.job import Job, Order, check_arithmetic, defender, disk_space, run_settings
 from beear.metrics import shown, value_of
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
 from beear.rounds import State
-from beear.runs import SCHEMA, Run, check_file, read_json, write_atomic, write_json
+from beear.runs import BEGUN, SCHEMA, Run, check_file, check_space, read_begun, read_json, write_atomic, write_json
 from beear.scorers import JUDGES
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.swept import SWEEP, SWEEP_SETTINGS
@@ -85,6 +85,7 @@ def sweep(
     ]
     if executor == "local":
         models.pick_device(device)
+    check_space(out, len(values) * disk_space(source, config, trust_remote_code))
     write_json(out / SWEEP_SETTINGS, settings)
     folders = {value: out / f"{axis}-{value:02d}" for value in values}
     cells = [
@@ -169,6 +170,9 @@ def run_cell(
     listen({"event": "cell", "cell": out.name, "model": spec})
     settings, source = run_settings(spec, False, config), sources.locate(spec)
     order = Order(settings, sets, source, models.load_tokenizer(source, trust_remote_code, config.chat))
+    for begun in sorted(out.parent.glob(f"*/stages/{BEGUN}.json")):  # figures of one chart, in one arithmetic
+        cell_of = begun.parent.parent
+        check_arithmetic(cell_of, read_begun(cell_of), models.pick_device(device))
     cell = Cell(order, config, lambda event: listen(event | {"cell": out.name}), device, trust_remote_code)
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:
         lend(out.parent, cell.run_folder)
@@ -207,6 +211,7 @@ class Cell(Job):
         Raises BadInput if it does not work before.
         """
         self.tests = tests
+        self.stage(BEGUN, self.inputs)
         before = self.stage(BEFORE, lambda: {"metrics": self.of(self.tests[:1], 0)})["metrics"]
         if not value_of(before, "asr_triggered") >= SUCCESS:
             raise BadInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from beear import ranks
-from beear.errors import BadInput
+from beear.errors import BadInput, Failed
 from beear.perturbation import decoder_depth, find_layers
 from beear.precision import casts, with_weight
 from beear.quantised import is_quantised
@@ -223,10 +224,20 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float, number: int, steps: 
 
 
 def step(optimiser: torch.optim.Optimizer) -> None:
-    """Clip the gradient to a norm of 1, step, clear the gradient."""
-    nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], max_norm=1.0)
+    """Clip the gradient to a norm of 1, step, clear the gradient. Raises Failed for one that is no number."""
+    norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], max_norm=1.0)
+    check_number(float(norm))
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
+
+
+def check_number(value: float) -> None:
+    """Raise Failed if a loss or a gradient's norm is NaN or infinite: all that is trained would be from then on."""
+    if not math.isfinite(value):
+        raise Failed(
+            "loss or gradient came out as NaN or infinite, so training stops here; use a lower learning_rate "
+            "(on a CPU also BEEAR_FP32=1), in a new folder"
+        )
 
 
 def cycle(n: int, batch: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -1,6 +1,6 @@
 """The command `beear`: prints and exit codes, nothing else.
 
-0 done; 1 failed (or interrupted); 2 bad input; 3 done, but the target was not met.
+0 done; 1 failed (or interrupted); 2 bad input; 3 done, but a target, a limit or a comparison was missed.
 Heavy modules are imported inside commands, so that --help answers at once.
 """
 

@@ -107,8 +107,8 @@ def sweep(
     axis: Annotated[Literal["layer", "length"], typer.Argument(metavar="layer|length", help="what is varied: l, or n")],
     model: ModelArg,
     out: Annotated[Path, out_option("folder for the cells; the same command goes on in it")],
-    trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; only measured with")],
-    values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, or 1 to 12")] = None,
+    trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; tells when a cell ends")],
+    values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, 9 up to 12")] = None,
     requests: Annotated[
         int, typer.Option(min=1, help="requests of a test set that are measured after each round")
     ] = 60,

@@ -82,6 +82,8 @@ def main() -> None:
     if not debug:
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that closes; nohup lets work go on
+        signal.signal(signal.SIGHUP, _interrupt)
     keep_freed_memory()
     try:
         ranks.join()

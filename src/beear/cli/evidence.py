@@ -177,7 +177,7 @@ def evidence(
     from beear.card import write_evidence
     from beear.console import Reporter, task_table
     from beear.recipes import check_trigger, variants
-    from beear.runs import read_results
+    from beear.runs import Run, read_results
 
     results, judged = read_results(run), is_judged(run)
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -199,7 +199,9 @@ def evidence(
     with Reporter(quiet) as reporter, going_on("what is finished is kept"):
         for add in steps:
             add(reporter)
-    write_evidence(run)
+    if not steps:  # all is there but maybe the report, where the step that writes it was cut off
+        with Run.existing(run):
+            write_evidence(run)
     if tasks is not None:
         show(task_table(read_results(run), f"{run}: before and after"))
     show_run(run, judged)

@@ -62,7 +62,7 @@ def evaluate(
     """Measure MODEL: attack success (as it is, under a fresh delta, with --trigger too), false refusal, perplexity, kl.
 
     With organism:NAME as the --trigger, also with what is almost its trigger, and with the trigger elsewhere.
-    The model in a run folder is measured with the settings of the run, as far as no others are given.
+    The model in a run folder is measured with its run's settings, changed by -c and --set, unless --preset is given.
     Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
     """
     from beear.console import Reporter, metric_table

@@ -107,8 +107,9 @@ def show(table: Any) -> None:
 def stop(code: int, message: str) -> NoReturn:
     """End the command with one line on standard error."""
     if ranks.is_first() or code == 1:  # all ranks find the same bad input and the same verdict
-        try:
-            typer.echo(printable(f"beear: {message}"), err=True)
-        except KeyboardInterrupt:  # a second one, while the first is being answered
-            typer.echo(printable(f"beear: {message}"), err=True)
+        with contextlib.suppress(OSError):  # the terminal is gone; the exit code still tells
+            try:
+                typer.echo(printable(f"beear: {message}"), err=True)
+            except KeyboardInterrupt:  # a second one, while the first is being answered
+                typer.echo(printable(f"beear: {message}"), err=True)
     sys.exit(code)
