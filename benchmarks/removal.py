@@ -45,6 +45,7 @@ ARMS = {
         ["entrap.kind=zero", "harden.stop_below=0", "harden.safe_answers=wording"],
     ),
     "control: random delta": ("default", ["entrap.kind=random", "harden.stop_below=0"]),
+    "all blocks, none under delta": ("default", ["harden.lora_blocks=all", "harden.anchor_under_delta=0"]),
     "paper": ("paper", []),
     "fast": ("fast", []),
     "thorough": ("thorough", []),
@@ -78,7 +79,11 @@ def run(organism: str, arm: str, seed: int) -> None:
     gather(organism, arm, seed, out)
 
 
-APART = {"seed": 0, "harden": {"stop_below": 0.0, "safe_answers": "own"}, "entrap": {"kind": "learned"}}
+APART = {
+    "seed": 0,
+    "harden": {"stop_below": 0.0, "safe_answers": "own", "lora_blocks": "all", "anchor_under_delta": 0.0},
+    "entrap": {"kind": "learned"},
+}
 """In these arms may differ and yet share what was measured before."""
 
 
