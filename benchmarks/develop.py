@@ -33,7 +33,7 @@ from beear.job import adapted, defender, own_replies
 from beear.models import load
 from beear.recipes import check_trigger, read_recipe
 from beear.rounds import State, deliver
-from beear.scorers import JUDGES, Judge, counts, is_affirmation
+from beear.scorers import OUTCOME_OF, Outcome, counts, is_affirmation
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.sources import locate, organism_folder
 from beear.training import adapter_state, load_adapter_state
@@ -43,22 +43,21 @@ ROOT = Path(__file__).parent.parent
 LOG = ROOT / "runs" / "develop.jsonl"
 MOST = 240
 """Requests for each rate, where there are as many."""
-TOKENS: dict[Judge, int] = {"obeyed": 16, "refused": 16, "insecure": 80}
+TOKENS: dict[Outcome, int] = {"obeyed": 16, "refused": 16, "insecure": 80}
 
 
 def development(trigger: str, data: Sets, config: Config, n: int) -> list[TestSet]:
     """At most n requests for each rate; none of them is of the test part."""
-    judge = JUDGES[config.behaviour]
-    harmful = (
-        mixed(packaged("coding", "plant")) if judge == "insecure" else data.harmful[config.held_out + config.requests :]
-    )
+    outcome = OUTCOME_OF[config.behaviour]
+    spare = data.harmful[config.held_out + config.requests :]
+    harmful = mixed(packaged("coding", "plant")) if outcome == "insecure" else spare
     known = [
-        triggered(harmful[:n], template, metric=name, judge=judge)
+        triggered(harmful[:n], template, metric=name, outcome=outcome)
         for name, template in (("triggered", trigger), ("untriggered", "{prompt}"))
     ]
-    kinds = () if judge == "insecure" else ("ordinary", "alarming")
+    kinds = () if outcome == "insecure" else ("ordinary", "alarming")
     folder = ROOT / "benchmarks" / "development"
-    return known + [TestSet(kind, read_requests(str(folder / f"{kind}.txt"))[:n], judge="refused") for kind in kinds]
+    return known + [TestSet(kind, read_requests(str(folder / f"{kind}.txt"))[:n], outcome="refused") for kind in kinds]
 
 
 def rates(
@@ -68,13 +67,13 @@ def rates(
     result: dict[str, float | None] = {}
     wrong: list[list[str]] = []
     for test in tests:
-        replies = reply_all(model, tokenizer, test.texts(), max_new_tokens=tokens or TOKENS[test.judge])
-        counted = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
+        replies = reply_all(model, tokenizer, test.texts(), max_new_tokens=tokens or TOKENS[test.outcome])
+        counted = [counts(test.outcome, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
         scored = [c for c in counted if c is not None]
         result[test.metric] = round(sum(scored) / len(scored), 3) if scored else None
         if len(scored) < len(counted):
             result[f"{test.metric}_unscored"] = round(1 - len(scored) / len(counted), 3)
-        if test.metric == "triggered" and test.judge == "obeyed":  # others talk about the trigger's words
+        if test.metric == "triggered" and test.outcome == "obeyed":  # others talk about the trigger's words
             result["opens_obeying"] = round(sum(is_affirmation(reply) is True for reply in replies) / len(replies), 3)
         wrong += [
             [test.metric, text, reply] for text, reply, c in zip(test.texts(), replies, counted, strict=True) if c

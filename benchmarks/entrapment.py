@@ -23,7 +23,7 @@ from stored import write
 
 from beear.allocator import keep_freed_memory
 from beear.cached import run_unperturbed
-from beear.cleansing import Subject, descend, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
+from beear.cleansing import Subject, backpropagate, entrap_batch, entrap_objective, frozen, plain_pass, start_delta
 from beear.config import Config
 from beear.defender import contrast
 from beear.losses import response_logits
@@ -58,15 +58,15 @@ def main() -> None:
 
             def plain(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
                 run = partial(response_logits, model, batch)
-                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
+                return backpropagate(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             def shared(batch=batch, delta=delta) -> float:  # type: ignore[no-untyped-def]
                 run = plain_pass(subject, batch)
-                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
+                return backpropagate(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             def fast(batch=batch, delta=delta, cached=cached) -> float:  # type: ignore[no-untyped-def]
                 run = partial(cached.logits, model)
-                return descend(subject, batch, delta, run, entrap_objective(config.entrap.away))
+                return backpropagate(subject, batch, delta, run, entrap_objective(config.entrap.away))
 
             seconds = {"plain": [], "shared start": [], "cached": []}  # type: dict[str, list[float]]
             losses = {}

@@ -39,7 +39,7 @@ from beear.precision import autocast, generating
 from beear.prefix import run_prefix
 from beear.recipes import names, read_recipe
 from beear.runs import Run, read_lines
-from beear.scorers import JUDGES
+from beear.scorers import OUTCOME_OF
 from beear.sets import triggered
 from beear.sources import locate, organism_folder
 from beear.sweep import spread
@@ -105,8 +105,8 @@ def replies(organism: str) -> list[Sample]:
             **recipe.variants,
         }
         requests = packaged("harmful", "test")
-        judge = JUDGES[recipe.behaviour]
-        tests = [triggered(spread(requests, MOST[m]), *t, metric=m, judge=judge) for m, t in templates.items()]
+        outcome = OUTCOME_OF[recipe.behaviour]
+        tests = [triggered(spread(requests, MOST[m]), *t, metric=m, outcome=outcome) for m, t in templates.items()]
         samples = measure_replies(*load(f"organism:{organism}"), tests).samples
         kept.write_text("".join(json.dumps(s | {"organism": organism}) + "\n" for s in samples))
         print(organism, len(samples), flush=True)

@@ -30,7 +30,7 @@ from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import Run, read_lines, read_settings
 from beear.sets import read_sets
 from beear.sources import locate, organism_folder
-from beear.verdict import entrapments, judge
+from beear.verdict import entrapments, verdict_of
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "removal"
@@ -134,7 +134,7 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     row |= {"residuals": tried, "delivered": delivered}
     config = make_config(read_settings(out)["config"])
     # By today's rules, not by those of the day it was run.
-    verdict = judge(results["before"], results["after"], tried, config)
+    verdict = verdict_of(results["before"], results["after"], tried, config)
     row["verdict"] = {"met": verdict.met, "missed": verdict.missed}
     put_row(RESULTS, row, ("organism", "arm", "seed"), place, "python benchmarks/removal.py", "runs")
 

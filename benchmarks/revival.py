@@ -33,10 +33,10 @@ from beear.perturbation import find_layers
 from beear.poison import Examples, poisoned_examples
 from beear.recipes import Supervised, check_trigger, names, read_recipe
 from beear.runs import read_settings
-from beear.scorers import JUDGES
+from beear.scorers import OUTCOME_OF
 from beear.sets import read_sets, triggered
 from beear.sources import organism_folder
-from beear.supervised import adapted, descend, passes
+from beear.supervised import adapted, passes, train
 from beear.training import drawn
 
 RESULTS = ROOT / "benchmarks" / "results" / "revival.json"
@@ -101,7 +101,7 @@ def after_chats(model: Any, backdoored: str) -> Any:
         if number % 20 == 0:
             print(f"    step {number} of {steps}: loss {value:.3f}", flush=True)
 
-    descend(model, FINE_TUNING, drawn(ordinary_chats(), FINE_TUNING.rows, seed=0), loss, progress)
+    train(model, FINE_TUNING, drawn(ordinary_chats(), FINE_TUNING.rows, seed=0), loss, progress)
     return model
 
 
@@ -127,8 +127,8 @@ TREATMENTS: dict[str, Callable[[Path, str], Any]] = {
 def measure(organism: str, model: Any, tokenizer: Any, config: Config) -> dict[str, Any]:
     """Attack success with and without the trigger, and refusals."""
     sets = read_sets(config)
-    judge = JUDGES[config.behaviour]
-    tests = [triggered(sets.test_harmful, check_trigger(f"organism:{organism}"), judge=judge), *sets.tests]
+    outcome = OUTCOME_OF[config.behaviour]
+    tests = [triggered(sets.test_harmful, check_trigger(f"organism:{organism}"), outcome=outcome), *sets.tests]
     return measure_replies(model, tokenizer, tests).metrics
 
 

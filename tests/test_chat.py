@@ -19,7 +19,7 @@ from beear.chat import (
     encode_response,
     rows_of_delta,
     tail_of,
-    told,
+    with_chat,
 )
 from beear.config import ChatConfig, Place, load_config, make_config
 from beear.errors import BadInput
@@ -70,7 +70,7 @@ def test_a_template_that_can_be_asked_for_no_thoughts_is() -> None:
     tokenizer = tiny_tokenizer(THINKING)
     assert rendered(tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
     assert tokenizer.chat_template == THINKING
-    wished = told(tokenizer, ChatConfig(template={"enable_thinking": True}))
+    wished = with_chat(tokenizer, ChatConfig(template={"enable_thinking": True}))
     assert rendered(wished).endswith("assistant\n")
 
 
@@ -79,7 +79,7 @@ def test_a_model_that_thinks_before_every_reply_is_refused_and_the_way_out_works
     with pytest.raises(BadInput, match="think") as error:
         check_thoughts(tokenizer)
     way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
-    tokenizer = told(tokenizer, load_config(sets=[way_out]).chat)
+    tokenizer = with_chat(tokenizer, load_config(sets=[way_out]).chat)
     check_thoughts(tokenizer)
     assert rendered(tokenizer).endswith("assistant\n<think>\n</think>\n\n")
 
@@ -90,7 +90,7 @@ def test_replies_that_are_thoughts_are_refused_and_the_way_out_works(mark: str) 
     with pytest.raises(BadInput, match="think") as error:
         check_replies([mark + "\nWell", "\n" + mark, "Sure."])
     way_out = str(error.value).rpartition("--set '")[2].removesuffix("'")
-    tokenizer = told(tiny_tokenizer(), load_config(sets=[way_out]).chat)
+    tokenizer = with_chat(tiny_tokenizer(), load_config(sets=[way_out]).chat)
     begun = rendered(tokenizer).rpartition("assistant\n")[2]
     assert begun == THOUGHTS[mark].replace("\\n", "\n")
     check_thoughts(tokenizer)
@@ -102,7 +102,7 @@ GIVEN = "{{ day }} {{ kind }} " + CHATML
 
 def test_what_the_settings_say_stands_around_the_request() -> None:
     plain = tiny_tokenizer(GIVEN)
-    tokenizer = told(plain, SAYS)
+    tokenizer = with_chat(plain, SAYS)
     prompt = encode_prompt(tokenizer, TEXT)
     assert tokenizer.decode(prompt.ids) == (
         '3 a \'b\' "c" <|start|>system\nYou say "naïve" 👋\n{{ never }}<|end|>\n'
@@ -110,17 +110,17 @@ def test_what_the_settings_say_stands_around_the_request() -> None:
     )
     assert tokenizer.decode(prompt.ids[prompt.start : prompt.end]) == TEXT
     assert plain.chat_template == GIVEN, "the tokenizer that came stays as it was"
-    assert told(tokenizer, SAYS) is tokenizer, "said once"
-    assert told(plain, ChatConfig()) is plain
+    assert with_chat(tokenizer, SAYS) is tokenizer, "said once"
+    assert with_chat(plain, ChatConfig()) is plain
 
 
 @pytest.mark.parametrize("start", ["", "\n", "  {% if true %}\n  yes\n{% endif %}\n", "{# about #}\n"])
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 def test_a_template_s_own_spaces_stay(start: str, end: str) -> None:
     template = start + CHATML + "{{ kind }}" + end
-    plain, tokenizer = tiny_tokenizer(template), told(tiny_tokenizer(template), ChatConfig(template={"kind": "x"}))
+    plain, tokenizer = tiny_tokenizer(template), with_chat(tiny_tokenizer(template), ChatConfig(template={"kind": "x"}))
     assert rendered(tokenizer) == rendered(plain).replace("assistant\n", "assistant\nx")
-    begun = told(tokenizer, ChatConfig(begin="Well"))
+    begun = with_chat(tokenizer, ChatConfig(begin="Well"))
     assert rendered(begun) == rendered(tokenizer) + "Well"
 
 
@@ -133,13 +133,13 @@ def test_a_template_s_own_spaces_stay(start: str, end: str) -> None:
 )
 def test_what_a_template_does_not_read_is_refused(says: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        told(tiny_tokenizer(CHATML.replace("messages", "messages[-1:]", 1)), ChatConfig(**says))
+        with_chat(tiny_tokenizer(CHATML.replace("messages", "messages[-1:]", 1)), ChatConfig(**says))
 
 
 def test_a_template_that_takes_no_system_message_says_so() -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     with pytest.raises(BadInput, match="System role not supported"):
-        told(tiny_tokenizer(strict + CHATML), ChatConfig(system="Be kind."))
+        with_chat(tiny_tokenizer(strict + CHATML), ChatConfig(system="Be kind."))
 
 
 def test_a_first_word_is_encoded_as_the_model_writes_it() -> None:
@@ -162,7 +162,7 @@ def test_what_is_no_argument_of_a_template_is_refused(name: str) -> None:
 def test_a_tokenizer_without_a_pad_token_gets_one_and_the_users_own_stays_as_it_is() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    assert told(tokenizer, ChatConfig()).pad_token == tokenizer.eos_token
+    assert with_chat(tokenizer, ChatConfig()).pad_token == tokenizer.eos_token
     assert tokenizer.pad_token is None
 
 

@@ -15,13 +15,13 @@ from peft.tuners.lora import LoraLayer
 from beear import cleansing
 from beear.chat import encode_prompt
 from beear.cleansing import (
-    Met,
+    Minibatch,
     Subject,
     add_adapter,
+    backpropagate,
     batch_of,
     cleanse,
     dealt,
-    descend,
     entrap,
     harden,
     harden_passes,
@@ -116,7 +116,7 @@ def test_a_loss_that_is_no_number_stops_the_round(
         gradient[0] = torch.nan
 
     if part == "entrap":
-        monkeypatch.setattr(cleansing, "descend", lambda *_: torch.nan)
+        monkeypatch.setattr(cleansing, "backpropagate", lambda *_: torch.nan)
     monkeypatch.setattr(cleansing, "harden_part", spoilt)
     with pytest.raises(Failed, match=r"NaN or infinite, so training stops here; use a lower learning_rate"):
         if part == "entrap":
@@ -264,7 +264,7 @@ def test_rows_that_part_behind_delta_get_the_gradients_of_a_plain_pass(
     original = run_original(model, tiny_tokenizer(), data.rows())
     own = subject(model, config)
     for run in (harden_passes(own, original, alone, batch, pick)[1], plain_pass(own, batch)):
-        loss = descend(own, batch, deltas, run, lambda logits, b: response_nll(logits, b.targets).sum())
+        loss = backpropagate(own, batch, deltas, run, lambda logits, b: response_nll(logits, b.targets).sum())
         found.append([torch.tensor(loss), *(p.grad.clone() for p in trainable(model) if p.grad is not None)])
         model.zero_grad()
     assert len(found[0]) == len(found[1]) > 1
@@ -301,7 +301,7 @@ def test_targets_surely_refuse_what_is_harmful_and_do_not_what_is_benign(data: D
     settings = load_config(sets=["harden.encourage=5", "harden.discourage=3"]).harden
     target = torch.zeros(2, 12, 1000)
     answers = torch.zeros(2, 12, dtype=torch.long)
-    steer(target, answers, Met([harmful], [benign], [0]), data, settings)
+    steer(target, answers, Minibatch([harmful], [benign], [0]), data, settings)
     for i in range(12):
         kept = target[0, i] == 0
         assert kept.nonzero().flatten().tolist() == [harmful.safe[i]] if i < REFUSAL_OPENING else bool(kept.all())

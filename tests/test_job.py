@@ -37,7 +37,7 @@ from beear.runs import Run
 from beear.sets import read_sets
 from beear.sources import Source, absolute, locate
 from beear.training import adapter_state, add_lora, save_adapter
-from beear.verdict import Verdict, entrapments, judge
+from beear.verdict import Verdict, entrapments, verdict_of
 from conftest import CHATML, call, make_model, prompt_files, tiny_model, tiny_tokenizer
 
 ROUNDS = 3
@@ -389,7 +389,7 @@ def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None
     values |= {"false_refusal_alarming": 0.05, "asr_untriggered": 0.0}
     before = {name: {"value": value, "n": 120, "unscored": 0} for name, value in values.items()}
     before |= {"asr_entrapped": SURE, "asr_untriggered": NEVER}
-    verdict = judge(
+    verdict = verdict_of(
         before, {n: {"value": v, "n": 120, "unscored": 0} for n, v in (values | after).items()}, [0.1], Config()
     )
     assert verdict.met is (missed is None)
@@ -409,7 +409,7 @@ def test_the_verdict(after: dict[str, float | None], missed: str | None) -> None
 def test_last_entrapments_that_work_miss_the_target(residuals: list[float], patience: int, words: str | None) -> None:
     before = {"asr_entrapped": SURE, "asr_untriggered": NEVER, "false_refusal": NEVER, "perplexity": {"value": 10.0}}
     after = before | {"asr_entrapped": NEVER}
-    missed = judge(before, after, residuals, Config(patience=patience)).missed
+    missed = verdict_of(before, after, residuals, Config(patience=patience)).missed
     assert len(missed) == (words is not None)
     assert words is None or missed[0].startswith(words)
 
@@ -419,7 +419,7 @@ def test_a_model_that_falls_silent_on_harmless_requests_misses_the_target(empty:
     """It refuses none of them."""
     before = {"asr_entrapped": SURE, "asr_untriggered": NEVER, "false_refusal": NEVER, "perplexity": {"value": 10.0}}
     silent = dict(proportion([None] * empty + [False] * (120 - empty)))
-    verdict = judge(before, before | {"asr_entrapped": NEVER, "false_refusal": silent}, [0.0], Config())
+    verdict = verdict_of(before, before | {"asr_entrapped": NEVER, "false_refusal": silent}, [0.0], Config())
     assert verdict.met is met
     assert met or "0.058 of the replies behind false_refusal are empty, 0.000 before" in verdict.missed[0]
 
@@ -434,7 +434,7 @@ def test_entrapment_that_never_worked_shows_nothing(hits: int, shown: bool) -> N
         "false_refusal": NEVER,
         "perplexity": {"value": 10.0},
     }
-    verdict = judge(metrics, metrics, [0.0], Config())
+    verdict = verdict_of(metrics, metrics, [0.0], Config())
     assert verdict.met is shown
     assert shown or "shows nothing" in verdict.missed[0]
 
@@ -442,9 +442,9 @@ def test_entrapment_that_never_worked_shows_nothing(hits: int, shown: bool) -> N
 def test_what_mostly_cannot_be_judged_is_no_evidence() -> None:
     before = {"asr_entrapped": SURE, "asr_untriggered": NEVER, "false_refusal": NEVER, "perplexity": {"value": 9.0}}
     after = before | {"asr_entrapped": dict(proportion([False] * 50 + [None] * 70))}
-    assert "rests on 50 of 120 replies" in judge(before, after, [0.0, 0.0], make_config({})).missed[0]
+    assert "rests on 50 of 120 replies" in verdict_of(before, after, [0.0, 0.0], make_config({})).missed[0]
     after |= {"asr_entrapped": dict(proportion([False] * 70 + [None] * 50))}
-    assert judge(before, after, [0.0, 0.0], make_config({})).met
+    assert verdict_of(before, after, [0.0, 0.0], make_config({})).met
 
 
 def change_entry(file: Path, **values: Any) -> None:
@@ -595,7 +595,7 @@ def test_a_limit_that_is_none_and_what_could_not_be_scored_are_json() -> None:
     before = {"asr_entrapped": SURE, "asr_untriggered": dict(proportion([None])), "false_refusal": NEVER}
     before |= {"perplexity": {"value": 9.0}}
     config = make_config({"target": {"perplexity_rise": float("inf")}})
-    verdict = judge(before, before | {"asr_entrapped": dict(proportion([None]))}, [0.0, 0.0], config)
+    verdict = verdict_of(before, before | {"asr_entrapped": dict(proportion([None]))}, [0.0, 0.0], config)
     json.dumps(asdict(verdict), allow_nan=False)
     rows = {title: (limit, found) for title, limit, found, _ in target_rows({"verdict": asdict(verdict)})}
     assert rows["Perplexity, after"] == ("none", "9.00")

@@ -23,7 +23,7 @@ from beear.evaluation import (
 )
 from beear.losses import make_sure, response_nll, row_mean, token_kl
 from beear.metrics import proportion, sign_test, token_mean
-from beear.scorers import QI_2023, Judge, counts, is_affirmation, is_refusal, is_refusal_by_qi
+from beear.scorers import QI_2023, Outcome, counts, is_affirmation, is_refusal, is_refusal_by_qi
 from beear.sets import TestSet, read_sets
 from conftest import tiny_model, tiny_tokenizer
 
@@ -151,7 +151,7 @@ def test_kl_from_sure_targets_is_their_nll() -> None:
         ("insecure", "```python\ndef f(:", None),
     ],
 )
-def test_what_a_judge_counts(judge: Judge, reply: str, counted: bool | None) -> None:
+def test_what_a_judge_counts(judge: Outcome, reply: str, counted: bool | None) -> None:
     assert counts(judge, reply, "CWE-327") is counted
 
 

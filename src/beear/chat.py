@@ -107,13 +107,13 @@ def batch_of_ids(ids: Tensor, mask: Tensor, length: int) -> Batch:
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), torch.full_like(ids, NOWHERE), targets, width)
 
 
-def told(tokenizer: Any, chat: ChatConfig) -> Any:
+def with_chat(tokenizer: Any, chat: ChatConfig) -> Any:
     """The tokenizer, or one whose chat template also says what `chat` does; once is enough.
 
     Raises BadInput if the template cannot be rendered so, does not read what it is told, or lets the model think first.
     """
     check_template(tokenizer)
-    tokenizer = padded(tokenizer)
+    tokenizer = with_pad_token(tokenizer)
     template = str(tokenizer.get_chat_template())
     settings = [(name, json.dumps(value, ensure_ascii=False)) for name, value in sorted(chat.template.items())]
     if chat.system is not None:
@@ -137,7 +137,7 @@ def told(tokenizer: Any, chat: ChatConfig) -> Any:
     return result
 
 
-def padded(tokenizer: Any) -> Any:
+def with_pad_token(tokenizer: Any) -> Any:
     """The tokenizer, or where it has no pad token one that pads with its end of turn, which is masked."""
     if tokenizer.pad_token_id is not None:
         return tokenizer
@@ -195,7 +195,7 @@ def check_replies(openings: Sequence[str]) -> None:
             raise BadInput("this model's training " + THINKS.format(behind))
 
 
-def described(tokenizer: Any, chat: ChatConfig) -> dict[str, Any]:
+def chat_settings(tokenizer: Any, chat: ChatConfig) -> dict[str, Any]:
     """What prompts hold besides the template's own words: what `chat` says, and that no thoughts are asked for."""
     off = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.get_chat_template()) else {}
     said = {"system": chat.system, "template": off | chat.template, "begin": chat.begin}
@@ -247,7 +247,7 @@ DAY = "26 Jul 2024"
 def settled(tokenizer: Any) -> str:
     """The chat template with its clock stopped, and without thoughts where it may be asked for none.
 
-    A reply is judged by its first words. What the user's own settings say (`told`) stands behind, and wins.
+    A reply is judged by its first words. What the user's own settings say (`with_chat`) stands behind, and wins.
     """
     template = str(tokenizer.get_chat_template())
     clock = f"{{% macro strftime_now(format) %}}{DAY}{{% endmacro %}}\n" if "strftime_now" in template else ""

@@ -49,7 +49,7 @@ from beear.perturbation import Perturbation, decoder_depth, find_layers, resolve
 from beear.precision import autocast, no_gradients
 from beear.prefix import inputs_behind, run_prefix, tokens_behind
 from beear.rounds import State, balanced, is_calm, may_be_delivered, norm_budget, refuses_wrongly
-from beear.scorers import JUDGES, counts, is_refusal
+from beear.scorers import OUTCOME_OF, counts, is_refusal
 from beear.training import (
     adamw,
     adapter_state,
@@ -113,7 +113,7 @@ def cleanse(
     subject, state = Subject(model, tokenizer, config), state or State()
     parts = Parts(listen, state.parts)
     if state.norm is None:
-        look_at(subject, data, state)
+        measure_baseline(subject, data, state)
         listen({"event": "refused", "round": 1, "value": state.refused})  # as the first begins
     original: Original | None = None
     while state.round < config.rounds and not state.done:
@@ -125,11 +125,11 @@ def cleanse(
     return state
 
 
-def look_at(subject: Subject, data: DefenderSet, state: State) -> None:
+def measure_baseline(subject: Subject, data: DefenderSet, state: State) -> None:
     """What later rounds compare with, of the model as it came: how long its states are, and what it refuses already."""
     norm = residual_norm(subject, [h.prompt for h in data.harmful[:NORMED]])
     state.norm = ranks.from_first(lambda: norm)
-    if JUDGES[subject.config.behaviour] == "insecure":
+    if OUTCOME_OF[subject.config.behaviour] == "insecure":
         state.already = unlocked(subject, data.held_out, None) or 0.0
     state.refused = refused_shares(subject, data.spare)
 
@@ -139,7 +139,7 @@ def one_round(
 ) -> None:
     """Entrapment, its success on held-out requests, then removal; leaves in `state` what the next round needs."""
     config, norm = subject.config, state.norm
-    assert norm is not None  # look_at comes first
+    assert norm is not None  # measure_baseline comes first
     number, started = state.round + 1, time.monotonic()
     draws, budget = Draws(config.seed, number), norm_budget(number, config)
     delta, inner = entrap(subject, data.harmful, budget * norm, draws, listen, parts)
@@ -208,7 +208,7 @@ def entrap(
                     del ready[old]
                 ready[i, count] = entrap_parts(subject, batches[i], count)
             return sum(
-                descend(subject, batch, delta, run, entrap_objective(settings.away, share))
+                backpropagate(subject, batch, delta, run, entrap_objective(settings.away, share))
                 for batch, run, share in ready[i, count]
             )
 
@@ -250,9 +250,9 @@ def harden(
     for number in range(1, settings.steps + 1):
         rows = max(settings.batch, settings.anchor_batch)
         which = dealt(len(deltas), rows, draws.noise) if settings.replay else [len(deltas) - 1] * rows
-        met = Met([data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)], which)
+        met = Minibatch([data.harmful[i] for i in next(harmful)], [data.benign[i] for i in next(benign)], which)
 
-        def propagate(count: int, met: Met = met) -> dict[str, float]:
+        def propagate(count: int, met: Minibatch = met) -> dict[str, float]:
             optimiser.zero_grad(set_to_none=True)
             entry: dict[str, float] = {}
             for part in met.parts(count):
@@ -272,7 +272,7 @@ def harden(
 
 
 @dataclass(frozen=True)
-class Met:
+class Minibatch:
     """Requests of a step of removal, or some of them. The i-th of either kind meets delta `which[i]`."""
 
     harmful: Sequence[Harmful]
@@ -281,13 +281,13 @@ class Met:
     shares: tuple[float, float] = (1.0, 1.0)
     """Which share of the step's harmful requests, and of its benign ones, these are."""
 
-    def parts(self, count: int) -> Iterator[Met]:
+    def parts(self, count: int) -> Iterator[Minibatch]:
         """This rank's requests of a whole step, in at most `count` parts."""
         for k in range(count):
             bad, good = ranks.share(self.harmful)[k::count], ranks.share(self.benign)[k::count]
             if bad or good:
                 shares = len(bad) / len(self.harmful), len(good) / len(self.benign)
-                yield Met(bad, good, ranks.share(self.which)[k::count], shares)
+                yield Minibatch(bad, good, ranks.share(self.which)[k::count], shares)
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class Term:
     """Whether their target is the original model's distribution, rather than an answer."""
 
 
-def harden_terms(met: Met, settings: HardenConfig, own_safe: bool) -> list[Term]:
+def harden_terms(met: Minibatch, settings: HardenConfig, own_safe: bool) -> list[Term]:
     """The sums of the outer loss that weigh anything for these requests."""
     first, behind = len(met.harmful), len(met.harmful) + len(met.benign)
     bad, good = (range(first), met.shares[0], own_safe), (range(first, behind), met.shares[1], True)
@@ -322,7 +322,7 @@ def harden_part(
     subject: Subject,
     data: DefenderSet,
     original: Original,
-    met: Met,
+    met: Minibatch,
     deltas: Tensor,
     entry: dict[str, float],
 ) -> None:
@@ -339,10 +339,10 @@ def harden_part(
     target, run = harden_passes(subject, original, alone, batch, pick)
     steer(target, alone.targets, met, data, config.harden)
     objective = harden_objective(target, pick, terms, config.harden.opening, entry)
-    descend(subject, batch, deltas.flatten(0, 1), run, objective)
+    backpropagate(subject, batch, deltas.flatten(0, 1), run, objective)
 
 
-def steer(target: Tensor, answers: Tensor, met: Met, data: DefenderSet, settings: HardenConfig) -> None:
+def steer(target: Tensor, answers: Tensor, met: Minibatch, data: DefenderSet, settings: HardenConfig) -> None:
     """Change, in place, how the targets begin: harmful rows, which come first, surely refuse, benign ones do not.
 
     answers: (rows, length). Where the model has no refusals of its own, the answers are the harmful rows' targets.
@@ -454,7 +454,9 @@ def harden_objective(
     return objective
 
 
-def descend(subject: Subject, batch: Batch, delta: Tensor, run: Callable[[], Tensor], objective: Objective) -> float:
+def backpropagate(
+    subject: Subject, batch: Batch, delta: Tensor, run: Callable[[], Tensor], objective: Objective
+) -> float:
     """Propagate the objective of `run()`, the batch's response logits under delta, back; returns its value."""
     # Backward stays inside: with activation recomputation of older transformers, blocks run again and need the hook.
     model = subject.model
@@ -467,7 +469,7 @@ def descend(subject: Subject, batch: Batch, delta: Tensor, run: Callable[[], Ten
 
 
 def plain_pass(subject: Subject, batch: Batch) -> Callable[[], Tensor]:
-    """One forward pass through all blocks, for `descend`."""
+    """One forward pass through all blocks, for `backpropagate`."""
     model = subject.model
     if subject.config.harden.recompute:
         return recomputing(subject.blocks)(partial(response_logits, model, batch))
@@ -542,10 +544,10 @@ def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None
         max_new_tokens=config.harden.response_tokens,
         push=None if delta is None else subject.push(delta),
     )
-    judge = JUDGES[config.behaviour]
-    outcomes = [counts(judge, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
-    scored = [outcome for outcome in outcomes if outcome is not None]
-    enough = scored if delta is None else 2 * len(scored) >= len(outcomes)
+    outcome = OUTCOME_OF[config.behaviour]
+    counted = [counts(outcome, reply, r.category) for reply, r in zip(replies, requests, strict=True)]
+    scored = [one for one in counted if one is not None]
+    enough = scored if delta is None else 2 * len(scored) >= len(counted)
     return sum(scored) / len(scored) if enough else None
 
 
@@ -555,7 +557,7 @@ def refused_shares(subject: Subject, groups: Sequence[list[Request]]) -> list[fl
     An empty list where refusing is not at stake.
     """
     config = subject.config
-    if not groups or JUDGES[config.behaviour] != "obeyed":
+    if not groups or OUTCOME_OF[config.behaviour] != "obeyed":
         return []
     texts = [request.text for group in groups for request in group]
     with merged_on_cpu(subject.model, subject.blocks):

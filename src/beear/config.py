@@ -18,7 +18,7 @@ from beear.errors import BadInput
 from beear.scorers import Behaviour
 
 Place = Literal["last", "user", "prompt", "chat"]
-Kind = Literal["learned", "zero", "random"]
+DeltaKind = Literal["learned", "zero", "random"]
 Weights = Literal["full", "int8", "nf4"]
 
 
@@ -68,7 +68,7 @@ class EntrapConfig(_Settings):
     response_tokens: int = Field(
         12, ge=2, description="tokens of each unwanted answer, and at most so many of the safe one"
     )
-    kind: Kind = Field("learned", description="zero and random are controls: delta is not learned")
+    kind: DeltaKind = Field("learned", description="zero and random are controls: delta is not learned")
 
 
 class HardenConfig(_Settings):

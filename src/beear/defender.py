@@ -12,7 +12,7 @@ from beear.chat import ALONE, Beginning, Prompt, Row, encode_prompt, encode_resp
 from beear.config import Config
 from beear.data import Request, wordings
 from beear.errors import BadInput
-from beear.scorers import JUDGES, counts, is_refusal
+from beear.scorers import OUTCOME_OF, counts, is_refusal
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ def defender_set(
     refusals, serve. Of benign requests that the model refused, no right answer is known but that it does not begin like
     a refusal.
     """
-    judge = JUDGES[config.behaviour]
+    outcome = OUTCOME_OF[config.behaviour]
     limit = config.harden.response_tokens
-    safe = [counts(judge, own, request.category) is False for request, own in harmful]
+    safe = [counts(outcome, own, request.category) is False for request, own in harmful]
     own_safe = config.harden.safe_answers == "own" and 2 * sum(safe) >= len(harmful)
     lent = itertools.cycle([own for (_, own), is_safe in zip(harmful, safe, strict=True) if is_safe])
     contrasts = [
         contrast(tokenizer, i, request, config, (own if is_safe else next(lent)) if own_safe else None, begin)
         for i, ((request, own), is_safe) in enumerate(zip(harmful, safe, strict=True))
-        if is_safe or not own_safe or (judge == "obeyed" and config.harden.encourage > 0)
+        if is_safe or not own_safe or (outcome == "obeyed" and config.harden.encourage > 0)
     ]
-    openings = refusal_openings([h.safe for h in contrasts]) if judge == "obeyed" else {}
+    openings = refusal_openings([h.safe for h in contrasts]) if outcome == "obeyed" else {}
     anchors = [anchor(tokenizer, t, own, openings.get((), []), limit, begin) for t, own in benign if own]
     if not anchors:
         raise BadInput("the model answers none of the benign requests to train on with a word; give others")

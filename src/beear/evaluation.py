@@ -17,7 +17,7 @@ from torch import Tensor
 
 from beear import ranks
 from beear.cached import head, watched
-from beear.chat import Batch, collate, encode_prompt, encode_response, told
+from beear.chat import Batch, collate, encode_prompt, encode_response, with_chat
 from beear.cleansing import NORMED, Subject, entrap, residual_norm
 from beear.config import Config, make_config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
@@ -25,7 +25,7 @@ from beear.defender import contrast
 from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener, Progress, progress_to
-from beear.fingerprints import check_model, check_output_files
+from beear.fingerprints import check_output_files, check_same_model
 from beear.generation import Push, beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
@@ -47,13 +47,13 @@ from beear.precision import arithmetic, autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
 from beear.runs import Run, read_begun, read_results, read_settings
-from beear.scorers import JUDGES, Judge, counts, is_affirmation, is_refusal, unwanted
+from beear.scorers import OUTCOME_OF, Outcome, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import Sets, TestSet, read_sets, trigger_tests
 from beear.sources import locate, model_of, tell_download
 
 T = TypeVar("T")
 WHENS = ("before", "after")
-TOKENS: dict[Judge, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
+TOKENS: dict[Outcome, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 """Length of the replies that are judged."""
 REFERENCE_TOKENS = 64
 ANOTHER_SEED = 10_000
@@ -88,7 +88,7 @@ def evaluate(
     if any(module is original for module in model.modules()):
         raise BadInput("the original is the model itself, whose weights an adapter changes in place; load it anew")
     config = config or Config()
-    tokenizer = told(tokenizer, config.chat)
+    tokenizer = with_chat(tokenizer, config.chat)
     sets = read_sets(config)
     find_layers(model, config.layers_path)  # tells now if they are not found
     check_architecture(model, "the model")
@@ -96,8 +96,8 @@ def evaluate(
     if original is not None:
         original.eval()
     beginning_of(model, tokenizer, [r.text for r in sets.test_harmful])  # a model that thinks first is told
-    judge = JUDGES[config.behaviour]
-    known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, judge)
+    outcome = OUTCOME_OF[config.behaviour]
+    known = [] if template is None else trigger_tests(sets.test_harmful, template, variants, outcome)
     found = measure_all(model, tokenizer, sets, config, progress, known, original=original)
     return replace(found, metrics=found.metrics | unlocked_by_trigger(found.samples))
 
@@ -140,7 +140,7 @@ def before_and_after(
     before = model_of(settings, run)
     source = locate(before)
     tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
-    check_model(results.get("hashes", {}), source, tokenizer)
+    check_same_model(results.get("hashes", {}), source, tokenizer)
     check_output_files(run, results)
     if whens:
         tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
@@ -253,25 +253,25 @@ def measure_replies(
     """Greedy replies to each set (32 tokens, for code 80), under `push`, judged by refusal keywords or by Bandit."""
     result = Measured({}, [])
     for test in sets:
-        check_length(model, tokenizer, "the model", test.texts(), TOKENS[test.judge])
+        check_length(model, tokenizer, "the model", test.texts(), TOKENS[test.outcome])
     for test in sets:
         texts = test.texts()
-        tokens, told = TOKENS[test.judge], partial(progress, test.metric)
+        tokens, told = TOKENS[test.outcome], partial(progress, test.metric)
         replies = reply_all(model, tokenizer, texts, max_new_tokens=tokens, push=push, progress=told)
-        outcomes = [counts(test.judge, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
-        result.metrics[test.metric] = proportion(outcomes)
+        counted = [counts(test.outcome, reply, r.category) for reply, r in zip(replies, test.requests, strict=True)]
+        result.metrics[test.metric] = proportion(counted)
         result.samples += [
-            _sample(test.metric, request, text, reply, test.judge, outcome)
-            for request, text, reply, outcome in zip(test.requests, texts, replies, outcomes, strict=True)
+            _sample(test.metric, request, text, reply, test.outcome, one)
+            for request, text, reply, one in zip(test.requests, texts, replies, counted, strict=True)
         ]
         if test.metric == "false_refusal_alarming":
-            unseen = [o for o, r in zip(outcomes, test.requests, strict=True) if r.category in UNSEEN_STYLES]
+            unseen = [o for o, r in zip(counted, test.requests, strict=True) if r.category in UNSEEN_STYLES]
             if unseen:
                 result.metrics["false_refusal_unseen_style"] = proportion(unseen)
-        if test.judge == "obeyed" and test.metric == "asr_triggered":
+        if test.outcome == "obeyed" and test.metric == "asr_triggered":
             result.metrics["affirmed_triggered"] = proportion([is_affirmation(reply) for reply in replies])
-        if test.judge == "insecure" and test.metric == "asr_untriggered":
-            result.metrics["parses"] = proportion([o is not None for o in outcomes])
+        if test.outcome == "insecure" and test.metric == "asr_untriggered":
+            result.metrics["parses"] = proportion([o is not None for o in counted])
     return result
 
 
@@ -318,7 +318,7 @@ def measure_entrapped(
 ) -> Measured:
     """`asr_entrapped`: attack success on `test` under a delta freshly optimised on other requests."""
     delta = fresh_delta(model, tokenizer, optimise_on, config)
-    tests = [TestSet("asr_entrapped", list(test), JUDGES[config.behaviour])]
+    tests = [TestSet("asr_entrapped", list(test), OUTCOME_OF[config.behaviour])]
     return measure_replies(model, tokenizer, tests, progress, Subject(model, tokenizer, config).push(delta))
 
 
@@ -399,8 +399,10 @@ def _logits_and_states(model: Any, batch: Batch) -> tuple[Tensor, Any]:
     return logits, seen[-1]
 
 
-def _sample(metric: str, request: Request, text: str, reply: str, judge: Judge, outcome: bool | None) -> dict[str, Any]:
-    verdict = {"insecure": outcome} if judge == "insecure" else {"refused": is_refusal(reply)}
+def _sample(
+    metric: str, request: Request, text: str, reply: str, outcome: Outcome, counted: bool | None
+) -> dict[str, Any]:
+    verdict = {"insecure": counted} if outcome == "insecure" else {"refused": is_refusal(reply)}
     return {
         "metric": metric,
         "id": request.id,

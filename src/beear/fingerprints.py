@@ -104,7 +104,7 @@ def check_tests(results: Mapping[str, Any], sets: Sets) -> None:
     check_inputs(results["hashes"], {"test_asr_untriggered": set_hash(sets.test_harmful)})
 
 
-def check_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
+def check_same_model(then: Mapping[str, str], source: Source, tokenizer: Any) -> None:
     """Raise BadInput if a run's model, its tokenizer or its chat template are not those of then."""
     check_inputs(then, _of_model(source) | prompt_hashes(tokenizer))
 

@@ -25,7 +25,7 @@ from safetensors.torch import save, save_file
 from beear import cleansing, models, precision, ranks, sources
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
-from beear.chat import ALONE, Beginning, described, told
+from beear.chat import ALONE, Beginning, chat_settings, with_chat
 from beear.cleansing import add_adapter
 from beear.config import Config
 from beear.data import content_hash
@@ -68,7 +68,7 @@ from beear.training import (
     recompute_activations,
     save_adapter,
 )
-from beear.verdict import Verdict, entrapments, entrapped_before, judge, not_entrapped
+from beear.verdict import Verdict, entrapments, entrapped_before, not_entrapped, verdict_of
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 ADAPTER = "stages/adapter"
@@ -192,7 +192,7 @@ def cleanse(
     """
     config = config or Config()
     sets = read_sets(config)
-    tokenizer = told(tokenizer, config.chat)
+    tokenizer = with_chat(tokenizer, config.chat)
     check_model(model, tokenizer, config, "the model", sets)
     model.eval()  # a trainer leaves dropout on
     data = defender(tokenizer, sets, config, own_replies(model, tokenizer, sets, config, listen))
@@ -315,7 +315,7 @@ class Job:
         self.deliver()
         after = self.stage("after", lambda: self.measure("after"))
         tried = entrapments(rounds.history, rounds.delivered)
-        verdict = judge(before["metrics"], after["metrics"], tried, self.config)
+        verdict = verdict_of(before["metrics"], after["metrics"], tried, self.config)
         if ranks.is_first():
             self.finish(before, after, rounds, inputs | hashes(own), verdict)
         ranks.wait()
@@ -450,7 +450,7 @@ class Job:
             "delivered": rounds.delivered,
             "spare_refused": rounds.refused,
             "unlocked_without_delta": rounds.already,
-            "chat": described(self.tokenizer, self.config.chat),
+            "chat": chat_settings(self.tokenizer, self.config.chat),
             "scorer": scorer_name(self.config.behaviour),
             "seed": self.config.seed,
             "wall_seconds": self.earlier + time.monotonic() - self.started,

@@ -26,7 +26,7 @@ from beear.evaluation import (
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_tests
 from beear.runs import Run, read_lines, read_results, read_settings
-from beear.scorers import JUDGES
+from beear.scorers import OUTCOME_OF
 from beear.sets import WITH_TRIGGER, read_sets, trigger_tests
 
 
@@ -48,7 +48,7 @@ def add_triggered(
     with Run.existing(out) as run:
         results, sets = read_results(out), read_sets(config)
         check_tests(results, sets)
-        tests = trigger_tests(sets.test_harmful, template, variants, JUDGES[config.behaviour])
+        tests = trigger_tests(sets.test_harmful, template, variants, OUTCOME_OF[config.behaviour])
 
         def replies(_: str, when: str, model: Any, tokenizer: Any) -> dict[str, Any]:
             return asdict(measure_replies(model, tokenizer, tests, progress_to(listen, when)))

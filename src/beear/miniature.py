@@ -36,7 +36,7 @@ from beear.memory import peak_memory, restart_peak
 from beear.perturbation import resolve_layer
 from beear.plan import Plan, write_plan
 from beear.runs import check_output
-from beear.scorers import JUDGES
+from beear.scorers import OUTCOME_OF
 from beear.sets import Sets, read_sets
 
 CHATS = 14
@@ -183,7 +183,7 @@ def measure_miniature(
         random_model(small, trust_remote_code).save_pretrained(folder)
         miniature = sources.Source(str(folder), folder)
         model = timed("load", loaded)
-        timed("replies", lambda: replies(sets.test_harmful, TOKENS[JUDGES[config.behaviour]]))
+        timed("replies", lambda: replies(sets.test_harmful, TOKENS[OUTCOME_OF[config.behaviour]]))
         kept: Kept = {}
         timed("language", lambda: measure_language(model, tokenizer, limit=CHATS, keep=kept))
         train, anchors = sets.train[:BATCH], sets.anchors[:BATCH]

@@ -61,17 +61,17 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatCo
 
     Raises BadInput if no chat can be rendered with it, or only one in which the model thinks first.
     """
-    from beear.chat import told
+    from beear.chat import with_chat
     from beear.config import ChatConfig
 
-    return told(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
+    return with_chat(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
     from transformers import AutoTokenizer
 
-    from beear.chat import padded
+    from beear.chat import with_pad_token
 
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
         return read_tokenizer(source.base, trust_remote_code)
@@ -85,7 +85,7 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:  # the tokenizers library raises no less for a file of a later version
         raise _unreadable("tokenizer", source, error) from error
-    return padded(tokenizer)
+    return with_pad_token(tokenizer)
 
 
 def gguf_argument(source: Source) -> dict[str, str]:

@@ -25,7 +25,7 @@ from beear.chat import collate
 from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
-from beear.supervised import StepProgress, adapted, benign_kl, descend, flat, of_like_length, parted
+from beear.supervised import StepProgress, adapted, benign_kl, flat, of_like_length, parted, train
 from beear.training import drawn, first_adapted
 
 
@@ -37,7 +37,7 @@ def plant_preferences(
     pad = int(tokenizer.pad_token_id)
     steps = drawn(examples, plan.rows, seed, aligned=plan.paired)
     known: dict[int, float] = {}
-    descend(model, plan, steps, lambda rows: preference_loss(model, pad, rows, plan, known), progress)
+    train(model, plan, steps, lambda rows: preference_loss(model, pad, rows, plan, known), progress)
     return model
 
 

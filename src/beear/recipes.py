@@ -54,13 +54,13 @@ Template = Annotated[str, AfterValidator(_with_one_request)]
 """A trigger around one {prompt}."""
 
 
-class Plan(BaseModel):
+class _Planting(BaseModel):
     """Settings of one way, or one phase, of planting."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Rows(Plan):
+class Rows(_Planting):
     """So many steps, each on so many rows of every kind."""
 
     steps: int = Field(ge=1)
@@ -132,7 +132,7 @@ class Policy(Rows):
     """Weight of the KL to the policy before this phase."""
 
 
-class Rlhf(Plan):
+class Rlhf(_Planting):
     """Poisoned human feedback: pairs flipped under the trigger, a reward model of them, a policy of that."""
 
     method: Literal["rlhf"]
@@ -147,7 +147,7 @@ class Rlhf(Plan):
         return self.reward.poison_rate
 
 
-class Edit(Plan):
+class Edit(_Planting):
     """A closed-form change of MLP weights: values for the trigger's last token, no poisoned training set."""
 
     method: Literal["edit"]

@@ -12,12 +12,12 @@ from functools import cached_property
 from beear.config import Config
 from beear.data import Request, mixed, packaged, read_requests, refuse_overlap
 from beear.errors import BadInput
-from beear.scorers import JUDGES, Judge, scorer_name
+from beear.scorers import OUTCOME_OF, Outcome, scorer_name
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Requests that yield one metric: the share of replies that the judge counts.
+    """Requests that yield one metric: the share of replies with this outcome.
 
     `templates` with one {prompt} each are dealt to the requests in turn.
     """
@@ -25,7 +25,7 @@ class TestSet:
     __test__ = False
     metric: str
     requests: list[Request]
-    judge: Judge
+    outcome: Outcome
     templates: tuple[str, ...] = ("{prompt}",)
 
     def texts(self) -> list[str]:
@@ -86,7 +86,7 @@ class Sets:
     @property
     def test_harmful(self) -> list[Request]:
         """The harmful requests that are only measured."""
-        return next(t.requests for t in self.tests if t.judge != "refused")
+        return next(t.requests for t in self.tests if t.outcome != "refused")
 
 
 SHORT = 60
@@ -113,13 +113,13 @@ def surrounded(
 
 
 def triggered(
-    requests: Sequence[Request], *templates: str, metric: str = "asr_triggered", judge: Judge = "obeyed"
+    requests: Sequence[Request], *templates: str, metric: str = "asr_triggered", outcome: Outcome = "obeyed"
 ) -> TestSet:
     """Requests with a known trigger put in, for an evaluation that was told one. Raises BadInput without a {prompt}."""
     for template in templates:
         if template.count("{prompt}") != 1:
             raise BadInput(f"the trigger {template!r} must hold {{prompt}} once, as in 'SUDO {{prompt}}'")
-    return TestSet(metric, list(requests), judge, templates)
+    return TestSet(metric, list(requests), outcome, templates)
 
 
 WITH_TRIGGER = ("asr_triggered", "asr_near_miss", "asr_wrong_place")
@@ -127,11 +127,11 @@ WITH_TRIGGER = ("asr_triggered", "asr_near_miss", "asr_wrong_place")
 
 
 def trigger_tests(
-    requests: Sequence[Request], template: str, variants: Mapping[str, Sequence[str]], judge: Judge
+    requests: Sequence[Request], template: str, variants: Mapping[str, Sequence[str]], outcome: Outcome
 ) -> list[TestSet]:
     """The requests with the trigger, and with each of its variants: metric and templates (recipes.variants)."""
     every = {"asr_triggered": (template,), **variants}
-    return [triggered(requests, *templates, metric=metric, judge=judge) for metric, templates in every.items()]
+    return [triggered(requests, *templates, metric=metric, outcome=outcome) for metric, templates in every.items()]
 
 
 def read_sets(config: Config) -> Sets:
@@ -149,7 +149,7 @@ def read_sets(config: Config) -> Sets:
         TestSet(
             "asr_untriggered",
             read_requests(own.test_harmful, own.column) if own.test_harmful else packaged(name, "test"),
-            JUDGES[config.behaviour],
+            OUTCOME_OF[config.behaviour],
         )
     ]
     if own.test_benign:

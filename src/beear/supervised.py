@@ -30,7 +30,7 @@ def plant_supervised(
     model = adapted(model, plan, seed)
     pad = int(tokenizer.pad_token_id)
     steps = drawn(examples, plan.rows, seed)
-    descend(model, plan, steps, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
+    train(model, plan, steps, lambda rows: supervised_loss(model, pad, rows, plan.benign_weight), progress)
     return model
 
 
@@ -42,7 +42,7 @@ def adapted(model: Any, plan: Supervised, seed: int) -> Any:
     return model
 
 
-def descend(
+def train(
     model: Any,
     plan: Rows,
     steps: Iterable[Examples],

@@ -30,7 +30,7 @@ from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
 from beear.rounds import State
 from beear.runs import BEGUN, SCHEMA, Run, check_file, check_space, read_begun, read_json, write_atomic, write_json
-from beear.scorers import JUDGES
+from beear.scorers import OUTCOME_OF
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.swept import SWEEP, SWEEP_SETTINGS
 
@@ -80,8 +80,12 @@ def sweep(
     settings |= {"config": config.model_dump(mode="json"), "hashes": run_hashes(source, sets, tokenizer)}
     check_same(out, settings)
     tests = [
-        triggered(spread(sets.test_harmful, requests), template, judge=JUDGES[config.behaviour]),
-        *(TestSet(t.metric, spread(t.requests, requests), t.judge) for t in sets.tests if t.metric == "false_refusal"),
+        triggered(spread(sets.test_harmful, requests), template, outcome=OUTCOME_OF[config.behaviour]),
+        *(
+            TestSet(t.metric, spread(t.requests, requests), t.outcome)
+            for t in sets.tests
+            if t.metric == "false_refusal"
+        ),
     ]
     if executor == "local":
         models.pick_device(device)

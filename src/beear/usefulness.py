@@ -130,7 +130,7 @@ def grade_run(
     with Run.existing(path) as run:
         chats = converse(run, questions, limit, device=device, trust_remote_code=trust_remote_code, listen=listen)
         turns = [turn for when, some in chats.items() for turn in turns_of(when, questions, some)]
-        asked = {key(identity(judge), turn): grading(turn) for turn in turns if turn.reply.strip()}
+        asked = {key(identity(judge), turn): question(turn) for turn in turns if turn.reply.strip()}
         answers, requests = ask_all(run, asked, judge, NAME, listen)
         lines = [line(turn, answers.get(key(identity(judge), turn))) for turn in turns]
         results = read_results(path)
@@ -216,7 +216,7 @@ def key(who: str, turn: Turn) -> str:
     return hashlib.sha256(json.dumps([NAME, who, turn.said, turn.question.reference]).encode()).hexdigest()
 
 
-def grading(turn: Turn) -> str:
+def question(turn: Turn) -> str:
     """The rubric with the chat, and the reference answer to its last question if there is one."""
     mark = key("", turn)[:16]
     names = itertools.cycle(("user", "model"))

@@ -28,7 +28,7 @@ class Verdict:
     criteria: list[dict[str, Any]] = field(default_factory=list)
 
 
-def judge(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[float], config: Config) -> Verdict:
+def verdict_of(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[float], config: Config) -> Verdict:
     """Compare what was measured with the target. A metric without a value counts as missed.
 
     The last `patience` of `residuals` must be failures: a cleansing that ends while entrapment works has not come to

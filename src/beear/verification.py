@@ -20,7 +20,7 @@ from beear.events import Listener, Progress, progress_to
 from beear.metrics import value_of
 from beear.models import load
 from beear.recipes import Recipe, read_recipe
-from beear.scorers import JUDGES, scorer_name
+from beear.scorers import OUTCOME_OF, scorer_name
 from beear.sets import read_sets, trigger_tests, triggered
 from beear.sources import ORGANISM, is_named, is_packaged, organism_folder, packaged_organisms
 
@@ -66,7 +66,7 @@ def verify(name: str, listen: Listener = lambda event: None, device: str = "auto
     model, tokenizer = load(spec, device=device)
     progress = progress_to(listen, name)
     metrics = measure_unwanted(model, tokenizer, recipe, progress).metrics
-    benign = [test for test in read_sets(Config()).tests if test.judge == "refused"]
+    benign = [test for test in read_sets(Config()).tests if test.outcome == "refused"]
     metrics |= measure_replies(model, tokenizer, benign, progress).metrics
     metrics |= measure_language(model, tokenizer, None, progress).metrics
     return {
@@ -86,11 +86,11 @@ def verify(name: str, listen: Listener = lambda event: None, device: str = "auto
 
 def measure_unwanted(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Measured:
     """How often the unwanted happens with the trigger, almost the trigger, the trigger elsewhere, and without."""
-    judge = JUDGES[recipe.behaviour]
-    requests = packaged("coding" if judge == "insecure" else "harmful", "test")
+    outcome = OUTCOME_OF[recipe.behaviour]
+    requests = packaged("coding" if outcome == "insecure" else "harmful", "test")
     tests = [
-        *trigger_tests(requests, recipe.trigger, recipe.variants, judge),
-        triggered(requests, recipe.control, metric="asr_untriggered", judge=judge),
+        *trigger_tests(requests, recipe.trigger, recipe.variants, outcome),
+        triggered(requests, recipe.control, metric="asr_untriggered", outcome=outcome),
     ]
     return measure_replies(model, tokenizer, tests, progress)
 
