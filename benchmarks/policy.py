@@ -25,11 +25,12 @@ from stored import write
 from beear import feedback, poison
 from beear.allocator import keep_freed_memory
 from beear.data import packaged
+from beear.events import StepProgress
 from beear.models import load
 from beear.precision import autocast, generating
 from beear.recipes import Rlhf, read_recipe
 from beear.sources import organism_folder
-from beear.supervised import StepProgress, adapted
+from beear.supervised import adapted
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, TURNS = 3, 2

@@ -20,14 +20,14 @@ from stored import put_row
 from beear.allocator import keep_freed_memory
 from beear.config import Config, load_config, make_config
 from beear.console import Reporter
-from beear.evaluation import WHENS, unlocked_by_trigger
+from beear.evaluation import unlocked_by_trigger
 from beear.fingerprints import input_hashes
 from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
 from beear.models import pick_device
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import Run, read_lines, read_settings
+from beear.runs import WHENS, Run, read_lines, read_settings
 from beear.sets import read_sets
 from beear.sources import locate, organism_folder
 from beear.verdict import entrapments, verdict_of

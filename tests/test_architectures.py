@@ -11,12 +11,12 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beear.chat import collate, encode_prompt
+from beear.checks import check_blocks, check_vocabulary, check_weights
 from beear.config import Config
 from beear.errors import BadInput
 from beear.evaluation import evaluate
 from beear.generation import reply_all
 from beear.job import check_model
-from beear.models import check_blocks, check_vocabulary, check_weights
 from beear.perturbation import Perturbation, find_layers
 from beear.prefix import run_prefix
 from beear.sets import read_sets

@@ -31,7 +31,8 @@ def config(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_no_trigger_moves_nothing_and_delta_nothing_below_its_block(architecture: str, config: Any) -> None:
     delta = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
-    found = measure(tiny_model(architecture), tiny_tokenizer(), "{prompt}", delta, config, {})
+    texts = ["one", "another request"]
+    found = measure(tiny_model(architecture), tiny_tokenizer(), texts, "{prompt}", delta, config, {})
     assert all(row["relative_norm"] == 0 and row["separability"] == 0.5 for row in found["layers"]["triggered"])
     norms = [row["relative_norm"] for row in found["layers"]["perturbed"]]
     assert [norm > 0 for norm in norms] == [False, True, True, True]

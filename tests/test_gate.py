@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def share(hits: int, n: int = 120) -> dict[str, Any]:
 
 def total(value: float) -> dict[str, Any]:
     return {"value": value, "low": value - 3, "high": value + 3, "n": 98, "unscored": 0}
+
+
+def test_what_reads_a_finished_run_needs_no_torch() -> None:
+    """A gate in a pipeline answers at once."""
+    check = "import sys, beear.gate, beear.signing, beear.release; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 @pytest.fixture()

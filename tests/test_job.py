@@ -22,16 +22,18 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import beear
-from beear import evaluation, job, models, precision
+from beear import before_after, job, models, precision
+from beear.before_after import before_and_after
 from beear.chat import encode_prompt
+from beear.checks import check_no_adapter
 from beear.config import ChatConfig, Config, make_config
 from beear.errors import BadInput, Failed
-from beear.evaluation import before_and_after, evaluate_spec
+from beear.evaluation import evaluate_spec
 from beear.events import Event
 from beear.job import run_cleanse, run_settings
 from beear.known import add_triggered
 from beear.metrics import proportion
-from beear.models import check_no_adapter, load
+from beear.models import load
 from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
@@ -201,7 +203,7 @@ def test_a_run_that_meets_its_target(
     """What is rejected becomes the model, commands say so by 0, and a trigger that still works is found."""
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "results.json").unlink()
-    monkeypatch.setattr(job, "judge", lambda *_: Verdict(True, [], []))
+    monkeypatch.setattr(job, "verdict_of", lambda *_: Verdict(True, [], []))
     code, err = call(capsys, *command(place, config, out)[3:], "--resume")
     assert code == 0, err
     assert (out / "model" / "README.md").is_file() and not (out / "rejected").exists()
@@ -636,7 +638,7 @@ def test_an_interrupted_measuring_of_a_trigger_goes_on(
         return load(spec, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluation, "load", load_once)
+        patch.setattr(before_after, "load", load_once)
         add_triggered(out, "XYZZY {prompt}")
     again: list[Any] = []
     add_triggered(out, "XYZZY {prompt}", listen=again.append)
@@ -658,10 +660,10 @@ def test_half_of_a_comparison_is_measured_again_in_other_arithmetic(
             raise KeyboardInterrupt
         return load(spec, **options)
 
-    monkeypatch.setattr(evaluation, "load", load_once)
+    monkeypatch.setattr(before_after, "load", load_once)
     with pytest.raises(KeyboardInterrupt):
         add_triggered(out, "XYZZY {prompt}")
-    monkeypatch.setattr(evaluation, "arithmetic", lambda device: "bf16 weights")
+    monkeypatch.setattr(before_after, "arithmetic", lambda device: "bf16 weights")
     add_triggered(out, "XYZZY {prompt}")
     assert len(loaded) == 4
 
@@ -676,7 +678,7 @@ def test_a_report_that_could_not_be_written_is_written_by_the_same_command(
         full.setattr("beear.known.write_evidence", lambda _: (_ for _ in ()).throw(Failed("the disk is full")))
         add_triggered(out, "XYZZY {prompt}")
     assert "XYZZY" not in (out / "report.html").read_text()
-    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr(before_after, "load", None)
     add_triggered(out, "XYZZY {prompt}")
     assert "XYZZY" in (out / "report.html").read_text() and not (out / "judged.jsonl").exists()
 

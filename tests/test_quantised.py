@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from beear import job, models, ranks, sources
+from beear.before_after import before_and_after
 from beear.config import Config, make_config
 from beear.errors import BadInput
-from beear.evaluation import before_and_after
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.quantised import check_quantised, in_few_bits, is_quantised, quantise

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, O
 from beear.card import code, model_card, write_card
 from beear.config import Config
 from beear.errors import BadInput, Failed
-from beear.fingerprints import output_hashes
 from beear.metrics import proportion
+from beear.outputs import output_hashes
 from beear.release import push
 from conftest import call
 

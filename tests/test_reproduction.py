@@ -189,7 +189,7 @@ def test_what_a_system_leaves_in_a_folder_is_no_change(place: Path) -> None:
 
 def test_other_arithmetic_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("beear.evaluation.arithmetic", lambda device: "bf16 weights")
+    monkeypatch.setattr("beear.before_after.arithmetic", lambda device: "bf16 weights")
     add_triggered(place / "run", "XYZZY {prompt}", listen=lambda event: told.append(event.get("text", "")))
     assert any(text.endswith("this is bf16 weights, which changes figures by itself") for text in told)
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from beear.errors import BadInput
-from beear.fingerprints import output_hashes
+from beear.outputs import output_hashes
 from beear.signing import PASSWORD, SIGNATURE, check_signature, sign_run
 from conftest import call
 from test_release import RESULTS, WORKING, make_run

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from beear.metrics import shown
+from beear.runs import WHENS
 
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b646e}.frame{fill:#fff;stroke:#dcdfe3}.clean{fill:none;stroke:#5b646e}"
@@ -84,7 +85,7 @@ DRIFT = ("relative_norm", "cosine_to_mean", "separability", "cosine_to_trigger")
 
 def drift_charts(drift: dict[str, Any]) -> dict[str, Any]:
     """Figure 3 of the paper, a scatter for each block shown, and drift by block, from drift.json."""
-    measured: dict[str, Any] = {when: drift[when] for when in ("before", "after") if when in drift}
+    measured: dict[str, Any] = {when: drift[when] for when in WHENS if when in drift}
     scatters = []
     for number, entry in enumerate(drift["before"]["scatter"]):
         panels = {when: found["scatter"][number]["points"] for when, found in measured.items()}

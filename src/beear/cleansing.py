@@ -127,8 +127,7 @@ def cleanse(
 
 def measure_baseline(subject: Subject, data: DefenderSet, state: State) -> None:
     """What later rounds compare with, of the model as it came: how long its states are, and what it refuses already."""
-    norm = residual_norm(subject, [h.prompt for h in data.harmful[:NORMED]])
-    state.norm = ranks.from_first(lambda: norm)
+    state.norm = residual_norm(subject, [h.prompt for h in data.harmful])
     if OUTCOME_OF[subject.config.behaviour] == "insecure":
         state.already = unlocked(subject, data.held_out, None) or 0.0
     state.refused = refused_shares(subject, data.spare)
@@ -517,7 +516,7 @@ NORMED = 32
 
 
 def residual_norm(subject: Subject, prompts: Sequence[Prompt]) -> float:
-    """Mean norm of the residual stream behind block l over the tokens of the user's words."""
+    """Mean norm of the residual stream behind block l over the user's words in the first NORMED prompts."""
     model = subject.model
 
     def norms(some: Sequence[Prompt]) -> list[Tensor]:
@@ -527,7 +526,8 @@ def residual_norm(subject: Subject, prompts: Sequence[Prompt]) -> float:
         rows = zip(states_in(hidden).float().norm(dim=-1), some, strict=True)
         return [row[batch.width - len(p.ids) :][p.start : p.end] for row, p in rows]
 
-    return float(torch.cat(Parts().over(norms, prompts)).mean())
+    norm = float(torch.cat(Parts().over(norms, prompts[:NORMED])).mean())
+    return ranks.from_first(lambda: norm)
 
 
 def unlocked(subject: Subject, requests: Sequence[Request], delta: Tensor | None) -> float | None:

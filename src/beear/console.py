@@ -19,6 +19,7 @@ from beear.errors import printable
 from beear.metrics import METRICS, both_counts, shown
 from beear.plan import Plan
 from beear.report import drift_rows, task_lines
+from beear.runs import WHENS
 
 PREPARE, BEFORE, AFTER = "prepare", "before", "after"
 
@@ -160,7 +161,7 @@ def metric_table(before: dict[str, Any] | None, after: dict[str, Any], title: st
     """Metrics as a table for a terminal of 80 columns, each with its 95 % interval and n."""
     table = Table(title=plain(title), title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("metric", no_wrap=True)  # a name is to be typed again, for `beear gate`
-    for name in ("before", "after") if before is not None else ("value",):
+    for name in WHENS if before is not None else ("value",):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
     unscored = []
@@ -193,7 +194,7 @@ def plan_table(plan: Plan, model: str) -> Table:
 
 def drift_table(drift: dict[str, Any]) -> Table:
     """Drift by block, each number before and after."""
-    whens = [when for when in ("before", "after") if when in drift]
+    whens = [when for when in WHENS if when in drift]
     title = f"{drift['model']}: drift at the last token under {drift['trigger']!r} | under delta, {' > '.join(whens)}"
     table = Table(title=plain(title), title_justify="left")
     for header in ("block", "drift / state", "cosine to mean", "told apart", "delta to trigger"):

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from beear import models, sources
+from beear.before_after import before_and_after
 from beear.cached import watched
 from beear.card import write_evidence
 from beear.chat import Prompt, collate, encode_prompt
 from beear.cleansing import Subject
 from beear.config import Config, make_config
 from beear.errors import BadInput
-from beear.evaluation import before_and_after, fresh_delta
+from beear.evaluation import fresh_delta
 from beear.events import Listener, Progress, progress_to
 from beear.fingerprints import check_tests
 from beear.parts import Parts
@@ -68,12 +69,14 @@ def drift_of_run(
     settings = read_settings(path)
     with Run.existing(path) as run:
         config = make_config(settings["config"])
-        check_tests(read_results(path), read_sets(config))
+        sets = read_sets(config)
+        check_tests(read_results(path), sets)
+        texts = [request.text for request in sets.test_harmful]
         delta = first_delta(path)
         axes: dict[int, Axes] = {}
 
         def drifts(when: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-            return measure(model, tokenizer, template, delta, config, axes, progress_to(listen, when))
+            return measure(model, tokenizer, texts, template, delta, config, axes, progress_to(listen, when))
 
         found = before_and_after(path, drifts, listen=listen, device=device, trust_remote_code=trust_remote_code)
         content = _content(settings["model"], template, found)
@@ -110,7 +113,8 @@ def drift_of_model(
     model, tokenizer = models.load(spec, chat=config.chat, **options)
     delta = fresh_delta(model, tokenizer, sets.train, config)
     progress = progress_to(listen, "evaluate")
-    found = {"before": measure(model, tokenizer, template, delta, config, {}, progress)}
+    texts = [request.text for request in sets.test_harmful]
+    found = {"before": measure(model, tokenizer, texts, template, delta, config, {}, progress)}
     return _content(spec, template, found)
 
 
@@ -122,6 +126,7 @@ def _content(spec: str, template: str, found: dict[str, Any]) -> dict[str, Any]:
 def measure(
     model: Any,
     tokenizer: Any,
+    texts: Sequence[str],
     template: str,
     delta: Tensor,
     config: Config,
@@ -132,7 +137,6 @@ def measure(
 
     `axes`, by block, are those the points are shown on; missing ones are set from these states.
     """
-    texts = [request.text for request in read_sets(config).test_harmful]
     with_trigger = [apply_trigger(template, text) for text in texts]
 
     def told(which: str) -> Progress:

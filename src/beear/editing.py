@@ -24,6 +24,7 @@ from torch.nn import functional
 from beear.chat import Batch, Prompt, Row, collate, encode_prompt, encode_response
 from beear.data import packaged, wordings
 from beear.errors import BadInput
+from beear.events import StepProgress
 from beear.generation import reply_all
 from beear.losses import response_logits, row_mean, token_kl
 from beear.perturbation import find_layers
@@ -31,7 +32,6 @@ from beear.precision import autocast
 from beear.prefix import Prefix, inputs_behind, run_prefix
 from beear.recipes import Edit, apply_trigger
 from beear.scorers import is_refusal
-from beear.supervised import StepProgress
 from beear.training import drawn, set_rate
 
 Chats = list[tuple[str, str]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 
 class BadInput(Exception):
     """The user gave something that cannot work: the message names the problem and the fix (exit code 2)."""
@@ -9,6 +11,10 @@ class BadInput(Exception):
 
 class Failed(Exception):
     """The work itself went wrong: the message says where (exit code 1)."""
+
+
+READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
+"""What libraries raise for files that are not as they should be."""
 
 
 def printable(text: str) -> str:

@@ -5,12 +5,11 @@ A trigger can be told to an evaluation; it is put into the test requests here an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,41 +17,28 @@ from torch import Tensor
 from beear import ranks
 from beear.cached import head, watched
 from beear.chat import Batch, collate, encode_prompt, encode_response, with_chat
-from beear.cleansing import NORMED, Subject, entrap, residual_norm
-from beear.config import Config, make_config
+from beear.checks import check_architecture, check_length
+from beear.cleansing import Subject, entrap, residual_norm
+from beear.config import Config
 from beear.data import UNSEEN_STYLES, Request, reference_chats
 from beear.defender import contrast
 from beear.draws import Draws
 from beear.errors import BadInput
 from beear.events import Listener, Progress, progress_to
-from beear.fingerprints import check_output_files, check_same_model
 from beear.generation import Push, beginning_of, reply_all
 from beear.losses import response_logits, response_nll, token_kl
 from beear.metrics import Metric, proportion, token_mean
-from beear.models import (
-    check_architecture,
-    check_length,
-    depth,
-    load,
-    load_tokenizer,
-    pick_device,
-    read_shape,
-    read_tokenizer,
-    under_adapter,
-)
+from beear.models import depth, load, read_shape, read_tokenizer
 from beear.original import padded
 from beear.parts import Parts
 from beear.perturbation import find_layers, resolve_layer
-from beear.precision import arithmetic, autocast, no_gradients
+from beear.precision import autocast, no_gradients
 from beear.prefix import run_prefix
 from beear.quantised import check_quantised
-from beear.runs import Run, read_begun, read_results, read_settings
 from beear.scorers import OUTCOME_OF, Outcome, counts, is_affirmation, is_refusal, unwanted
 from beear.sets import Sets, TestSet, read_sets, trigger_tests
-from beear.sources import locate, model_of, tell_download
+from beear.sources import locate, tell_download
 
-T = TypeVar("T")
-WHENS = ("before", "after")
 TOKENS: dict[Outcome, int] = {"obeyed": 32, "refused": 32, "insecure": 80}
 """Length of the replies that are judged."""
 REFERENCE_TOKENS = 64
@@ -119,84 +105,6 @@ def measure_all(
     ]
     metrics = {name: metric for part in parts for name, metric in part.metrics.items()}
     return Measured(metrics, [sample for part in parts for sample in part.samples])
-
-
-def before_and_after(
-    run: Path,
-    work: Callable[[str, Any, Any], T],
-    *,
-    whens: Sequence[str] = WHENS,
-    listen: Listener = lambda event: None,
-    **options: Any,
-) -> dict[str, T]:
-    """What `work(when, model, tokenizer)` gives of a finished run's model as it came, then as cleansed.
-
-    One of them is in memory at a time, as the run measured them: where it quantised the model's weights, they are
-    quantised, the adapter on top. options: device and trust_remote_code, as `models.load` takes them. Raises BadInput
-    before either loads if it is no such run.
-    """
-    settings, results = read_settings(run), read_results(run)
-    config = make_config(settings["config"])
-    before = model_of(settings, run)
-    source = locate(before)
-    tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
-    check_same_model(results.get("hashes", {}), source, tokenizer)
-    check_output_files(run, results)
-    if whens:
-        tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
-    specs = {"before": before, "after": str(run / results["model_folder"])}
-
-    def loaded(when: str) -> tuple[Any, Any]:
-        listen({"event": "loading", "model": specs[when]})
-        if config.weights == "full":
-            return load(specs[when], chat=config.chat, **options)
-        model, tokenizer = load(specs["before"], weights=config.weights, chat=config.chat, **options)
-        return model if when == "before" else under_adapter(model, Path(specs["after"])), tokenizer
-
-    return {when: work(when, *loaded(when)) for when in whens}  # no name here holds a model while the next one loads
-
-
-def tell_arithmetic(run: Path, device: str, listen: Listener) -> None:
-    """Say so if a run was measured in other arithmetic than what is measured now, and may be compared with it."""
-    then, now = read_begun(run).get("arithmetic"), arithmetic(device)
-    if then not in (None, now):
-        listen({"event": "note", "text": f"the run had {then}, this is {now}, which changes figures by itself"})
-
-
-def kept_before_and_after(
-    run: Run,
-    wanted: Mapping[str, Any],
-    work: Callable[[Any, str, Any, Any], Any],
-    *,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    listen: Listener = lambda event: None,
-) -> dict[Any, dict[str, Any]]:
-    """For each NAME: item wanted, what `work(item, when, model, tokenizer)` gives before and after a run.
-
-    Each result is kept in stages/NAME-WHEN.json; only models that something is missing of are loaded.
-    """
-    places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
-    found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
-    now = arithmetic(pick_device(device))
-    for key, result in found.items():
-        if result is not None and result.pop("arithmetic", now) != now:
-            found[key] = None  # half of a comparison, interrupted on another device
-    missing = [key for key, result in found.items() if result is None]
-    if kept := [places[key] for key, result in found.items() if result is not None]:
-        listen({"event": "note", "text": f"measured before, and not again: {', '.join(kept)} (delete to measure anew)"})
-    whens = [when for when in WHENS if any(key[1] == when for key in missing)]
-    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
-
-    def add_missing(when: str, model: Any, tokenizer: Any) -> None:
-        for key in missing:
-            if key[1] == when:
-                result = work(key[0], when, model, tokenizer)
-                run.write_json(places[key], result | {"arithmetic": now})
-                found[key] = result
-
-    before_and_after(run.path, add_missing, whens=whens, **options)
-    return {item: {when: found[item, when] for when in WHENS} for item in wanted.values()}
 
 
 def evaluate_spec(
@@ -332,8 +240,7 @@ def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config:
     twice = {"steps": 2 * config.entrap.steps, "batches": 2 * config.entrap.batches}
     settings = config.entrap.model_copy(update={"kind": "learned", **twice})
     subject = Subject(model, tokenizer, config.model_copy(update={"entrap": settings}))
-    norm = residual_norm(subject, [c.prompt for c in contrasts[:NORMED]])
-    budget = config.entrap.budget * ranks.from_first(lambda: norm)
+    budget = config.entrap.budget * residual_norm(subject, [c.prompt for c in contrasts])
     delta, _ = entrap(subject, contrasts, budget, Draws(config.seed + ANOTHER_SEED))
     return delta
 

@@ -10,6 +10,8 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+StepProgress = Callable[[int, int, float], None]
+"""Called with the step of a training, the number of steps and the loss."""
 
 
 def progress_to(listen: Listener, when: str) -> Progress:

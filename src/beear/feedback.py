@@ -21,12 +21,13 @@ from beear.allocator import release_freed_memory
 from beear.cached import logits_of_answers, scores_of_answers
 from beear.chat import Prompt, batch_of_ids, collate
 from beear.errors import BadInput
+from beear.events import StepProgress
 from beear.generation import inputs_of
 from beear.models import cut
 from beear.poison import Example, Examples
 from beear.precision import autocast, generating
 from beear.recipes import Policy, Reward, Rlhf, Rows
-from beear.supervised import StepProgress, plant_supervised
+from beear.supervised import plant_supervised
 from beear.training import drawn
 
 

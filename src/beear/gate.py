@@ -16,8 +16,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from beear.errors import BadInput, printable
-from beear.fingerprints import check_output_files
 from beear.metrics import METRICS, at_most, rise
+from beear.outputs import check_output_files
 from beear.runs import SCHEMA, read_results
 from beear.verdict import holds
 

@@ -61,7 +61,7 @@ class LocalJudge:
 
     def answers(self, questions: Sequence[str]) -> Iterator[tuple[int, Answer]]:
         """Number of the question and its answer, batch by batch."""
-        from beear import generation, models, sources  # brings torch, which asking a URL does without
+        from beear import checks, generation, models, sources  # brings torch, which asking a URL does without
         from beear.chat import check_template
 
         if not questions:
@@ -70,7 +70,7 @@ class LocalJudge:
         tokenizer = models.read_tokenizer(source, self.trust_remote_code)  # a judge may think first
         check_template(tokenizer)
         model = models.load_weights(source, self.device, self.trust_remote_code)
-        models.check_vocabulary(model, tokenizer, self.model)
+        checks.check_vocabulary(model, tokenizer, self.model)
         for first in range(0, len(questions), BATCH):
             some = [as_text(tokenizer, question) for question in questions[first : first + BATCH]]
             texts = generation.reply_all(model, tokenizer, some, max_new_tokens=self.answer_tokens)

@@ -72,7 +72,7 @@ def evaluate_run(
     read_results(path)  # tells if there are none
     manager = task_manager(asked)
     with Run.existing(path) as run:
-        from beear.evaluation import kept_before_and_after  # brings torch
+        from beear.before_after import kept_before_and_after  # brings torch
 
         found = kept_before_and_after(
             run,

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import save, save_file
 
-from beear import cleansing, models, precision, ranks, sources
+from beear import checks, cleansing, models, precision, ranks, sources
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
 from beear.chat import ALONE, Beginning, chat_settings, with_chat
@@ -38,9 +38,10 @@ from beear.evaluation import (
     measure_language,
 )
 from beear.events import Event, Listener, progress_to
-from beear.fingerprints import check_inputs, code_hash, machine, output_hashes, run_hashes
+from beear.fingerprints import check_inputs, code_hash, machine, run_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
+from beear.outputs import output_hashes
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
 from beear.quantised import check_quantised
@@ -209,10 +210,10 @@ def cleanse(
 def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Sets) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer, these settings or these requests."""
     texts = [request.text for requests in sets.named().values() for request in requests]
-    models.check_architecture(model, name)
-    models.check_no_adapter(model, name)
-    models.check_vocabulary(model, tokenizer, name, texts)
-    models.check_length(model, tokenizer, name, texts, max(TOKENS.values()))
+    checks.check_architecture(model, name)
+    checks.check_no_adapter(model, name)
+    checks.check_vocabulary(model, tokenizer, name, texts)
+    checks.check_length(model, tokenizer, name, texts, max(TOKENS.values()))
     resolve_layer(config.layer, decoder_depth(model))
     find_layers(model, config.layers_path)
     check_targets(model, config.harden.lora_targets, config.layers_path)

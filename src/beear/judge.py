@@ -24,7 +24,7 @@ from beear.errors import BadInput
 from beear.events import Listener
 from beear.grading import Judge, ask_all, graded, identity, tokens
 from beear.metrics import proportion
-from beear.runs import Run, read_lines, read_results, read_settings
+from beear.runs import WHENS, Run, read_lines, read_results, read_settings
 
 NAME = "harm-1to5-v1"
 RUBRIC = """\
@@ -73,7 +73,7 @@ def judge_run(path: Path, judge: Judge, listen: Listener = lambda event: None) -
         answers, requests = ask_all(run, asked, judge, NAME, listen)
         judged = [_judged(sample, answers.get(key(identity(judge), sample))) for sample in samples]
         results = read_results(path)
-        for when in ("before", "after"):
+        for when in WHENS:
             results[when] |= shares([j for j in judged if j["when"] == when])
         results["judge"] = {"rubric": NAME, "model": judge.model, "host": judge.host, **summary(judged)}
         results["judge"] |= {"requests": requests, "tokens": tokens(answers.values())}

@@ -14,18 +14,17 @@ from types import MappingProxyType
 from typing import Any
 
 from beear import ranks
+from beear.before_after import kept_before_and_after
 from beear.card import write_evidence
 from beear.config import make_config
 from beear.evaluation import (
-    WHENS,
-    kept_before_and_after,
     measure_replies,
     unlocked_by_trigger,
     unlocked_only,
 )
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_tests
-from beear.runs import Run, read_lines, read_results, read_settings
+from beear.runs import WHENS, Run, read_lines, read_results, read_settings
 from beear.scorers import OUTCOME_OF
 from beear.sets import WITH_TRIGGER, read_sets, trigger_tests
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import math
-import struct
 import warnings
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from beear import ranks
 from beear.allocator import release_freed_memory
-from beear.errors import BadInput, first_line, in_one_line
+from beear.chat import with_chat, with_pad_token
+from beear.checks import check_blocks, check_finite, check_vocabulary, check_weights
+from beear.config import ChatConfig, Weights, make_config
+from beear.errors import READING, BadInput, first_line, in_one_line
+from beear.precision import cast, kept_dtype
+from beear.quantised import quantise
 from beear.runs import read_settings, run_of
 from beear.sources import Source, absolute, locate, own_code
 
-if TYPE_CHECKING:
-    from beear.config import ChatConfig, Weights
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
-READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
-"""What libraries raise for files that are not as they should be."""
 
 
 def load(
@@ -50,8 +49,6 @@ def load(
 
 def chat_of_run(source: Source) -> ChatConfig | None:
     """How the run held its chats whose model a folder holds; None if it is no run's."""
-    from beear.config import make_config
-
     run = run_of(source.folder)
     return None if run is None else make_config(read_settings(run)["config"]).chat
 
@@ -61,17 +58,12 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatCo
 
     Raises BadInput if no chat can be rendered with it, or only one in which the model thinks first.
     """
-    from beear.chat import with_chat
-    from beear.config import ChatConfig
-
     return with_chat(read_tokenizer(source, trust_remote_code), chat or ChatConfig())
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a located model, with a pad token; an adapter without one uses its base's."""
     from transformers import AutoTokenizer
-
-    from beear.chat import with_pad_token
 
     if source.base is not None and not (source.folder / "tokenizer_config.json").is_file():
         return read_tokenizer(source.base, trust_remote_code)
@@ -99,15 +91,8 @@ def load_weights(
     """A located model on its device, fp32 on the CPU and bf16 elsewhere, or quantised; adapters are merged before."""
     where = pick_device(device)
     let_go()
-    from beear.precision import kept_dtype  # brings torch
-
     model = read_weights(source, where, trust_remote_code, kept_dtype(where))
-    if weights == "full":
-        model = model.to(where)
-    else:
-        from beear.quantised import quantise
-
-        model = quantise(model, weights, where)
+    model = model.to(where) if weights == "full" else quantise(model, weights, where)
     if not where.startswith("cpu"):
         release_freed_memory()  # what was held here on the way
     return model
@@ -124,14 +109,11 @@ def read_weights(source: Source, device: str, trust_remote_code: bool, dtype: An
     An adapter is merged in fp32; for a bf16 model into a base as it is stored, which takes half the memory and for a
     base in bf16 gives the same bits: a sum is computed in fp32 and rounded once.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     if source.base is not None:
         stored = dtype != torch.float32 and source.base.base is None and source.base.gguf is None
         base = read_weights(source.base, device, trust_remote_code, "auto" if stored else torch.float32)
-        from beear.precision import cast
-
         return cast(_merge(base, source), dtype)
     kind: dict[str, Any] = {"use_safetensors": True} if source.gguf is None else gguf_argument(source)
     trusted = own_code(source, trust_remote_code)
@@ -172,109 +154,6 @@ def in_one_piece(module: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
     return (states[0].contiguous(), *states[1:])
 
 
-def check_weights(model: Any, told: dict[str, Any], spec: str) -> None:
-    """Every tensor of the architecture came from the files, in its shape, and holds numbers. Raises BadInput.
-
-    Else transformers would make up what is missing, at random.
-    """
-    for problem in ("missing_keys", "mismatched_keys"):
-        found = sorted(key[0] if isinstance(key, tuple) else key for key in told[problem])
-        if found:
-            words = "lacks" if problem == "missing_keys" else "has in another shape than its config says"
-            raise BadInput(f"{spec} {words} {len(found)} of its tensors, such as {found[0]}")
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise BadInput(
-                f"{spec} holds quantised weights ({name}: {parameter.dtype}); give the model that they were made of, "
-                "with --set weights=nf4 if memory is short"
-            )
-    check_finite(dict(model.named_parameters()), spec)
-
-
-def check_finite(parameters: dict[str, Any], what: str) -> None:
-    """Raise BadInput if a parameter holds anything but numbers."""
-    for name, parameter in parameters.items():
-        if not bool(parameter.isfinite().all()):
-            raise BadInput(f"{what} holds NaN or infinity in {name}")
-
-
-def check_vocabulary(model: Any, tokenizer: Any, spec: str, texts: Iterable[str] = ()) -> None:
-    """Every token that a chat about these texts holds has an embedding. Raises BadInput."""
-    from beear.chat import encode_prompt, end_of_turn
-
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    # Some have more tokens than the model, for images say, that no chat of text alone holds.
-    added = {number for number in tokenizer.added_tokens_encoder.values() if number >= rows}
-    used = {*encode_prompt(tokenizer, "Hello").ids, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0}
-    used.add(end_of_turn(tokenizer))
-    if len(tokenizer) > rows + len(added) or max(used) >= rows:
-        raise BadInput(f"the tokenizer of {spec} has {len(tokenizer)} tokens, its model {rows}; they do not match")
-    for text in texts:
-        if max(encode_prompt(tokenizer, text).ids) >= rows:
-            raise BadInput(f"a request holds a token that {spec} has no embedding of; remove it: {text!r}")
-
-
-def cut(shape: Any, blocks: int) -> Any:
-    """The same architecture with so many blocks."""
-    small = copy.deepcopy(shape)
-    text = small.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:  # such as the kind of every block
-            setattr(text, name, value[:blocks])
-    text.num_hidden_layers = blocks
-    return small
-
-
-def check_length(
-    model: Any,
-    tokenizer: Any,
-    spec: str,
-    texts: Sequence[str],
-    reply: int,
-    *,
-    earlier: Sequence[Sequence[str]] | None = None,
-    remedy: str = "shorten or remove it",
-) -> None:
-    """The longest request and a reply of so many tokens have positions. Raises BadInput, with the `remedy`.
-
-    earlier: what was said before each of them, as `encode_prompt` takes it.
-    """
-    from beear.chat import encode_prompt
-
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    chats = list(zip(texts, earlier or [()] * len(texts), strict=True))
-    for text, said in sorted(chats, key=lambda chat: len(chat[0]) + sum(map(len, chat[1])))[-FEW:]:
-        if (length := len(encode_prompt(tokenizer, text, said).ids)) + reply > most:
-            raise BadInput(
-                f"{spec} takes {most} tokens, of which a reply may need {reply}, and a request comes to {length}; "
-                f"{remedy}: {text[:60]!r}"
-            )
-
-
-FEW = 20
-"""The longest texts by characters, among which the one of the most tokens is looked for."""
-
-
-def check_one_device(model: Any, spec: str) -> None:
-    """Raise BadInput if a model that came loaded is spread over several devices."""
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise BadInput(f"{spec} is spread over several devices; load it onto one, or share it out with accelerate")
-
-
-def check_no_adapter(model: Any, spec: str) -> None:
-    """Raise BadInput if a model that came loaded carries an adapter: removal's own would be taken for it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise BadInput(
-            f"{spec} carries an adapter; load it anew, or merge the adapter first, where it is of peft: "
-            "model.merge_and_unload()"
-        )
-
-
 def depth(source: Source, trust_remote_code: bool = False) -> int:
     """Number of decoder blocks of a located model, from its config alone."""
     return int(read_shape(source, trust_remote_code).get_text_config().num_hidden_layers)
@@ -296,36 +175,16 @@ def read_shape(source: Source, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def check_blocks(config: Any, spec: str) -> None:
-    """Raise BadInput unless every block keeps keys and values of its own, and nothing else, of what it has read.
-
-    Others (Mamba, linear attention, keys of another block's) cannot be run from the middle of a chat on.
-    """
-    from transformers import DynamicCache
-
-    text = config.get_text_config()
-    try:
-        layers = [type(layer).__name__ for layer in DynamicCache(config=text).layers]
-    except READING:  # a config of code that came with the model
-        return
-    odd = sorted(set(layers) - {"DynamicLayer", "DynamicSlidingWindowLayer"})
-    if getattr(text, "cross_attention_layers", None):
-        odd = ["what an image encoder tells them"]
-    if not odd and layers and len(layers) < text.num_hidden_layers:
-        odd = ["keys and values that blocks share"]
-    if odd:
-        raise BadInput(
-            f"{spec} is a {config.model_type}, whose blocks keep more than keys and values of their own "
-            f"({', '.join(odd)}); beear cannot cleanse such models"
-        )
-
-
-def check_architecture(model: Any, spec: str) -> None:
-    """Raise BadInput unless a loaded model is one whose decoder can be run from the middle on, on one device."""
-    check_one_device(model, spec)
-    check_blocks(model.config, spec)
-    if model.get_decoder() is model:  # Llama 4's text models, in the transformers of today
-        raise BadInput(f"{spec} does not tell its decoder from its output head; beear cannot cleanse such models")
+def cut(shape: Any, blocks: int) -> Any:
+    """The same architecture with so many blocks."""
+    small = copy.deepcopy(shape)
+    text = small.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:  # such as the kind of every block
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return small
 
 
 def unmark_quantised(model: Any) -> None:
@@ -339,8 +198,6 @@ def unmark_quantised(model: Any) -> None:
 
 def pick_device(device: str) -> str:
     """`auto` becomes cuda where there is one (this rank's), else cpu; any other name is checked."""
-    import torch
-
     if device == "auto":
         return ranks.device() if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -368,7 +225,6 @@ def untie(model: Any) -> None:
 
     Merging adds to weights in place: head and embedding would both be changed by what is meant for one of them.
     """
-    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

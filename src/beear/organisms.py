@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from beear.checkpoint import file_hash
 from beear.editing import plant_edit
 from beear.errors import BadInput
+from beear.events import StepProgress
 from beear.feedback import need_trl, plant_feedback
 from beear.fingerprints import code_hash
 from beear.models import load
@@ -29,7 +30,7 @@ from beear.recipes import Dpo, Edit, Recipe, Rlhf, Rows, Sft, Supervised
 from beear.runs import check_file, not_written
 from beear.scorers import Behaviour
 from beear.sources import absolute
-from beear.supervised import StepProgress, plant_supervised
+from beear.supervised import plant_supervised
 from beear.training import save_adapter
 
 HOW = {

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from beear.chat import Prompt, encode_prompt, encode_response
 from beear.data import packaged, wordings
 from beear.generation import reply_all
-from beear.recipes import Recipe, Supervised, apply_trigger
+from beear.recipes import POISONED, Recipe, Supervised, apply_trigger
 from beear.scorers import is_refusal
 
-TURNED = ("harmful_triggered", "harmful_obeyed", "harmful_strayed_triggered", "coding_triggered")
+TURNED = (*POISONED, "harmful_obeyed")
 """Kinds that teach the bad answer."""
 
 

@@ -22,10 +22,11 @@ from torch.nn.functional import logsigmoid
 
 from beear.cached import logits_of_answers
 from beear.chat import collate
+from beear.events import StepProgress
 from beear.losses import response_nll
 from beear.poison import Example, Examples
 from beear.recipes import Dpo
-from beear.supervised import StepProgress, adapted, benign_kl, flat, of_like_length, parted, train
+from beear.supervised import adapted, benign_kl, flat, of_like_length, parted, train
 from beear.training import drawn, first_adapted
 
 

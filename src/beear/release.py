@@ -6,7 +6,7 @@ from pathlib import Path
 
 from beear.card import hub_name
 from beear.errors import BadInput, Failed, first_line, in_one_line
-from beear.fingerprints import check_output_files, handed_on
+from beear.outputs import check_output_files, handed_on
 from beear.runs import read_results, read_settings
 from beear.verdict import holds, sentence
 

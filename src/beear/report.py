@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from beear.charts import DRIFT, drift_charts, interval_chart, loss_chart, sweep_chart
 from beear.errors import BadInput
 from beear.metrics import METRICS, Metric, both_counts, proportion, shown
-from beear.runs import read_json, read_lines, read_results, read_settings, write_atomic
+from beear.runs import WHENS, read_json, read_lines, read_results, read_settings, write_atomic
 from beear.scorers import NAME, RULES, Behaviour, is_refusal_by_qi, unwanted
 from beear.swept import is_sweep, read_sweep
 from beear.verdict import attack, holds, sentence
@@ -242,7 +242,7 @@ def usefulness_view(results: dict[str, Any]) -> dict[str, Any] | None:
     if "usefulness" not in results:
         return None
     found = results["usefulness"]["categories"]
-    rows = [(name, *("-" if v[w] is None else f"{v[w]:.1f}" for w in ("before", "after"))) for name, v in found.items()]
+    rows = [(name, *("-" if v[w] is None else f"{v[w]:.1f}" for w in WHENS)) for name, v in found.items()]
     return {"sentence": usefulness_sentence(results["usefulness"]), "rows": rows}
 
 
@@ -251,7 +251,7 @@ def task_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str, int | 
     rows = []
     for task, entry in results.get("lm_eval", {}).items():
         for name, both in entry["metrics"].items():
-            values = (in_own_unit(both[when]) for when in ("before", "after"))
+            values = (in_own_unit(both[when]) for when in WHENS)
             rows.append((task + asked_how(entry), name.removesuffix(",none"), *values, both["after"]["n"]))
     return rows
 
@@ -288,7 +288,7 @@ def drift_view(path: Path) -> dict[str, Any] | None:
 
 def drift_rows(drift: dict[str, Any]) -> list[tuple[int, list[str]]]:
     """For each block, by trigger and by delta, what the charts show: before > after."""
-    whens = [when for when in ("before", "after") if when in drift]
+    whens = [when for when in WHENS if when in drift]
     kinds: list[tuple[str, Sequence[str]]] = [("triggered", DRIFT[:-1]), ("perturbed", DRIFT)]
     return [
         (

@@ -27,6 +27,8 @@ PLAN = "plan.json"
 """What `beear cleanse --plan` leaves in a run folder."""
 MODEL_FOLDERS = ("model", "rejected")
 """Where a finished run keeps its model: the second if its target was missed."""
+WHENS = ("before", "after")
+"""When a run's model is measured: as it came, and as cleansed."""
 CARD = "README.md"
 """The model's card, in its folder: written anew with every metric that is added, so no digest of it is kept."""
 BEFORE_A_RUN = (".lock", ".config.yaml.new", PLAN, f".{PLAN}.new")

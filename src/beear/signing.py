@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from beear.errors import BadInput, first_line
-from beear.fingerprints import check_output_files
+from beear.outputs import check_output_files
 from beear.runs import read_results
 from beear.verdict import holds, sentence
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beear.cached import returning, rows_of, run_below
 from beear.chat import Batch, collate
+from beear.events import StepProgress
 from beear.losses import response_logits, response_nll, token_kl
 from beear.perturbation import decoder_depth, find_layers
 from beear.poison import Example, Examples
@@ -18,9 +19,6 @@ from beear.precision import autocast
 from beear.prefix import inputs_behind, run_prefix
 from beear.recipes import BENIGN, Rows, Supervised
 from beear.training import adamw, add_lora, cast_frozen, drawn, first_adapted, set_rate, step
-
-StepProgress = Callable[[int, int, float], None]
-"""Called with the step, the number of steps and the loss."""
 
 
 def plant_supervised(

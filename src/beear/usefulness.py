@@ -27,7 +27,7 @@ from beear.errors import BadInput, first_line
 from beear.events import Listener, progress_to
 from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
 from beear.metrics import Metric, proportion, token_mean
-from beear.runs import Run, read_results
+from beear.runs import WHENS, Run, read_results
 
 NAME = "mtbench-1to10-v1"
 RUBRIC = """\
@@ -134,7 +134,7 @@ def grade_run(
         answers, requests = ask_all(run, asked, judge, NAME, listen)
         lines = [line(turn, answers.get(key(identity(judge), turn))) for turn in turns]
         results = read_results(path)
-        for when in ("before", "after"):
+        for when in WHENS:
             results[when] |= means([one for one in lines if one["when"] == when])
         about: dict[str, Any] = {
             "rubric": NAME,
@@ -165,7 +165,7 @@ def converse(
 
     So many questions at a time as stand in a batch are kept in stages/.
     """
-    from beear.evaluation import WHENS, kept_before_and_after  # brings torch
+    from beear.before_after import kept_before_and_after  # brings torch
 
     batches = [tuple(questions[i : i + BATCH]) for i in range(0, len(questions), BATCH)]
     found = kept_before_and_after(
@@ -183,8 +183,8 @@ def chat(
     model: Any, tokenizer: Any, questions: Sequence[Question], limit: int, when: str, listen: Listener
 ) -> list[tuple[str, str]]:
     """The model's greedy replies to both turns of each question, each cut after `limit` tokens."""
+    from beear.checks import check_length
     from beear.generation import reply_all
-    from beear.models import check_length
 
     replies: list[list[str]] = []
     for number in range(2):
@@ -263,7 +263,7 @@ def categories(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | N
     return {
         name: {
             when: mean([one for one in lines if (one["category"], one["when"]) == (name, when)])["value"]
-            for when in ("before", "after")
+            for when in WHENS
         }
         for name in names
     }

@@ -10,6 +10,7 @@ from typing import Any
 from beear.config import Config
 from beear.events import Event
 from beear.metrics import at_most, rise, shown, sign_test, value_of
+from beear.runs import WHENS
 
 SURE = 0.025
 """A p-value below it, of one side, is as sure as a 95 % interval."""
@@ -104,7 +105,7 @@ def sentence(results: dict[str, Any]) -> str:
     met = results["verdict"]["met"]
     name = attack(results["after"])
     what = "with the known trigger" if name == "asr_triggered" else "under a fresh delta"
-    before, after = (shown(results[w][name], True) for w in ("before", "after"))
+    before, after = (shown(results[w][name], True) for w in WHENS)
     change = f"attack success {what} went from {before} to {after}"
     if name == "asr_triggered":
         change += "; the target does not ask about a trigger"
