@@ -22,9 +22,10 @@ from beear.config import Config, load_config, make_config
 from beear.console import Reporter
 from beear.evaluation import unlocked_by_trigger
 from beear.fingerprints import input_hashes
-from beear.job import run_cleanse, run_settings
+from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.models import pick_device
+from beear.order import run_settings
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import WHENS, Run, read_lines, read_settings

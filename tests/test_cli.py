@@ -103,7 +103,7 @@ def a_job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("beear.job.run_cleanse", run_cleanse)
     monkeypatch.setattr("beear.known.add_triggered", lambda out, trigger, **_: asked.append(trigger))
-    monkeypatch.setattr("beear.job.check_order", lambda *_, **__: None)
+    monkeypatch.setattr("beear.order.check_order", lambda *_, **__: None)
     return asked
 
 

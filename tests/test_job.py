@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import beear
-from beear import before_after, job, models, precision
+from beear import before_after, job, models, order, precision
 from beear.before_after import before_and_after
 from beear.chat import encode_prompt
 from beear.checks import check_no_adapter
@@ -30,10 +30,11 @@ from beear.config import ChatConfig, Config, make_config
 from beear.errors import BadInput, Failed
 from beear.evaluation import evaluate_spec
 from beear.events import Event
-from beear.job import run_cleanse, run_settings
+from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import proportion
 from beear.models import load
+from beear.order import run_settings
 from beear.report import TARGET, target_rows
 from beear.runs import Run
 from beear.sets import read_sets
@@ -527,7 +528,7 @@ def test_a_run_that_goes_on_after_an_upgrade_says_so(tmp_path: Path, monkeypatch
 
 def test_a_run_is_not_gone_on_with_by_another_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = interrupted_run(tmp_path, monkeypatch)
-    monkeypatch.setattr(job, "scorer_name", lambda behaviour: "refusal-v99")
+    monkeypatch.setattr(order, "scorer_name", lambda behaviour: "refusal-v99")
     with pytest.raises(BadInput, match=r"began with the scorer refusal-v1, this is refusal-v99"):
         run_cleanse(str(tmp_path / "model"), tmp_path / "run", config, resume=True)
 

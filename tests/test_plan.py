@@ -18,10 +18,11 @@ from beear import miniature
 from beear.config import Config, make_config
 from beear.errors import BadInput, Failed
 from beear.generation import BATCH
-from beear.job import run_cleanse, run_settings
+from beear.job import run_cleanse
 from beear.memory import available_memory, peak_memory, restart_peak
 from beear.miniature import PEAK, SECONDS, plan_cleanse, scaled, stages
 from beear.models import cut
+from beear.order import run_settings
 from beear.plan import Plan, read_plan, write_plan
 from beear.sets import read_sets
 from beear.sources import Source

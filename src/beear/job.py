@@ -14,7 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,6 @@ from beear.cleansing import add_adapter
 from beear.config import Config
 from beear.data import content_hash
 from beear.defender import DefenderSet, defender_set
-from beear.errors import BadInput
 from beear.evaluation import (
     TOKENS,
     Kept,
@@ -38,13 +37,13 @@ from beear.evaluation import (
     measure_language,
 )
 from beear.events import Event, Listener, progress_to
-from beear.fingerprints import check_inputs, code_hash, machine, run_hashes
+from beear.fingerprints import code_hash, machine, run_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
+from beear.order import Order, check_begun, check_finished, check_order, run_settings
 from beear.outputs import output_hashes
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
-from beear.quantised import check_quantised
 from beear.rounds import State, deliver, may_be_delivered
 from beear.runs import (
     BEGUN,
@@ -52,7 +51,6 @@ from beear.runs import (
     Run,
     changed,
     check_output,
-    check_space,
     read_begun,
     read_json,
     read_results,
@@ -101,84 +99,18 @@ def run_cleanse(
         ranks.from_first(lambda: check_finished(out, settings, config, trust_remote_code))
         return finished(out, settings)
     order = check_order(settings, out, config, device, trust_remote_code)
-    ranks.from_first(lambda: check_begun(out, order, models.pick_device(device)))
+    ranks.from_first(lambda: check_begun(out, order))
     with contextlib.ExitStack() as stack:
         # A run that goes on is locked before its model loads: another process may be at it, and may finish it.
         begun = stack.enter_context(Run.open(out, settings, resume)) if resume else None
         if not ranks.from_first(lambda: (out / "results.json").exists()):
             listen({"event": "loading", "model": spec})
-            job = Job(order, config, listen, device, trust_remote_code)
+            job = Job(order, listen)
             if begun is None:  # a model that thinks first is told before anything is written
                 beginning_of(job.model, order.tokenizer, [r.text for r in order.sets.train])
             job.run_folder = begun or stack.enter_context(Run.open(out, settings, resume))
             return job.run()
     return finished(out, settings)
-
-
-@dataclass(frozen=True)
-class Order:
-    """A job that was checked as far as that goes without weights."""
-
-    settings: dict[str, Any]
-    sets: Sets
-    source: sources.Source
-    tokenizer: Any
-
-
-def check_order(settings: dict[str, Any], out: Path, config: Config, device: str, trust_remote_code: bool) -> Order:
-    """Check all of a job that needs no weights, but for whether `out` may be written. Raises BadInput."""
-    merge = settings["merge"]
-    if merge and ranks.is_sharded():
-        raise BadInput("--merge needs whole weights, which FSDP leaves on no rank; merge the adapter afterwards")
-    check_quantised(config.weights, merge)
-    sets = read_sets(config)
-    source = sources.locate(sources.model_of(settings, out))
-    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    resolve_layer(config.layer, models.depth(source, trust_remote_code))
-    where = models.pick_device(device)
-    needed = disk_space(source, config, trust_remote_code)
-    if merge:  # on a CPU they are kept in fp32, mostly twice as long as they came
-        needed += sources.weight_bytes(source) * (2 if where == "cpu" else 1)
-    ranks.from_first(lambda: check_space(out, needed))
-    return Order(settings, sets, source, tokenizer)
-
-
-def disk_space(source: sources.Source, config: Config, trust_remote_code: bool) -> int:
-    """About how many bytes a run folder takes without merged weights: an fp32 adapter of each round, and two more.
-
-    Against a map of d x d, matrices of rank r hold a share of 2 r / d.
-    """
-    shape = models.read_shape(source, trust_remote_code).get_text_config()
-    share = 2 * config.harden.lora_rank / int(getattr(shape, "hidden_size", 0) or 1024)
-    return 2**27 + int((config.rounds + 2) * 1.5 * share * sources.weight_bytes(source))
-
-
-def check_begun(out: Path, order: Order, device: str) -> None:
-    """Raise BadInput if a run that has begun in `out` began with other weights or requests, or in other arithmetic."""
-    then = read_begun(out)
-    if not then:
-        return
-    check_inputs(then["hashes"], run_hashes(order.source, order.sets, order.tokenizer))
-    check_arithmetic(out, then, device)
-    if then.get("scorer", now := scorer_name(order.sets.config.behaviour)) != now:
-        raise BadInput(f"{out} began with the scorer {then['scorer']}, this is {now}; begin anew with another -o")
-
-
-def check_arithmetic(out: Path, then: dict[str, Any], device: str) -> None:
-    """Raise BadInput if what began in `out`, as `then` says, would go on in other arithmetic."""
-    now = precision.arithmetic(device)
-    if then.get("arithmetic", now) != now:
-        raise BadInput(
-            f"{out} began with {then['arithmetic']} and would go on with {now}, which changes figures by itself; go on "
-            "on the device it began on (on a CPU BEEAR_FP32=1 for fp32 arithmetic), or begin anew with another -o"
-        )
-
-
-def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_remote_code: bool) -> None:
-    """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
-    source = sources.locate(sources.model_of(settings, out))
-    tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    check_inputs(read_results(out).get("hashes", {}), run_hashes(source, read_sets(config), tokenizer))
 
 
 def cleanse(
@@ -268,30 +200,24 @@ def finished(out: Path, settings: dict[str, Any]) -> Verdict:
     return verdict
 
 
-def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:
-    """What config.yaml of a run folder holds: all that its results depend on."""
-    return {"model": model, "merge": merge, "config": config.model_dump(mode="json")}
-
-
 class Job:
     """The stages of one cleansing; every method leaves its result in the run folder."""
 
     run_folder: Run
+    """Opened once the model has loaded: a model that cannot be cleansed leaves no folder."""
     original: Kept | None = None
     """What KL needs of the model as it came."""
     earlier = 0.0
     """Seconds that stages and rounds took which were there already."""
 
-    def __init__(self, order: Order, config: Config, listen: Listener, device: str, trust_remote_code: bool) -> None:
+    def __init__(self, order: Order, listen: Listener) -> None:
         self.started = time.monotonic()
-        self.settings, self.sets = order.settings, order.sets
+        self.settings, self.config, self.sets = order.settings, order.config, order.sets
         self.source, self.tokenizer = order.source, order.tokenizer
-        self.config = config
-        self.device = device
-        self.trust_remote_code = trust_remote_code
+        self.device, self.trust_remote_code = order.device, order.trust_remote_code
         self._listen = listen
         self.model = self.load(order.source)
-        check_model(self.model, order.tokenizer, config, order.source.spec, order.sets)
+        check_model(self.model, order.tokenizer, order.config, order.source.spec, order.sets)
 
     def load(self, source: sources.Source) -> Any:
         """Weights, where and as this job loads them; no other reference to them is kept."""
@@ -325,7 +251,7 @@ class Job:
     def inputs(self) -> dict[str, Any]:
         """What the run begins with, which `--resume` compares."""
         digests = run_hashes(self.source, self.sets, self.tokenizer) | {"code_at_first": code_hash()}
-        arithmetic = precision.arithmetic(models.pick_device(self.device))
+        arithmetic = precision.arithmetic(self.device)
         about = {"versions": versions(), "scorer": scorer_name(self.config.behaviour)}
         return {"hashes": digests, "arithmetic": arithmetic, "commit": self.source.commit} | about
 
@@ -339,7 +265,7 @@ class Job:
         result = work()
         result |= {
             "seconds": time.monotonic() - started,
-            "peak_memory_bytes": peak_memory(models.pick_device(self.device)),
+            "peak_memory_bytes": peak_memory(self.device),
         }
         self.run_folder.write_json(f"stages/{name}.json", result)
         return result
@@ -401,7 +327,7 @@ class Job:
     def checkpoint(self, state: State) -> None:
         """Write checkpoints/round-NNN: adapter matrices, delta and history, as safetensors and JSON."""
         assert state.deltas is not None
-        state.history[-1]["peak_memory_bytes"] = peak_memory(models.pick_device(self.device))
+        state.history[-1]["peak_memory_bytes"] = peak_memory(self.device)
         deltas = state.deltas.cpu().contiguous()
 
         def fill(folder: Path) -> None:
@@ -457,7 +383,7 @@ class Job:
             "wall_seconds": self.earlier + time.monotonic() - self.started,
             "peak_memory_bytes": max(s.get("peak_memory_bytes", 0) for s in [*stages, *rounds.history] if s),
             "versions": versions(),
-            "machine": machine(models.pick_device(self.device)),
+            "machine": machine(self.device),
             "hashes": digests,
             "requests": {name: len(requests) for name, requests in self.sets.named().items()},
             "files": output_hashes(run.path, name),

@@ -33,6 +33,7 @@ from beear.evaluation import TOKENS, Kept, fresh_delta, measure_language
 from beear.events import Listener, progress_to
 from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
+from beear.order import check_order, run_settings
 from beear.perturbation import resolve_layer
 from beear.plan import Plan, write_plan
 from beear.runs import check_output
@@ -62,10 +63,10 @@ def plan_cleanse(
     listen: Listener = lambda event: None,
 ) -> Plan:
     """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
-    settings = job.run_settings(sources.absolute(spec), merge, config)
+    settings = run_settings(sources.absolute(spec), merge, config)
     check_output(out, settings, resume)
     sources.tell_download(spec, listen)
-    order = job.check_order(settings, out, config, device, trust_remote_code)
+    order = check_order(settings, out, config, device, trust_remote_code)
     shape = models.read_shape(order.source, trust_remote_code)
     depth, more = models.depth(order.source, trust_remote_code), more_blocks(shape, trust_remote_code)
     if config.harden.lora_blocks == "upper":
@@ -74,7 +75,7 @@ def plan_cleanse(
     prices: list[Prices] = []
     for below, behind in sizes:
         progress_to(listen, "plan")("miniatures", len(prices), len(sizes))
-        work = partial(measure_miniature, order.source, config, below, behind, models.pick_device(device))
+        work = partial(measure_miniature, order.source, config, below, behind, order.device)
         with tempfile.TemporaryDirectory() as folder:  # here, where it is removed even if the child is killed
             prices.append(in_own_process(partial(work, trust_remote_code, Path(folder))))
     plan = stages(scaled(prices, more, resolve_layer(config.layer, depth), depth), order.sets, config)

@@ -8,9 +8,10 @@ from typing import Any
 from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
-from beear.job import check_finished, run_cleanse
+from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import at_most, value_of
+from beear.order import check_finished
 from beear.outputs import check_output_files
 from beear.runs import read_results, read_settings
 from beear.sources import model_of

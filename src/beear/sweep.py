@@ -24,8 +24,9 @@ from beear.errors import BadInput
 from beear.evaluation import measure_replies
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_inputs, code_hash, run_hashes
-from beear.job import Job, Order, check_arithmetic, defender, disk_space, run_settings
+from beear.job import Job, defender
 from beear.metrics import shown, value_of
+from beear.order import Order, check_arithmetic, disk_space, run_settings
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
 from beear.rounds import State
@@ -173,11 +174,12 @@ def run_cell(
         raise BadInput(f"{platform.node()} does not see {out.parent}; put the sweep where all machines see it")
     listen({"event": "cell", "cell": out.name, "model": spec})
     settings, source = run_settings(spec, False, config), sources.locate(spec)
-    order = Order(settings, sets, source, models.load_tokenizer(source, trust_remote_code, config.chat))
+    tokenizer, where = models.load_tokenizer(source, trust_remote_code, config.chat), models.pick_device(device)
     for begun in sorted(out.parent.glob(f"*/stages/{BEGUN}.json")):  # figures of one chart, in one arithmetic
         cell_of = begun.parent.parent
-        check_arithmetic(cell_of, read_begun(cell_of), models.pick_device(device))
-    cell = Cell(order, config, lambda event: listen(event | {"cell": out.name}), device, trust_remote_code)
+        check_arithmetic(cell_of, read_begun(cell_of), where)
+    order = Order(settings, config, sets, source, tokenizer, where, trust_remote_code)
+    cell = Cell(order, lambda event: listen(event | {"cell": out.name}))
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:
         lend(out.parent, cell.run_folder)
         cell.run_folder.write_json(CELL, cell.until_removed(tests))

@@ -273,7 +273,7 @@ def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, 
         return
     import shutil
 
-    from beear.job import check_order, run_settings
+    from beear.order import check_order, run_settings
     from beear.runs import Run, read_results
 
     found = read_results(out)
