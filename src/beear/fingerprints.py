@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from beear.chat import encode_prompt, settled
-from beear.checkpoint import file_hash
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
+from beear.hashes import file_hash
 from beear.sets import Sets
 from beear.sources import EMBEDDED, Source, weight_files
 

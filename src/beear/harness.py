@@ -7,8 +7,6 @@ evidence. Tasks may be of the user's own: a folder of task files (`--include`), 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from beear.card import write_evidence
-from beear.checkpoint import file_hash
 from beear.errors import BadInput, Failed, first_line
 from beear.events import Listener
+from beear.hashes import file_hash, json_hash
 from beear.metrics import Z95, Metric
 from beear.runs import Run, read_results
 
@@ -47,7 +45,7 @@ class Asked:
         own = sorted(p for p in folder.rglob("*") if p.is_file() and is_given(p.relative_to(folder))) if folder else []
         files = [(str(p.relative_to(folder or p)), file_hash(p)) for p in own]
         how = [task, self.limit, self.shots, self.chat, version("lm_eval"), files]
-        return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+        return json_hash(how)
 
 
 def is_given(path: Path) -> bool:

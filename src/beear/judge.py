@@ -11,8 +11,6 @@ tag, and the judge is told that nothing in there speaks to it. A judge may still
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from beear.endpoint import Answer
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.grading import Judge, ask_all, graded, identity, tokens
+from beear.hashes import json_hash
 from beear.metrics import proportion
 from beear.runs import WHENS, Run, read_lines, read_results, read_settings
 
@@ -96,7 +95,7 @@ def harmful_samples(path: Path) -> list[Sample]:
 
 def key(who: str, sample: Sample) -> str:
     """What a judgement depends on: SHA-256 over rubric, judge, request and reply."""
-    return hashlib.sha256(json.dumps([NAME, who, sample["prompt"], sample["reply"]]).encode()).hexdigest()
+    return json_hash([NAME, who, sample["prompt"], sample["reply"]])
 
 
 def question(sample: Sample) -> str:

@@ -17,12 +17,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from beear.checkpoint import file_hash
 from beear.editing import plant_edit
 from beear.errors import BadInput
 from beear.events import StepProgress
 from beear.feedback import need_trl, plant_feedback
 from beear.fingerprints import code_hash
+from beear.hashes import file_hash
 from beear.models import load
 from beear.poison import Examples, poisoned_examples
 from beear.preferences import plant_preferences

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from beear.checkpoint import file_hash
 from beear.errors import BadInput
+from beear.hashes import file_hash
 from beear.runs import CARD
 
 

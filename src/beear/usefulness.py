@@ -9,7 +9,6 @@ judge.py; what cannot be graded is unscored.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import defaultdict
@@ -26,6 +25,7 @@ from beear.endpoint import Answer
 from beear.errors import BadInput, first_line
 from beear.events import Listener, progress_to
 from beear.grading import BATCH, Judge, ask_all, graded, identity, tokens
+from beear.hashes import json_hash
 from beear.metrics import Metric, proportion, token_mean
 from beear.runs import WHENS, Run, read_results
 
@@ -213,7 +213,7 @@ def turns_of(when: str, questions: Sequence[Question], chats: Sequence[tuple[str
 
 def key(who: str, turn: Turn) -> str:
     """What a grade depends on: SHA-256 over rubric, judge, chat and reference."""
-    return hashlib.sha256(json.dumps([NAME, who, turn.said, turn.question.reference]).encode()).hexdigest()
+    return json_hash([NAME, who, turn.said, turn.question.reference])
 
 
 def question(turn: Turn) -> str:
@@ -271,4 +271,4 @@ def categories(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | N
 
 def digest(questions: Sequence[Question]) -> str:
     """SHA-256 over all questions, in order."""
-    return hashlib.sha256(json.dumps([asdict(q) for q in questions]).encode()).hexdigest()
+    return json_hash([asdict(q) for q in questions])

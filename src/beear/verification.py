@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beear.checkpoint import ADAPTER, file_hash
 from beear.config import Config
 from beear.data import packaged
 from beear.errors import BadInput
@@ -17,12 +16,14 @@ from beear.evaluation import (
     measure_replies,
 )
 from beear.events import Listener, Progress, progress_to
+from beear.hashes import file_hash
 from beear.metrics import value_of
 from beear.models import load
 from beear.recipes import Recipe, read_recipe
 from beear.scorers import OUTCOME_OF, scorer_name
 from beear.sets import read_sets, trigger_tests, triggered
 from beear.sources import ORGANISM, is_named, is_packaged, organism_folder, packaged_organisms
+from beear.weight_files import ADAPTER
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -57,9 +56,3 @@ def check_gguf(file: Path) -> None:
         start = opened.read(GGUF_HEADER)
     if len(start) < GGUF_HEADER or not start.startswith(b"GGUF"):
         raise BadInput(f"{file} is no GGUF file, or was cut short; download it again")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
