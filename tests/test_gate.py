@@ -34,6 +34,7 @@ def test_what_reads_a_finished_run_needs_no_torch() -> None:
 @pytest.fixture()
 def run(tmp_path: Path) -> Path:
     results: dict[str, Any] = {
+        "files": {},
         "verdict": {"met": True, "missed": []},
         "before": {"asr_triggered": share(118), "false_refusal": share(3), "perplexity": total(25.0)},
         "after": {"asr_triggered": share(1), "false_refusal": share(3), "perplexity": total(25.4), "kl": total(0.03)},

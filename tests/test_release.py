@@ -188,7 +188,7 @@ def test_a_model_without_its_weights_or_digests_is_not_pushed(tmp_path: Path, hu
     with pytest.raises(BadInput, match="is not as the run left it"):
         push(run, "me/model")
     (run / "results.json").write_text(json.dumps(RESULTS))
-    with pytest.raises(BadInput, match="keeps no digests"):
+    with pytest.raises(BadInput, match="holds no digests"):
         push(run, "me/model")
     assert hub.files == []
 

@@ -202,13 +202,16 @@ def test_other_requests_are_refused(place: Path) -> None:
     assert not (place / "again").exists()
 
 
-def test_a_run_of_before_digests(place: Path) -> None:
+def test_a_run_that_keeps_no_digests_is_refused(place: Path) -> None:
     results = read(place / "run")
-    del results["files"], results["hashes"]["model"]
+    del results["hashes"]["model"]
     (place / "run" / "results.json").write_text(json.dumps(results))
-    check_run(place / "run", ["kl=100"])
     with pytest.raises(BadInput, match="before all digests"):
         reproduce(place / "run", place / "again")
+    del results["files"]
+    (place / "run" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(BadInput, match="holds no digests of the run's files"):
+        check_run(place / "run", ["kl=100"])
 
 
 def test_runs_that_do_not_agree(made: Path) -> None:

@@ -24,10 +24,13 @@ def handed_on(folder: Path) -> list[Path]:
 
 
 def check_output_files(run: Path, results: dict[str, Any]) -> None:
-    """Raise BadInput if a file that a finished run hands on was changed since, is gone, or has come."""
+    """Raise BadInput if a file that a finished run hands on was changed since, is gone, or has come.
+
+    Results that keep no digests are refused as well: whoever changes a file may have taken them out.
+    """
     then = results.get("files")
-    if then is None:  # written before digests were kept
-        return
+    if not isinstance(then, dict):
+        raise BadInput(f"{run}/results.json holds no digests of the run's files; run the cleansing again")
     now = output_hashes(run, results["model_folder"]) if (run / "delta.safetensors").exists() else {}
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if changed:
