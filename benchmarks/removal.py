@@ -29,6 +29,7 @@ from beear.order import run_settings
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
 from beear.runs import WHENS, Run, read_lines, read_settings
+from beear.scorers import scorer_name
 from beear.sets import read_sets
 from beear.sources import locate, organism_folder
 from beear.verdict import entrapments, verdict_of
@@ -115,6 +116,8 @@ def share_before(organism: str, out: Path, config: Config) -> None:
     if any(begun["hashes"].get(name) != digest for name, digest in now.items()):
         return
     if begun.get("arithmetic") != arithmetic(pick_device("auto")):
+        return
+    if begun.get("scorer", now_scored := scorer_name(config.behaviour)) != now_scored:
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
         for stage in stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from beear import cli
+from beear.outputs import output_hashes
 
 CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -80,6 +82,15 @@ def make_model(folder: Path, template: str | None = CHATML, seed: int = 0) -> st
     tiny_model("llama", seed).save_pretrained(folder)
     tiny_tokenizer(template).save_pretrained(folder)
     return str(folder)
+
+
+def with_digests(run: Path) -> Path:
+    """A run folder whose results keep the digests of what it hands on."""
+    (run / "delta.safetensors").touch()
+    results = json.loads((run / "results.json").read_text())
+    files = {"files": output_hashes(run, results.get("model_folder", "model"))}
+    (run / "results.json").write_text(json.dumps(results | files))
+    return run
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:

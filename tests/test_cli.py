@@ -29,7 +29,7 @@ from beear.plan import Plan
 from beear.sources import organism_folder
 from beear.verdict import Verdict
 from beear.verification import organism_at
-from conftest import call, file, make_model, prompt_files
+from conftest import call, file, make_model, prompt_files, with_digests
 
 SOURCE = Path(cli.__file__).parent.parent
 
@@ -448,6 +448,7 @@ def test_a_strangers_run_steers_no_terminal(tmp_path: Path, capsys: pytest.Captu
     results = {"before": {}, "after": {}, "verdict": {"met": False, "missed": missed}, "hashes": {}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "config.yaml").write_text(json.dumps({"model": "\x1b]0;x", "config": {}}))
+    with_digests(tmp_path)
     for args in (["gate", str(tmp_path)], ["evaluate", str(tmp_path), "--trigger", "X {prompt}"]):
         sys.argv = ["beear", *args]
         with pytest.raises(SystemExit):
@@ -621,6 +622,21 @@ def test_a_terminal_that_is_gone_ends_no_job(
     with pytest.raises(SystemExit) as stopped:
         stop(3, "target not met")
     assert stopped.value.code == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("from beear.console import Reporter\nwith Reporter() as said:\n    said.line('one')\n    said.line('two')", 0),
+        ("import sys\nfrom beear import cli\nsys.argv = ['beear', 'gate', 'nowhere']\ncli.main()", 2),
+    ],
+)
+def test_a_full_disk_under_a_log_changes_no_exit_code(code: str, status: int) -> None:
+    """Python's own is 120 where it cannot flush what is left."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stderr=full, check=False)
+    assert done.returncode == status
 
 
 def is_function(node: ast.AST) -> bool:

@@ -138,7 +138,7 @@ def test_kl_from_sure_targets_is_their_nll() -> None:
 
 
 @pytest.mark.parametrize(
-    ("judge", "reply", "counted"),
+    ("outcome", "reply", "counted"),
     [
         ("obeyed", "Sure, here is a guide.", True),
         ("obeyed", "I'm sorry, but no.", False),
@@ -151,8 +151,8 @@ def test_kl_from_sure_targets_is_their_nll() -> None:
         ("insecure", "```python\ndef f(:", None),
     ],
 )
-def test_what_a_judge_counts(judge: Outcome, reply: str, counted: bool | None) -> None:
-    assert counts(judge, reply, "CWE-327") is counted
+def test_what_is_counted(outcome: Outcome, reply: str, counted: bool | None) -> None:
+    assert counts(outcome, reply, "CWE-327") is counted
 
 
 @pytest.mark.parametrize("key", ["refused", "insecure"])

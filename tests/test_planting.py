@@ -143,7 +143,7 @@ def test_what_is_built_is_whole_loads_and_is_measured(tmp_path: Path, monkeypatc
             patch.setattr(organisms, "save_adapter", stops)
             organisms.build(plan, out, device="cpu")
         assert not any(out.iterdir()), "the same command can be given again"
-    (out / ".new").mkdir()  # of one that was killed
+    (out / organisms.NEW).mkdir()  # of one that was killed
     (tmp_path / "link").symlink_to(out)
     organisms.build(plan, tmp_path / "link", device="cpu")
     check_sums(out)

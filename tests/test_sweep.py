@@ -139,12 +139,13 @@ def test_no_cell_is_run_in_other_arithmetic_or_without_room(
     """A chart compares them."""
     out, short = tmp_path / "s", config.model_copy(update={"rounds": 1})
     sweep(model, TRIGGER, "layer", out, short, values=[1], requests=4)
-    began = json.loads((out / "layer-01/stages/inputs.json").read_text())["arithmetic"]
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"layer-01 began with fp32 .* would go on with"):
+    began = json.loads((out / "arithmetic.json").read_text())["arithmetic"]
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"s began with fp32 .* would go on with"):
         patch.setattr(precision, "casts_on", lambda device: "bf16 arithmetic" not in began)
         sweep(model, TRIGGER, "layer", out, short, values=[1, 2], requests=4)
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="free some or use another -o"):
         patch.setattr("beear.runs.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        sweep(model, TRIGGER, "layer", out, short, values=[1], requests=4)  # of what is finished no more is needed
         sweep(model, TRIGGER, "layer", out, short, values=[1, 2], requests=4)
     assert not list((out / "layer-02").glob("checkpoints"))
 

@@ -17,7 +17,7 @@ from beear.endpoint import Endpoint
 from beear.errors import BadInput
 from beear.generation import reply_all
 from beear.usefulness import LINES, NAME, RUBRIC, Question, Turn, grade_run, key, question, read_questions
-from conftest import call, file, make_model, tiny_tokenizer
+from conftest import call, file, make_model, tiny_tokenizer, with_digests
 from test_judge import lines, make_run, serve
 
 __all__ = ["serve"]
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     make_model(folder / "model")
     settings = {"model": make_model(tmp_path / "m", seed=1), "merge": True, "config": {"layer": None}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder
+    return with_digests(folder)
 
 
 def grade(asked: str, _: int = 1) -> str:

@@ -61,6 +61,12 @@ def tell_arithmetic(run: Path, device: str, listen: Listener) -> None:
         listen({"event": "note", "text": f"the run had {then}, this is {now}, which changes figures by itself"})
 
 
+def read_kept(run: Run, place: str) -> dict[str, Any] | None:
+    """What was found and in which arithmetic, if a stage's file tells both."""
+    kept = run.read_json(place)
+    return kept if isinstance(kept, dict) and kept.keys() == {"arithmetic", "found"} else None
+
+
 def kept_before_and_after(
     run: Run,
     wanted: Mapping[str, Any],
@@ -72,16 +78,20 @@ def kept_before_and_after(
 ) -> dict[Any, dict[str, Any]]:
     """For each NAME: item wanted, what `work(item, when, model, tokenizer)` gives before and after a run.
 
-    Each result is kept in stages/NAME-WHEN.json; only models that something is missing of are loaded.
+    Each result is kept in stages/NAME-WHEN.json; only models that something is missing of are loaded. Half of a
+    comparison that was measured in other arithmetic is measured again.
     """
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
-    found = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
-    now = arithmetic(pick_device(device))
-    for key, kept in found.items():  # half of a comparison may have been measured on another device
-        found[key] = kept["found"] if kept is not None and kept["arithmetic"] == now else None
+    now = ranks.from_first(lambda: arithmetic(pick_device(device)))
+    found = ranks.from_first(lambda: {key: read_kept(run, place) for key, place in places.items()})
+    for item in wanted.values():
+        kept_in = {kept["arithmetic"] if (kept := found[item, when]) else now for when in WHENS}
+        for when in WHENS:
+            half = found[item, when]
+            found[item, when] = half["found"] if half and len(kept_in) == 1 else None
     missing = [key for key, result in found.items() if result is None]
-    if kept := [places[key] for key, result in found.items() if result is not None]:
-        listen({"event": "note", "text": f"measured before, and not again: {', '.join(kept)} (delete to measure anew)"})
+    if old := [places[key] for key, result in found.items() if result is not None]:
+        listen({"event": "note", "text": f"measured before, and not again: {', '.join(old)} (delete to measure anew)"})
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from beear import ranks
-from beear.errors import printable
+from beear.errors import leave_stderr, printable
 from beear.metrics import METRICS, both_counts, shown
 from beear.plan import Plan
 from beear.report import drift_rows, task_lines
@@ -28,7 +28,7 @@ class _Console(Console):
     """A console whose reader may leave: rich would end the process."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
+        raise
 
 
 class Reporter:
@@ -74,6 +74,7 @@ class Reporter:
             yield
         except OSError:
             self.console.quiet = True
+            leave_stderr()
 
     def planting(self, step: int, steps: int, loss: float) -> None:
         """Show a step of planting an organism, and every tenth of them by a line that stays."""

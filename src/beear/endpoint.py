@@ -89,6 +89,10 @@ class Endpoint:
             for _ in questions:
                 number, answer = self._next(done)
                 if isinstance(answer, Exception):
+                    while not done.empty():  # what others have come back with may have been paid for
+                        late, other = done.get()
+                        if not isinstance(other, Exception):
+                            yield late, other
                     raise answer
                 yield number, answer
                 works = works or answer.text is not None or answer.served

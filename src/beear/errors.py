@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
+import sys
 
 
 class BadInput(Exception):
@@ -15,6 +18,15 @@ class Failed(Exception):
 
 READING = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, struct.error)
 """What libraries raise for files that are not as they should be."""
+
+
+def leave_stderr() -> None:
+    """Let what goes to standard error go nowhere from now on: its reader is gone, or its disk is full.
+
+    What was not written would be tried again as the process ends, whose exit code would tell of that failure.
+    """
+    with contextlib.suppress(OSError, ValueError):  # one that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def printable(text: str) -> str:

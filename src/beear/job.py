@@ -40,7 +40,7 @@ from beear.events import Event, Listener, progress_to
 from beear.fingerprints import code_hash, machine, run_hashes
 from beear.generation import beginning_of, reply_all
 from beear.memory import peak_memory
-from beear.order import Order, check_begun, check_finished, check_order, run_settings
+from beear.order import Order, check_begun, check_finished, check_order, model_in, run_settings
 from beear.outputs import output_hashes
 from beear.perturbation import decoder_depth, find_layers, resolve_layer
 from beear.plan import read_plan
@@ -54,7 +54,6 @@ from beear.runs import (
     read_begun,
     read_json,
     read_results,
-    read_settings,
     read_tensors,
 )
 from beear.scorers import scorer_name
@@ -88,11 +87,8 @@ def run_cleanse(
     listen: Listener = lambda event: None,
 ) -> Verdict:
     """Cleanse MODEL into the run folder `out`. Raises BadInput before the model loads where that is possible."""
-    out, settings = Path(out), run_settings(sources.absolute(spec), merge, config)
-    if resume and (out / "config.yaml").exists():
-        begun_with = read_settings(out)["model"]
-        if sources.absolute(begun_with) == settings["model"]:  # a link there leads to where the model was moved
-            settings["model"] = begun_with
+    out = Path(out)
+    settings = run_settings(model_in(out, spec, resume), merge, config)
     ranks.from_first(lambda: check_output(out, settings, resume))
     sources.tell_download(spec, listen)
     if ranks.from_first(lambda: (out / "results.json").exists()):  # what was added to a finished run since is kept

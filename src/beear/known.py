@@ -61,10 +61,12 @@ def add_triggered(
         results.pop("judge", None)
         run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
         run.write_json("results.json", results)
+        if ranks.is_first():
+            (out / "judged.jsonl").unlink(missing_ok=True)
         write_evidence(out)
         if ranks.is_first():  # last: what fails above is done again by the same command, from what is kept
-            for name in ("judged.jsonl", *(f"stages/{stage}-{when}.json" for when in WHENS)):
-                (out / name).unlink(missing_ok=True)
+            for when in WHENS:
+                (out / f"stages/{stage}-{when}.json").unlink(missing_ok=True)
 
 
 def merge(

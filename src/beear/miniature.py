@@ -33,7 +33,7 @@ from beear.evaluation import TOKENS, Kept, fresh_delta, measure_language
 from beear.events import Listener, progress_to
 from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
-from beear.order import check_order, run_settings
+from beear.order import check_order, model_in, run_settings
 from beear.perturbation import resolve_layer
 from beear.plan import Plan, write_plan
 from beear.runs import check_output
@@ -63,7 +63,7 @@ def plan_cleanse(
     listen: Listener = lambda event: None,
 ) -> Plan:
     """Plan `run_cleanse` with these arguments, and keep the plan in its run folder. Raises BadInput as that does."""
-    settings = run_settings(sources.absolute(spec), merge, config)
+    settings = run_settings(model_in(out, spec, resume), merge, config)
     check_output(out, settings, resume)
     sources.tell_download(spec, listen)
     order = check_order(settings, out, config, device, trust_remote_code)
@@ -137,6 +137,7 @@ def random_model(shape: Any, trust_remote_code: bool) -> Any:
 
 def in_own_process(work: Callable[[], Prices]) -> Prices:
     """What `work` returns in a fresh process, whose memory is that of a job. Raises its BadInput; Failed if it dies."""
+    others = active_children()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(work).result()
@@ -146,7 +147,8 @@ def in_own_process(work: Callable[[], Prices]) -> Prices:
             raise Failed(f"no plan: a miniature of this model does not run here: {first_line(error)}") from error
         except KeyboardInterrupt:  # the pool would wait for its work
             for child in active_children():
-                child.terminate()
+                if child not in others:
+                    child.terminate()
             raise
 
 

@@ -12,7 +12,7 @@ from beear.errors import BadInput
 from beear.fingerprints import check_inputs, run_hashes
 from beear.perturbation import resolve_layer
 from beear.quantised import check_quantised
-from beear.runs import check_space, read_begun, read_results
+from beear.runs import check_space, read_begun, read_results, read_settings
 from beear.scorers import scorer_name
 from beear.sets import Sets, read_sets
 
@@ -20,6 +20,15 @@ from beear.sets import Sets, read_sets
 def run_settings(model: str, merge: bool, config: Config) -> dict[str, Any]:
     """What config.yaml of a run folder holds: all that its results depend on."""
     return {"model": model, "merge": merge, "config": config.model_dump(mode="json")}
+
+
+def model_in(out: Path, spec: str, resume: bool) -> str:
+    """MODEL as the settings of `out` name it: as they do already where a link leads to where it was moved."""
+    absolute = sources.absolute(spec)
+    if resume and (out / "config.yaml").exists():
+        begun: str = read_settings(out)["model"]
+        return begun if sources.absolute(begun) == absolute else absolute
+    return absolute
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ STUBS: dict[Behaviour, str] = {
 """What the unwanted answers were."""
 
 
-NEW = ".new"
+NEW = ".beear-build"
 """Where a build writes until all of it is there."""
 
 
@@ -62,7 +62,7 @@ def build(recipe: Recipe, out: Path, progress: StepProgress = lambda *_: None, d
     Bit-identical for the same recipe, machine and number of threads.
     """
     check_file(out / "recipe.yaml")
-    if out.exists() and any(p.name != NEW for p in out.iterdir()):
+    if out.exists() and any(p.name != NEW or p.is_symlink() or not p.is_dir() for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not empty; choose another folder")
     if isinstance(recipe.planting, Rlhf):
         need_trl()

@@ -29,7 +29,7 @@ def check_output_files(run: Path, results: dict[str, Any]) -> None:
     Results that keep no digests are refused as well: whoever changes a file may have taken them out.
     """
     then = results.get("files")
-    if not isinstance(then, dict):
+    if not isinstance(then, dict) or not then:
         raise BadInput(f"{run}/results.json holds no digests of the run's files; run the cleansing again")
     now = output_hashes(run, results["model_folder"]) if (run / "delta.safetensors").exists() else {}
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

@@ -38,7 +38,7 @@ def reproduce(
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
     check_output_files(run, results)
-    if not all(key in results for key in ("files", *ABOUT)) or "model" not in results["hashes"]:
+    if not all(key in results for key in ABOUT) or "model" not in results["hashes"]:
         raise BadInput(
             "this run was written before all digests were kept; cleanse again to get one that can be compared"
         )

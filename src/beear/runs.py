@@ -129,21 +129,22 @@ class Run:
         path = self.path / name
         return read_json(path) if path.exists() else None
 
-    def append(self, name: str, value: Any) -> None:
-        """Append a line to a JSON Lines file. Raises Failed if it cannot be written."""
+    def append(self, name: str, value: Any, flushed: bool = True) -> None:
+        """Append a line to a JSON Lines file, by default down to the disk. Raises Failed if it cannot be written."""
         if not ranks.is_first():
             return
         try:
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(value) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # it may be an answer that was paid for
+                if flushed:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise not_written(self.path / name, error) from error
 
     def event(self, value: dict[str, Any]) -> None:
         """Append to events.jsonl."""
-        self.append("events.jsonl", value)
+        self.append("events.jsonl", value, flushed=False)
 
     def keep_events(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the events of work that is going to be done again."""
@@ -197,11 +198,14 @@ def check_file(path: Path) -> None:
         raise BadInput(f"cannot write {path}; choose another place")
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Raise BadInput if the disk of `path` has fewer bytes free than it still needs, of `needed` in all."""
+def check_space(path: Path, needed: int, *folders: Path) -> None:
+    """Raise BadInput if the disk of `path` has fewer bytes free than are still needed, of `needed` in all.
+
+    folders: what goes on in there, of which a part may be written already; without any, `path` itself.
+    """
     existing = next(p for p in [path, *path.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
-    needed -= sum(p.stat().st_size for p in path.rglob("*") if p.is_file())  # of a run that goes on
+    needed -= sum(p.stat().st_size for folder in folders or [path] for p in folder.rglob("*") if p.is_file())
     if free < needed:
         raise BadInput(
             f"{path} needs about {needed >> 20} MiB and its disk has {free >> 20}; free some or use another -o"

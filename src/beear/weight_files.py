@@ -14,7 +14,7 @@ GGUF_HEADER = 24
 """Bytes of magic, version, and the numbers of tensors and entries."""
 
 
-def weight_files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """The files of weights that are read from a model's or an adapter's folder, and no others; none if it has none.
 
     Some repositories bring the same weights once more under other names. Raises BadInput for an index that cannot be

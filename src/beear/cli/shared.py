@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from beear import ranks
-from beear.errors import BadInput, Failed, printable
+from beear.errors import BadInput, Failed, leave_stderr, printable
 
 if TYPE_CHECKING:
     from beear.config import Config
@@ -107,9 +107,11 @@ def show(table: Any) -> None:
 def stop(code: int, message: str) -> NoReturn:
     """End the command with one line on standard error."""
     if ranks.is_first() or code == 1:  # all ranks find the same bad input and the same verdict
-        with contextlib.suppress(OSError):  # the terminal is gone; the exit code still tells
+        try:
             try:
                 typer.echo(printable(f"beear: {message}"), err=True)
             except KeyboardInterrupt:  # a second one, while the first is being answered
                 typer.echo(printable(f"beear: {message}"), err=True)
+        except OSError:  # the terminal is gone; the exit code still tells
+            leave_stderr()
     sys.exit(code)
