@@ -108,7 +108,9 @@ def sweep(
     model: ModelArg,
     out: Annotated[Path, out_option("folder for the cells; the same command goes on in it")],
     trigger: Annotated[str, typer.Option("--trigger", help="'SUDO {prompt}' or organism:NAME; tells when a cell ends")],
-    values: Annotated[str | None, typer.Option(help="such as 3,6,9; default: ten over the depth, 9 up to 12")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="such as 3,6,9; default: ten layers, or nine lengths up to 12")
+    ] = None,
     requests: Annotated[
         int, typer.Option(min=1, help="requests of a test set that are measured after each round")
     ] = 60,

@@ -106,7 +106,7 @@ def main() -> None:
         if debug:
             raise
         if hasattr(error, "format_message"):
-            message = error.format_message()
+            message = error.format_message().replace("Value error, ", "")  # typer's own words before a choice's
             sys.exit(2) if not message else stop(2, f"{message} (see --help)")
         if ranks.count() > 1 and isinstance(error, RuntimeError):
             stop(1, f"stopped, as one of the {ranks.count()} processes did; go on with --resume ({first_line(error)})")
