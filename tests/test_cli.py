@@ -403,7 +403,10 @@ def test_a_sweep_keeps_cells_of_other_values(tmp_path: Path, settings: str, caps
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["sweep", "depth", "embedded", "-o", "RUN", "--trigger", "X {prompt}"], "'layer|length': 'depth' is not one of 'layer', 'length'"),
+        (
+            ["sweep", "depth", "embedded", "-o", "RUN", "--trigger", "X {prompt}"],
+            "'layer|length': 'depth' is not one of 'layer', 'length'",
+        ),
         (
             ["sweep", "layer", "embedded", "-o", "RUN", "--trigger", "X {prompt}", "--executor", "dask"],
             "'local', 'ray'",
