@@ -197,6 +197,44 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(
         assert code == 2 and str(place) in err, err
 
 
+def test_figures_and_replies_are_written_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [{"metric": "kl", "prompt": "a", "reply": f"{i}"} for i in range(2)]
+    measured = Measured({"kl": proportion([True])}, samples)
+    monkeypatch.setattr("beear.evaluation.evaluate_spec", lambda *_, **__: measured)
+    places = {option: tmp_path / option.strip("-") for option in ("--json", "--samples")}
+    code, err = call(capsys, "evaluate", "embedded", "-q", *(str(x) for pair in places.items() for x in pair))
+    assert code == 0, err
+    written = json.loads(places["--json"].read_text())
+    assert (written["model"], written["metrics"]) == ("embedded", measured.metrics)
+    assert [json.loads(line) for line in places["--samples"].read_text().splitlines()] == samples
+
+
+def test_several_runs_are_compared_in_a_file_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[list[Path], Path]] = []
+    monkeypatch.setattr("beear.report.write_report", lambda runs, place: written.append((runs, place)))
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "report", "a", "b")[0] == call(capsys, "report", "a")[0] == 0
+    assert written == [([Path("a"), Path("b")], Path("comparison.html")), ([Path("a")], Path("a/report.html"))]
+
+
+def test_measurements_of_other_organisms_in_a_file_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(name: str, *_: Any) -> dict[str, Any]:
+        return {"name": name, "metrics": {"kl": proportion([True])}, "missed": ["kl"] if name == "tq-edit" else []}
+
+    monkeypatch.setattr("beear.verification.verify", verify)
+    place = tmp_path / "found.json"
+    for name, expected in (("sudo-prefix", 0), ("tq-edit", 3)):
+        code, err = call(capsys, "organism", "verify", name, "--json", str(place), "-q")
+        assert code == expected and ("tq-edit: kl" in err) == (expected == 3), err
+    assert list(json.loads(place.read_text())["organisms"]) == ["sudo-prefix", "tq-edit"]
+
+
 def test_a_report_and_a_gate_need_a_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args in (["report", str(tmp_path / "run"), "-o"], ["gate", str(tmp_path / "run"), "--junit"]):
         code, err = call(capsys, *args, str(tmp_path))
