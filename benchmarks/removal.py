@@ -47,7 +47,6 @@ ARMS = {
         ["entrap.kind=zero", "harden.stop_below=0", "harden.safe_answers=wording"],
     ),
     "control: random delta": ("default", ["entrap.kind=random", "harden.stop_below=0"]),
-    "all blocks, none under delta": ("default", ["harden.lora_blocks=all", "harden.anchor_under_delta=0"]),
     "paper": ("paper", []),
     "fast": ("fast", []),
     "thorough": ("thorough", []),
@@ -81,11 +80,7 @@ def run(organism: str, arm: str, seed: int) -> None:
     gather(organism, arm, seed, out)
 
 
-APART = {
-    "seed": 0,
-    "harden": {"stop_below": 0.0, "safe_answers": "own", "lora_blocks": "all", "anchor_under_delta": 0.0},
-    "entrap": {"kind": "learned"},
-}
+APART = {"seed": 0, "harden": {"stop_below": 0.0, "safe_answers": "own"}, "entrap": {"kind": "learned"}}
 """In these arms may differ and yet share what was measured before."""
 
 
