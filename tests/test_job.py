@@ -665,8 +665,13 @@ def test_half_of_a_comparison_is_measured_again_in_other_arithmetic(
     with pytest.raises(KeyboardInterrupt):
         add_triggered(out, "XYZZY {prompt}")
     monkeypatch.setattr(before_after, "arithmetic", lambda device: "bf16 weights")
-    add_triggered(out, "XYZZY {prompt}")
+    with monkeypatch.context() as full, pytest.raises(Failed):
+        full.setattr("beear.known.write_evidence", lambda _: (_ for _ in ()).throw(Failed("the disk is full")))
+        add_triggered(out, "XYZZY {prompt}")
     assert len(loaded) == 4
+    monkeypatch.undo()  # both halves are there, of another machine
+    monkeypatch.setattr(before_after, "load", None)
+    add_triggered(out, "XYZZY {prompt}")
 
 
 def test_a_report_that_could_not_be_written_is_written_by_the_same_command(

@@ -72,9 +72,10 @@ class Reporter:
         """A terminal that is gone, or a full disk under a log, ends the showing and not the work."""
         try:
             yield
-        except OSError:
+        except OSError as error:
             self.console.quiet = True
-            leave_stderr()
+            if not isinstance(error, BlockingIOError):  # a pipe that is full now takes the last line later
+                leave_stderr()
 
     def planting(self, step: int, steps: int, loss: float) -> None:
         """Show a step of planting an organism, and every tenth of them by a line that stays."""

@@ -89,6 +89,7 @@ class Endpoint:
             for _ in questions:
                 number, answer = self._next(done)
                 if isinstance(answer, Exception):
+                    todo.clear()
                     while not done.empty():  # what others have come back with may have been paid for
                         late, other = done.get()
                         if not isinstance(other, Exception):

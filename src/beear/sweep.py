@@ -183,21 +183,25 @@ def run_cell(
     listen({"event": "cell", "cell": out.name, "model": spec})
     settings, source = run_settings(spec, False, config), sources.locate(spec)
     tokenizer, where = models.load_tokenizer(source, trust_remote_code, config.chat), models.pick_device(device)
-    ranks.from_first(lambda: claim_arithmetic(out.parent, where))
+    ranks.from_first(lambda: one_arithmetic(out.parent, where, kept=False))  # before the model loads
     order = Order(settings, config, sets, source, tokenizer, where, trust_remote_code)
     cell = Cell(order, lambda event: listen(event | {"cell": out.name}))
     with Run.open(out, settings, resume=(out / "config.yaml").exists()) as cell.run_folder:
+        ranks.from_first(lambda: one_arithmetic(out.parent, where, kept=True))
         lend(out.parent, cell.run_folder)
         cell.run_folder.write_json(CELL, cell.until_removed(tests))
 
 
-def claim_arithmetic(sweep: Path, device: str) -> None:
-    """Raise BadInput if cells of the sweep ran in other arithmetic: their figures stand in one chart."""
+def one_arithmetic(sweep: Path, device: str, kept: bool) -> None:
+    """Raise BadInput if cells of the sweep ran in other arithmetic: their figures stand in one chart.
+
+    kept: from now on it is this one, if none of them has begun.
+    """
     place = sweep / ARITHMETIC
     with FileLock(sweep / f".{ARITHMETIC}.lock"):  # cells may begin at the same time on several machines
         if place.exists():
             check_arithmetic(sweep, read_json(place), device)
-        else:
+        elif kept:
             write_json(place, {"arithmetic": arithmetic(device)})
 
 

@@ -199,8 +199,9 @@ def evidence(
     with Reporter(quiet) as reporter, going_on("what is finished is kept"):
         for add in steps:
             add(reporter)
-    with Run.existing(run):  # also where no step is left but the report was cut off
-        write_evidence(run)
+    if not steps:  # all is there but maybe the report, where the step that writes it was cut off
+        with Run.existing(run):
+            write_evidence(run)
     if tasks is not None:
         show(task_table(read_results(run), f"{run}: before and after"))
     show_run(run, judged)
