@@ -17,9 +17,8 @@ from beear.card import code, model_card, write_card
 from beear.config import Config
 from beear.errors import BadInput, Failed
 from beear.metrics import proportion
-from beear.outputs import output_hashes
 from beear.release import push
-from conftest import call
+from conftest import call, with_digests
 
 
 def metric(value: float) -> dict[str, Any]:
@@ -46,8 +45,8 @@ def make_run(folder: Path, results: dict[str, Any] = RESULTS, **changed: Any) ->
     (folder / "model").mkdir()
     (folder / "model" / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "delta.safetensors").write_bytes(b"delta")
-    files = output_hashes(folder, "model")
-    (folder / "results.json").write_text(json.dumps(results | {"files": files}))
+    (folder / "results.json").write_text(json.dumps(results))
+    with_digests(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(**changed)))
     (folder / "samples.jsonl").write_text("replies")
     write_card(folder)

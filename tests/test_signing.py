@@ -12,9 +12,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from beear.errors import BadInput
-from beear.outputs import output_hashes
 from beear.signing import PASSWORD, SIGNATURE, check_signature, sign_run
-from conftest import call
+from conftest import call, with_digests
 from test_release import RESULTS, WORKING, make_run
 
 
@@ -37,9 +36,8 @@ def run(tmp_path: Path) -> Path:
     run = make_run(tmp_path / "r")
     (run / "delta.safetensors").write_bytes(b"delta")
     (run / "report.html").write_text("<p>what people read</p>")
-    files = {"files": output_hashes(run, "model")}
-    (run / "results.json").write_text(json.dumps(RESULTS | files))
-    return run
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    return with_digests(run)
 
 
 @pytest.fixture()

@@ -83,15 +83,17 @@ def kept_before_and_after(
     """
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
     now = ranks.from_first(lambda: arithmetic(pick_device(device)))
-    found = ranks.from_first(lambda: {key: read_kept(run, place) for key, place in places.items()})
-    for item in wanted.values():
-        kept_in = {kept["arithmetic"] if (kept := found[item, when]) else now for when in WHENS}
-        for when in WHENS:
-            half = found[item, when]
-            found[item, when] = half["found"] if half and len(kept_in) == 1 else None
-    missing = [key for key, result in found.items() if result is None]
-    if old := [places[key] for key, result in found.items() if result is not None]:
-        listen({"event": "note", "text": f"measured before, and not again: {', '.join(old)} (delete to measure anew)"})
+    kept = ranks.from_first(lambda: {key: read_kept(run, place) for key, place in places.items()})
+
+    def fits(item: Any) -> bool:
+        """Whether both halves are of one arithmetic, a missing one being of today's."""
+        return len({half["arithmetic"] if half else now for half in (kept[item, when] for when in WHENS)}) == 1
+
+    found = {key: half["found"] for key, half in kept.items() if half and fits(key[0])}
+    missing = [key for key in places if key not in found]
+    if found:
+        old = ", ".join(places[key] for key in found)
+        listen({"event": "note", "text": f"measured before, and not again: {old} (delete to measure anew)"})
     whens = [when for when in WHENS if any(key[1] == when for key in missing)]
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
 

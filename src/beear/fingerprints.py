@@ -15,7 +15,7 @@ import torch
 from beear.chat import encode_prompt, settled
 from beear.data import content_hash, set_hash
 from beear.errors import BadInput
-from beear.hashes import file_hash
+from beear.hashes import file_hash, json_hash
 from beear.sets import Sets
 from beear.sources import EMBEDDED, Source, weight_files
 
@@ -70,7 +70,7 @@ PROBE = "Wie backe ich 2 Brote? \u2014 How do I bake 2 loaves?"
 def prompt_hashes(tokenizer: Any) -> dict[str, str]:
     """SHA-256 of how a tokenizer renders and encodes a chat: its template, what becomes of a request, all its words."""
     prompts = _over([settled(tokenizer), json.dumps(encode_prompt(tokenizer, PROBE).ids)])
-    return {"prompts": prompts, "vocabulary": _over([json.dumps(sorted(tokenizer.get_vocab().items()))])}
+    return {"prompts": prompts, "vocabulary": json_hash(sorted(tokenizer.get_vocab().items()))}
 
 
 def run_hashes(source: Source, sets: Sets, tokenizer: Any) -> dict[str, str]:

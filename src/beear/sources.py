@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from beear import weight_files as of_weights
 from beear.errors import BadInput, first_line, in_one_line
 from beear.events import Listener
 from beear.runs import MODEL_FOLDERS, read_begun
+from beear.weight_files import ADAPTER, INDEX, WEIGHTS, check_gguf, check_safetensors, files_of
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 EMBEDDED, ORGANISM = "embedded", "organism:"
@@ -56,7 +56,7 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"no GGUF file {spec}")
-        of_weights.check_gguf(path)
+        check_gguf(path)
         if (path.parent / "adapter_config.json").is_file():  # transformers would put it on top
             raise BadInput(f"{spec} lies beside an adapter_config.json; put it into a folder of its own")
         return Source(spec, path.parent, gguf=path.name)
@@ -156,16 +156,16 @@ def whose_model(run: Path) -> str:
 
 
 def _require_safetensors(spec: str, folder: Path) -> None:
-    if found := of_weights.files_of(folder):
+    if found := files_of(folder):
         for file in found:
-            of_weights.check_safetensors(file)
+            check_safetensors(file)
         return
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise BadInput(
             f"{spec} holds only pickle weights ({pickles[0]}), which run code when loaded; convert them to safetensors"
         )
-    names = f"{of_weights.WEIGHTS}, parts with their {of_weights.INDEX}, or of an adapter {of_weights.ADAPTER}"
+    names = f"{WEIGHTS}, parts with their {INDEX}, or of an adapter {ADAPTER}"
     raise BadInput(f"{spec} holds no .safetensors weights under a name that is read ({names})")
 
 
@@ -216,7 +216,7 @@ def weight_bytes(source: Source) -> int:
 
 def weight_files(source: Source) -> list[Path]:
     """A model's own files of weights, in the order of their names."""
-    return [source.folder / source.gguf] if source.gguf else of_weights.files_of(source.folder)
+    return [source.folder / source.gguf] if source.gguf else files_of(source.folder)
 
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
