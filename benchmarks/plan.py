@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beear.data import packaged
 from beear.models import load_tokenizer
+from beear.precision import casts_on
 from beear.sources import locate
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def main() -> None:
     rows = {}
     for name, command in commands.items():
         rows[name] = planned_and_run(name, command)
-        content = {"cores": os.cpu_count(), "bf16": torch.cpu._is_avx512_bf16_supported(), "models": rows}
+        content = {"cores": os.cpu_count(), "bf16": casts_on("cpu"), "models": rows}
         write(RESULTS, "python benchmarks/plan.py", content)
 
 

@@ -16,12 +16,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from stored import locked, write
 
 from beear.allocator import keep_freed_memory
 from beear.fingerprints import code_hash
 from beear.organisms import build
+from beear.precision import casts_on
 from beear.recipes import Recipe, names, read_recipe
 from beear.runs import read_entries
 from beear.sources import organism_folder
@@ -40,7 +40,7 @@ def rebuild(organism: str, again: bool) -> dict[str, Any]:
     if not is_of_today(out, read_recipe(shipped)):
         shutil.rmtree(out, ignore_errors=True)
         build(read_recipe(shipped), out, lambda number, steps, loss: report(organism, number, steps, loss))
-    arithmetic = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # of the processor (precision.casts)
+    arithmetic = "bf16" if casts_on("cpu") else "fp32"
     about = {"cores": os.cpu_count(), "arithmetic": arithmetic, "adapter": digest(out)}
     made = json.loads((out / "build.json").read_text()) | about
     if again:

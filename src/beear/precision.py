@@ -37,7 +37,7 @@ def no_gradients() -> contextlib.AbstractContextManager[Any]:
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where this processor has bf16 arithmetic (about twice as fast), else nothing."""
+    """bf16 autocast where it makes a step faster, else nothing."""
     return torch.autocast(model.device.type, torch.bfloat16) if casts(model) else contextlib.nullcontext()
 
 
@@ -47,9 +47,9 @@ def casts(model: Any) -> bool:
 
 
 def casts_on(device: str) -> bool:
-    """The same of models on a device."""
-    supported = not device.startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
-    return supported and os.environ.get("BEEAR_FP32") != "1"
+    """The same of models on a device. On a CPU it takes AMX: AVX-512's bf16 can be slower than fp32 (decision 35)."""
+    faster = not device.startswith("cpu") or torch.cpu._is_amx_tile_supported()
+    return faster and os.environ.get("BEEAR_FP32") != "1"
 
 
 def arithmetic(device: str) -> str:
