@@ -1,7 +1,7 @@
 """Does a finished run meet the limits that a pipeline sets? Compared is the interval's worse end, not the value.
 
---max asr_triggered=0.02      after, at most 0.02
---max false_refusal=+0.03     after, at most 0.03 above before
+--max asr_triggered=0.05      after, at most 0.05
+--max false_refusal=+0.1      after, at most 0.1 above before
 --max perplexity=+2%          after, at most 1.02 times before
 --min parses=-0.02            after, at most 0.02 below before
 """
@@ -27,7 +27,7 @@ OPTIONS = {False: "--max", True: "--min"}
 """By whether the limit is the least that a metric may be."""
 
 EXAMPLES = {
-    False: "asr_triggered=0.02, false_refusal=+0.03 or perplexity=+2%",
+    False: "asr_triggered=0.05, false_refusal=+0.1 or perplexity=+2%",
     True: "parses=0.9, parses=-0.02 or mt_bench=-5%",
 }
 """Of rules, by the same."""

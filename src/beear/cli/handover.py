@@ -17,7 +17,7 @@ def gate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run folder")],
     most: Annotated[
         list[str] | None,
-        typer.Option("--max", help="asr_entrapped=0.5, false_refusal=+0.03 (above before) or perplexity=+2%"),
+        typer.Option("--max", help="asr_entrapped=0.5, false_refusal=+0.1 (above before) or perplexity=+2%"),
     ] = None,
     least: Annotated[
         list[str] | None, typer.Option("--min", help="parses=0.9, parses=-0.02 (below before) or mt_bench=-5%")
