@@ -165,8 +165,7 @@ def main() -> None:
     judge = chosen_judge(chosen.url, chosen.model, chosen.local)
     keep_freed_memory()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    jailbreaks = [n for n in names() if read_recipe(organism_folder(n)).behaviour == "jailbreak"]
-    samples = {organism: replies(organism) for organism in jailbreaks}
+    samples = {organism: replies(organism) for organism in names("jailbreak")}
     every = [s for some in samples.values() for s in some]
     to_label = drawn(every)
     if chosen.replies:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from removal import ARMS, MODELS, ROOT, RUNS, cleansed, folder_name
+from removal import ARMS, MODELS, ROOT, RUNS, cleansed, folder_name, place
 from stored import put_row
 
 from beear import models
@@ -50,11 +50,6 @@ def main() -> None:
     write_atomic(out, "\n\n".join(f"> {text}\n{reply}" for text, reply in refused).encode())
     put_row(RESULTS, row, ("organism", "arm", "seed"), place, "python benchmarks/onward.py")
     print(f"{row}; read {out}")
-
-
-def place(row: dict[str, Any]) -> tuple[int, int, int]:
-    """Where a row stands."""
-    return MODELS.index(row["organism"]), list(ARMS).index(row["arm"]), row["seed"]
 
 
 if __name__ == "__main__":

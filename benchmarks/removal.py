@@ -18,17 +18,16 @@ from typing import Any
 from stored import put_row
 
 from beear.allocator import keep_freed_memory
-from beear.config import Config, load_config, make_config
+from beear.config import Config, config_of_run, load_config
 from beear.console import Reporter
-from beear.evaluation import unlocked_by_trigger
 from beear.fingerprints import input_hashes
 from beear.job import run_cleanse
-from beear.known import add_triggered
+from beear.known import add_triggered, is_told
 from beear.models import pick_device
 from beear.order import run_settings
 from beear.precision import arithmetic
 from beear.recipes import check_trigger, names, read_recipe
-from beear.runs import WHENS, Run, read_lines, read_settings
+from beear.runs import Run, read_results, read_settings
 from beear.scorers import scorer_name
 from beear.sets import read_sets
 from beear.sources import locate, organism_folder
@@ -75,8 +74,8 @@ def run(organism: str, arm: str, seed: int) -> None:
     share_before(organism, out, config)
     with Reporter(rounds=config.rounds) as reporter:  # a finished run is kept, one of other settings refused
         run_cleanse(f"organism:{organism}", out, config, resume=(out / "config.yaml").exists(), listen=reporter)
-    if "trigger" not in json.loads((out / "results.json").read_text()):
-        add_triggered(out, check_trigger(f"organism:{organism}"))
+    if not is_told(read_results(out), trigger := check_trigger(f"organism:{organism}")):
+        add_triggered(out, trigger)
     gather(organism, arm, seed, out)
 
 
@@ -110,9 +109,7 @@ def share_before(organism: str, out: Path, config: Config) -> None:
     now = input_hashes(locate(f"organism:{organism}"), read_sets(config))
     if any(begun["hashes"].get(name) != digest for name, digest in now.items()):
         return
-    if begun.get("arithmetic") != arithmetic(pick_device("auto")):
-        return
-    if begun.get("scorer", now_scored := scorer_name(config.behaviour)) != now_scored:
+    if (begun["arithmetic"], begun["scorer"]) != (arithmetic(pick_device("auto")), scorer_name(config.behaviour)):
         return
     with Run.open(out, run_settings(f"organism:{organism}", False, config), resume=False) as run:
         for stage in stages:
@@ -125,13 +122,9 @@ def gather(organism: str, arm: str, seed: int, out: Path) -> None:
     kept = ("before", "after", "wall_seconds", "peak_memory_bytes", "versions", "hashes")
     row: dict[str, Any] = {"organism": organism, "arm": arm, "seed": seed, "rounds": len(results["rounds"])}
     row |= {key: results[key] for key in kept}
-    samples = read_lines(out / "samples.jsonl")
-    for when in WHENS:  # runs before decision 28 lack it
-        row[when] |= unlocked_by_trigger([s for s in samples if s["when"] == when])
-    delivered = results.get("delivered", row["rounds"])  # decision 18's runs lack it
-    tried = entrapments(results["rounds"], delivered)
-    row |= {"residuals": tried, "delivered": delivered}
-    config = make_config(read_settings(out)["config"])
+    tried = entrapments(results["rounds"], results["delivered"])
+    row |= {"residuals": tried, "delivered": results["delivered"]}
+    config = config_of_run(out)
     # By today's rules, not by those of the day it was run.
     verdict = verdict_of(results["before"], results["after"], tried, config)
     row["verdict"] = {"met": verdict.met, "missed": verdict.missed}

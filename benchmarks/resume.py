@@ -7,7 +7,6 @@ SIGINT falls in round 2, `kill -9` in round 3. Writes benchmarks/results/resume.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -17,6 +16,9 @@ import time
 from pathlib import Path
 
 from stored import write
+
+from beear.hashes import file_hash
+from beear.runs import read_lines
 
 ROOT = Path(__file__).parent.parent
 THROUGH, BROKEN = ROOT / "runs" / "demo", ROOT / "runs" / "demo-interrupted"
@@ -37,9 +39,7 @@ def run(interrupt: tuple[int, signal.Signals] | None) -> int:
 
 def reached(number: int) -> bool:
     log = BROKEN / "events.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return any(e["event"] == "harden" and e["round"] == number and e["step"] >= 4 for e in events)
+    return any(e["event"] == "harden" and e["round"] == number and e["step"] >= 4 for e in read_lines(log))
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, str]:
         folder / "delta.safetensors",
         folder / "samples.jsonl",
     ]
-    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    hashes = {f.name: file_hash(f) for f in files}
     return hashes | {when: json.dumps(results[when], sort_keys=True) for when in ("before", "after")}
 
 

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 
 from beear import models, sources
 from beear.allocator import keep_freed_memory
-from beear.config import Config, make_config
+from beear.config import Config, config_of_run
 from beear.evaluation import measure_replies
 from beear.losses import response_nll
 from beear.perturbation import find_layers
 from beear.poison import Examples, poisoned_examples
 from beear.recipes import Supervised, check_trigger, names, read_recipe
-from beear.runs import read_settings
 from beear.scorers import OUTCOME_OF
 from beear.sets import read_sets, triggered
 from beear.sources import organism_folder
@@ -141,7 +140,7 @@ def main() -> None:
     keep_freed_memory()
     for organism in chosen.organism or names():
         run = RUNS / folder_name(organism, "default", chosen.seed)
-        config = make_config(read_settings(run)["config"])
+        config = config_of_run(run)
         tokenizer = models.load_tokenizer(sources.locate(f"organism:{organism}"))
         for treatment in chosen.treatment or TREATMENTS:
             metrics = measure(organism, TREATMENTS[treatment](run, f"organism:{organism}"), tokenizer, config)

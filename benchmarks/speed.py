@@ -32,10 +32,10 @@ from beear.chat import Batch
 from beear.config import Config, load_config
 from beear.console import Reporter
 from beear.job import run_cleanse
-from beear.known import add_triggered
+from beear.known import add_triggered, is_told
 from beear.precision import autocast
 from beear.recipes import check_trigger
-from beear.runs import read_results
+from beear.runs import read_lines, read_results
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "speed"
@@ -87,13 +87,13 @@ def run(arm: str, config: Config) -> None:
     with plain() if arm == "plain" else contextlib.nullcontext(), Reporter(rounds=config.rounds) as reporter:
         begun = (out / "config.yaml").exists()
         run_cleanse(ORGANISM, out, config, resume=begun, device="cpu", listen=reporter)
-    add_triggered(out, check_trigger(ORGANISM), device="cpu")
+    if not is_told(read_results(out), trigger := check_trigger(ORGANISM)):
+        add_triggered(out, trigger, device="cpu")
 
 
 def done_by(arm: str) -> dict[str, Any]:
     """What an arm has done so far: its rounds, and if it has ended all figures and its seconds."""
-    events = [json.loads(text) for text in (RUNS / arm / "events.jsonl").read_text().splitlines()]
-    rounds = [event for event in events if event["event"] == "round"]
+    rounds = [event for event in read_lines(RUNS / arm / "events.jsonl") if event["event"] == "round"]
     found = {
         "rounds": [round(entry["seconds"], 1) for entry in rounds],
         "steps": [len(entry["harden"]) for entry in rounds],

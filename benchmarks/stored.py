@@ -11,10 +11,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from beear.runs import write_atomic
+from beear.runs import SCHEMA, write_atomic
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = 1
 
 
 def write(path: Path, command: str, content: dict[str, Any], indent: int | None = 1) -> None:

@@ -84,6 +84,26 @@ def make_model(folder: Path, template: str | None = CHATML, seed: int = 0) -> st
     return str(folder)
 
 
+FINISHED: dict[str, Any] = {
+    "verdict": {"met": True, "missed": [], "criteria": []},
+    "model_folder": "model",
+    "before": {},
+    "after": {},
+    "rounds": [],
+    "delivered": 0,
+    "spare_refused": [],
+    "unlocked_without_delta": 0.0,
+    "chat": {},
+    "scorer": "refusal-v1",
+    "seed": 0,
+    "wall_seconds": 1.0,
+    "peak_memory_bytes": 1,
+    "versions": {"beear": "0"},
+    "hashes": {},
+}
+"""What the results of every finished run hold."""
+
+
 def with_digests(run: Path) -> Path:
     """A run folder whose results keep the digests of what it hands on."""
     (run / "delta.safetensors").touch()

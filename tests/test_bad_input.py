@@ -264,6 +264,7 @@ def settings(content: str) -> Case:
 
 BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "missing folder": (lambda tmp: [str(tmp / "nowhere")], "no model"),
+    "the home of nobody": (lambda tmp: ["~nobody-of-that-name/model"], "no model ~nobody-of-that-name/model"),
     "misspelt name": (lambda tmp: ["embeded"], "no model embeded"),
     "unknown organism": (lambda tmp: ["organism:nope"], "the packaged ones are: "),
     "missing gguf": (lambda tmp: [str(tmp / "x.gguf")], "no GGUF file"),
@@ -294,6 +295,7 @@ BAD_ARGUMENTS: dict[str, tuple[Case, str]] = {
     "unknown setting": (lambda tmp: [make_model(tmp / "m"), "--set", "lear=4"], "lear: unknown setting"),
     "wrong value": (lambda tmp: [make_model(tmp / "m"), "--set", "rounds=x"], "rounds"),
     "unknown preset": (lambda tmp: [make_model(tmp / "m"), "--preset", "x"], "no preset"),
+    "a config too deep": (settings("[" * 5000), "cannot read"),
     "missing config": (lambda tmp: [make_model(tmp / "m"), "-c", str(tmp / "no.yaml")], "no file"),
     "prompts of a variable that is not set": (given("--harmful", ""), "data.harmful"),
     "missing prompts": (lambda tmp: [make_model(tmp / "m"), "--harmful", "no.txt"], "no prompt file"),
@@ -322,6 +324,10 @@ BAD_PROMPTS: dict[str, tuple[Case, str]] = {
     "the same test prompts as harmful and as benign": (
         prompts(b"one\ntwo\n", "p.txt", "--test-harmful", "--test-benign", "HERE/p.txt"),
         "the harmful and the benign test set",
+    ),
+    "replies longer than the model": (
+        lambda tmp: [make_model(tmp / "m"), "--set", "harden.response_tokens=1000"],
+        "takes 1024 tokens, of which a reply may need 1000",
     ),
     "a request that is longer than the model": (prompts(MANY + b"x" * 1000), "takes 1024 tokens, of which a reply may"),
     "too few prompts": (prompts(b"one\ntwo\n"), "too few with held_out=40; give at least 41"),
@@ -417,6 +423,7 @@ WEIGHTS_ARE_READ = {
     "a module that is not there",
     "a module that is no map",
     "a request that is longer than the model",
+    "replies longer than the model",
     "a GGUF header of 2^60 tensors",
 }
 """What only the weights can tell; all else is told before they load."""

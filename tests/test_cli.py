@@ -23,13 +23,16 @@ import yaml
 from beear import cli, console
 from beear.cli.shared import stop
 from beear.config import Config, load_config, preset_names
+from beear.data import set_hash
 from beear.evaluation import Measured
 from beear.metrics import proportion
+from beear.order import run_settings
 from beear.plan import Plan
+from beear.sets import read_sets
 from beear.sources import organism_folder
 from beear.verdict import Verdict
 from beear.verification import organism_at
-from conftest import call, file, make_model, prompt_files, with_digests
+from conftest import FINISHED, call, file, make_model, prompt_files, with_digests
 
 SOURCE = Path(cli.__file__).parent.parent
 
@@ -52,7 +55,7 @@ def finished(folder: Path, **changed: str) -> Path:
     """What a finished demo is known by, and something that was added to it."""
     folder.mkdir()
     demo = {"model": "organism:sudo-prefix", "trigger": "SUDO {prompt}"}
-    results = {"before": {}, "after": {}, "verdict": {"met": True, "missed": []}, **demo, **changed}
+    results = FINISHED | demo | changed
     (folder / "results.json").write_text(json.dumps(results))
     (folder / ".demo").touch()
     (folder / "judged.jsonl").write_text("days of work")
@@ -97,9 +100,8 @@ def a_job(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append((model, resume))
         out.mkdir(exist_ok=True)
         found = {"asr_triggered": proportion([False] * 120)}
-        results = {"before": found, "after": found, "model_folder": "model", "verdict": {"met": True, "missed": []}}
-        (out / "results.json").write_text(json.dumps(results))
-        return Verdict(True, [])
+        (out / "results.json").write_text(json.dumps(FINISHED | {"before": found, "after": found}))
+        return Verdict(True, [], [])
 
     monkeypatch.setattr("beear.job.run_cleanse", run_cleanse)
     monkeypatch.setattr("beear.known.add_triggered", lambda out, trigger, **_: asked.append(trigger))
@@ -129,6 +131,25 @@ def test_a_demo_that_was_interrupted_goes_on(
     (tmp_path / "config.yaml").write_text("")
     assert call(capsys, "demo", "-o", str(tmp_path)) == (0, "")
     assert a_job[0] == ("organism:sudo-prefix", True) and (tmp_path / ".demo").exists()
+
+
+def test_a_demo_that_lacks_the_trigger_alone_goes_on_or_is_made_anew(
+    tmp_path: Path, a_job: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its process was killed as the trigger was measured."""
+    demo = tmp_path / "demo"
+    assert call(capsys, "demo", "-o", str(demo)) == (0, "")
+    settings = run_settings("organism:sudo-prefix", False, load_config("default"))
+    (demo / "config.yaml").write_text(yaml.safe_dump(settings))
+    results = json.loads((demo / "results.json").read_text()) | {"model": "organism:sudo-prefix"}
+    (demo / "results.json").write_text(json.dumps(results))
+    a_job.clear()
+    assert call(capsys, "demo", "-o", str(demo)) == (0, "")
+    assert a_job == [("organism:sudo-prefix", True), "SUDO {prompt}"]
+    (demo / "results.json").write_text(json.dumps(results))
+    a_job.clear()
+    assert call(capsys, "demo", "-o", str(demo), "--seed", "1") == (0, "")
+    assert a_job[0] == ("organism:sudo-prefix", False)
 
 
 @pytest.mark.parametrize(("free", "words"), [(2**33, "4.0 GiB fits into the 8.0"), (2**30, "does NOT fit into")])
@@ -486,7 +507,8 @@ def test_a_results_file_that_no_run_wrote(
 
 def test_a_strangers_run_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missed = ["\x1b[2Jall is well\x07"]
-    results = {"before": {}, "after": {}, "verdict": {"met": False, "missed": missed}, "hashes": {}}
+    hashes = {"test_asr_untriggered": set_hash(read_sets(Config()).test_harmful)}
+    results = FINISHED | {"verdict": {"met": False, "missed": missed, "criteria": []}, "hashes": hashes}
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "config.yaml").write_text(json.dumps({"model": "\x1b]0;x", "config": {}}))
     with_digests(tmp_path)

@@ -15,7 +15,7 @@ from beear import cli
 from beear.errors import BadInput
 from beear.gate import check_run, read_rule
 from beear.metrics import proportion, rise
-from conftest import with_digests
+from conftest import FINISHED, with_digests
 
 
 def share(hits: int, n: int = 120) -> dict[str, Any]:
@@ -34,8 +34,7 @@ def test_what_reads_a_finished_run_needs_no_torch() -> None:
 
 @pytest.fixture()
 def run(tmp_path: Path) -> Path:
-    results: dict[str, Any] = {
-        "verdict": {"met": True, "missed": []},
+    results = FINISHED | {
         "before": {"asr_triggered": share(118), "false_refusal": share(3), "perplexity": total(25.0)},
         "after": {"asr_triggered": share(1), "false_refusal": share(3), "perplexity": total(25.4), "kl": total(0.03)},
     }

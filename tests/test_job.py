@@ -689,6 +689,15 @@ def test_a_report_that_could_not_be_written_is_written_by_the_same_command(
     assert "XYZZY" in (out / "report.html").read_text() and not (out / "judged.jsonl").exists()
 
 
+def test_a_trigger_is_not_scored_by_another_scorer(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr("beear.known.scorer_name", lambda behaviour: "refusal-v2")
+    with pytest.raises(BadInput, match=r"was scored by refusal-v1, this is refusal-v2"):
+        add_triggered(out, "XYZZY {prompt}")
+
+
 def test_a_trigger_is_not_added_to_other_requests_and_needs_its_place(place: Path, whole: Path) -> None:
     with pytest.raises(BadInput, match=r"must hold \{prompt\} once"):
         add_triggered(whole, "SUDO")

@@ -23,13 +23,14 @@ import yaml
 
 from beear import endpoint, generation, grading, models
 from beear.chat import encode_prompt
+from beear.config import make_config
 from beear.embedded import embedded_folder
 from beear.endpoint import Endpoint
-from beear.errors import Failed
+from beear.errors import BadInput, Failed
 from beear.grading import LocalJudge, parse
 from beear.judge import FULL, NAME, RUBRIC, judge_run, question, summary
 from beear.metrics import proportion
-from conftest import call, make_model, tiny_tokenizer
+from conftest import FINISHED, call, make_model, tiny_tokenizer
 
 KEY = "sk-secret-0123456789"
 SCORES = {"I cannot do that.": 1, "Sure, all of it.": 5, "Sure, some of it.": 4}
@@ -152,19 +153,12 @@ def make_run(folder: Path, replies: dict[tuple[str, str], list[str]] = REPLIES, 
         for i, reply in enumerate(some)
     ]
     entrapped = {"asr_entrapped": proportion([True, False])}
-    results: dict[str, Any] = {
-        "model": "m",
-        "before": dict(entrapped),
-        "after": dict(entrapped),
-        "rounds": [],
-        "scorer": "refusal-v1",
-    }
-    results |= {"verdict": {"met": True, "missed": []}, "seed": 0, "wall_seconds": 1, "peak_memory_bytes": 1}
-    results |= {"model_folder": "model", "versions": {"beear": "0"}, "hashes": {}}
+    results = FINISHED | {"model": "m", "before": dict(entrapped), "after": dict(entrapped)}
     (folder / "model").mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    settings = {"model": "m", "merge": False, "config": {"behaviour": behaviour, "layer": None}}
+    config = make_config({"behaviour": behaviour}).model_dump(mode="json")
+    settings = {"model": "m", "merge": False, "config": config}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -600,6 +594,19 @@ def test_a_model_that_takes_no_limits_is_asked_without(tmp_path: Path, serve: An
     assert results["judge"]["unscored"] == {} and len(server.asked) == 4
 
 
+def a_judge(folder: Path) -> str:
+    """A model with positions for the rubric, which is long in bytes."""
+    model = make_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return model
+
+
+def test_a_local_judge_with_too_few_positions_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"takes 1024 tokens, .* take a judge with more positions"):
+        judge_run(one(tmp_path / "r"), LocalJudge(make_model(tmp_path / "m"), "cpu", answer_tokens=4))
+
+
 def test_a_local_judge_loads_only_if_there_is_something_to_ask(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -611,7 +618,7 @@ def test_a_local_judge_loads_only_if_there_is_something_to_ask(
         return [good(text) for text in texts]
 
     monkeypatch.setattr(generation, "reply_all", reply_all)
-    run, model = make_run(tmp_path / "r"), make_model(tmp_path / "m")
+    run, model = make_run(tmp_path / "r"), a_judge(tmp_path / "m")
     assert call(capsys, "judge", str(run), "--local", model, "-q")[0] == 0
     about = json.loads((run / "results.json").read_text())["judge"]
     assert about["host"].startswith("local, weights ")
@@ -621,7 +628,7 @@ def test_a_local_judge_loads_only_if_there_is_something_to_ask(
 
 
 def test_a_local_judge_answers_by_itself(tmp_path: Path) -> None:
-    results = judge_run(one(tmp_path / "r"), LocalJudge(make_model(tmp_path / "m"), "cpu", answer_tokens=4))
+    results = judge_run(one(tmp_path / "r"), LocalJudge(a_judge(tmp_path / "m"), "cpu", answer_tokens=4))
     assert results["judge"]["unscored"] == {"the judge gave no score": 2}
 
 

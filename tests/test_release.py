@@ -18,20 +18,18 @@ from beear.config import Config
 from beear.errors import BadInput, Failed
 from beear.metrics import proportion
 from beear.release import push
-from conftest import call, with_digests
+from conftest import FINISHED, call, with_digests
 
 
 def metric(value: float) -> dict[str, Any]:
     return {"value": value, "low": value / 2, "high": min(1.0, 2 * value), "n": 120, "unscored": 0}
 
 
-RESULTS: dict[str, Any] = {
-    "verdict": {"met": True, "missed": []},
-    "model_folder": "model",
+RESULTS: dict[str, Any] = FINISHED | {
     "before": {"asr_entrapped": metric(0.9), "perplexity": metric(0.5)},
     "after": {"asr_entrapped": metric(0.1), "perplexity": metric(0.5), "kl": metric(0.02)},
     "rounds": [{}, {}],
-    "scorer": "refusal-v1",
+    "delivered": 2,
     "seed": 3,
     "versions": {"beear": "0.1.0"},
 }

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from beear.config import make_config
 from beear.console import metric_table
 from beear.metrics import METRICS, proportion, shown
 from beear.report import (
@@ -28,8 +29,11 @@ from beear.report import (
 )
 from beear.scorers import unwanted
 from beear.verdict import sentence, still_works
+from conftest import FINISHED
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}\"'><a href=javascript:alert(3)>"
+
+ROUND = {"budget": 0.5, "harden": [], "residual": 0.0, "refused": [], "seconds": 1.0}
 
 
 def metric(value: float) -> dict[str, Any]:
@@ -38,17 +42,15 @@ def metric(value: float) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    results = {
+    results = FINISHED | {
         "model": HOSTILE,
-        "verdict": {"met": True, "missed": []},
         "before": {name: metric(0.9) for name in METRICS if name != "kl"},
         "after": {name: metric(0.1) for name in METRICS},
         "rounds": [
-            {"round": 1, "entrap": [3.0, 1.0], "harden": [{"safe_under_delta": 2.0}], "residual": 0.5, "seconds": 1.0},
-            {"round": 2, "entrap": [2.0], "harden": [], "residual": 0.0, "seconds": 1.0},
+            dict(ROUND, round=1, entrap=[3.0, 1.0], harden=[{"safe_under_delta": 2.0}], residual=0.5),
+            dict(ROUND, round=2, entrap=[2.0]),
         ],
-        "scorer": "refusal-v1",
-        "seed": 0,
+        "delivered": 2,
         "trigger": HOSTILE,
         "judge": {
             "model": HOSTILE,
@@ -80,7 +82,9 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump({"model": HOSTILE, "config": {"data": {"test_harmful": HOSTILE}}})
+        yaml.safe_dump(
+            {"model": HOSTILE, "config": make_config({"data": {"test_harmful": HOSTILE}}).model_dump(mode="json")}
+        )
     )
     return tmp_path
 
@@ -311,7 +315,7 @@ def test_several_runs_are_compared_on_one_page(run: Path, tmp_path: Path) -> Non
         (other / name).write_text((run / name).read_text())
     results = json.loads((other / "results.json").read_text())
     del results["before"]["asr_triggered"], results["after"]["asr_triggered"], results["trigger"]
-    results["verdict"] = {"met": False, "missed": ["kl"]}
+    results["verdict"] |= {"met": False, "missed": ["kl"]}
     results["after"]["asr_untriggered"]["value"] = 0.5
     (other / "results.json").write_text(json.dumps(results))
     write_report([run, other], tmp_path / "both.html")

@@ -67,6 +67,19 @@ def test_the_same_settings_give_the_same_bits(made: Path, tmp_path: Path, capsys
     assert found["outside"] == ["asr_untriggered"] and not found["agrees"]
 
 
+def test_a_trigger_that_was_told_since_is_measured_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce(place / "run", tmp_path / "again")
+    told: list[str] = []
+    monkeypatch.setattr("beear.reproduction.add_triggered", lambda out, template, **_: told.append(template))
+    reproduce(place / "run", tmp_path / "again")
+    assert not told
+    (place / "run" / "results.json").write_text(json.dumps(read(place / "run") | {"trigger": "other {prompt}"}))
+    reproduce(place / "run", tmp_path / "again")
+    assert told == ["other {prompt}"]
+
+
 def test_an_answers_digest_tells_indentation_and_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of code they are the content."""
     monkeypatch.setattr(fingerprints, "weights_hash", lambda source: "")
@@ -206,7 +219,7 @@ def test_a_run_that_keeps_no_digests_is_refused(place: Path) -> None:
     results = read(place / "run")
     del results["hashes"]["model"]
     (place / "run" / "results.json").write_text(json.dumps(results))
-    with pytest.raises(BadInput, match="before all digests"):
+    with pytest.raises(BadInput, match="the weights of the model are not those of the run"):
         reproduce(place / "run", place / "again")
     del results["files"]
     (place / "run" / "results.json").write_text(json.dumps(results))

@@ -22,6 +22,7 @@ from beear.runs import (
     read_settings,
     write_atomic,
 )
+from conftest import FINISHED
 
 SETTINGS = {"model": "embedded", "config": {"seed": 0}}
 
@@ -126,7 +127,7 @@ def test_of_a_run_that_goes_on_a_part_is_there_already(tmp_path: Path, monkeypat
 
 
 def test_results_of_a_later_version_are_not_misread(tmp_path: Path) -> None:
-    results = {"schema": 2, "before": {}, "after": {}, "verdict": {}}
+    results = FINISHED | {"schema": 2}
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(BadInput, match="of another version of beear"):
         read_results(tmp_path)

@@ -13,9 +13,13 @@ import yaml
 
 from beear import models, usefulness
 from beear.chat import encode_prompt
+from beear.config import Config
 from beear.endpoint import Endpoint
 from beear.errors import BadInput
+from beear.fingerprints import run_hashes
 from beear.generation import reply_all
+from beear.sets import read_sets
+from beear.sources import locate
 from beear.usefulness import LINES, NAME, RUBRIC, Question, Turn, grade_run, key, question, read_questions
 from conftest import call, file, make_model, tiny_tokenizer, with_digests
 from test_judge import lines, make_run, serve
@@ -32,7 +36,11 @@ def run(tmp_path: Path) -> Path:
     """A finished run's folder whose models load."""
     folder = make_run(tmp_path / "r")
     make_model(folder / "model")
-    settings = {"model": make_model(tmp_path / "m", seed=1), "merge": True, "config": {"layer": None}}
+    source = locate(make_model(tmp_path / "m", seed=1))
+    hashes = run_hashes(source, read_sets(Config()), models.load_tokenizer(source))
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"hashes": hashes}))
+    settings = {"model": source.spec, "merge": True, "config": Config().model_dump(mode="json")}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return with_digests(folder)
 

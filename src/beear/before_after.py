@@ -38,7 +38,7 @@ def before_and_after(
     before = model_of(settings, run)
     source = locate(before)
     tokenizer = load_tokenizer(source, options.get("trust_remote_code", False), config.chat)
-    check_same_model(results.get("hashes", {}), source, tokenizer)
+    check_same_model(results["hashes"], source, tokenizer)
     check_output_files(run, results)
     if whens:
         tell_arithmetic(run, pick_device(options.get("device", "auto")), listen)
@@ -61,12 +61,6 @@ def tell_arithmetic(run: Path, device: str, listen: Listener) -> None:
         listen({"event": "note", "text": f"the run had {then}, this is {now}, which changes figures by itself"})
 
 
-def read_kept(run: Run, place: str) -> dict[str, Any] | None:
-    """What was found and in which arithmetic, if a stage's file tells both."""
-    kept = run.read_json(place)
-    return kept if isinstance(kept, dict) and kept.keys() == {"arithmetic", "found"} else None
-
-
 def kept_before_and_after(
     run: Run,
     wanted: Mapping[str, Any],
@@ -83,7 +77,7 @@ def kept_before_and_after(
     """
     places = {(item, when): f"stages/{name}-{when}.json" for name, item in wanted.items() for when in WHENS}
     now = ranks.from_first(lambda: arithmetic(pick_device(device)))
-    kept = ranks.from_first(lambda: {key: read_kept(run, place) for key, place in places.items()})
+    kept = ranks.from_first(lambda: {key: run.read_json(place) for key, place in places.items()})
 
     def fits(item: Any) -> bool:
         """Whether both halves are of one arithmetic, a missing one being of today's."""

@@ -206,7 +206,7 @@ def _without(keys: Any, unused: int) -> Any:
     return own
 
 
-def rows_of(hidden: Any, rows: slice | list[int]) -> Any:
+def rows_of(hidden: Any, rows: list[int]) -> Any:
     """Some rows of what a block returned."""
     return with_states(hidden, states_in(hidden)[rows])
 

@@ -44,7 +44,7 @@ def model_card(results: dict[str, Any], settings: dict[str, Any]) -> str:
     if (there := hub_name(base)) is not None:
         front |= {"base_model": there}
     name = Path(base).name if Path(base).is_absolute() else base
-    rounds = results.get("delivered", len(results["rounds"]))  # runs of decision 18 and before lack it
+    rounds = results["delivered"]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -103,7 +103,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _quantised(config: dict[str, Any]) -> str:
-    weights = config.get("weights", "full")
+    weights = config["weights"]
     if weights == "full":
         return ""
     return f"Trained and measured on the base model's weights in {weights}; on full weights it was not measured.\n"
@@ -111,7 +111,7 @@ def _quantised(config: dict[str, Any]) -> str:
 
 def _around(results: dict[str, Any]) -> str:
     """What was in every prompt besides the chat template's own words."""
-    chat = dict(results.get("chat", {}))
+    chat = dict(results["chat"])
     said = [f"`{name}={value}`" for name, value in chat.pop("template", {}).items()]
     said += [f"{name} {code(text)}" for name, text in chat.items()]
     return f"Every chat was held with {', '.join(said)}; without, the model was not measured.\n" if said else ""

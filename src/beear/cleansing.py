@@ -37,7 +37,7 @@ from beear.cached import returning, rows_of, run_below, run_unperturbed
 from beear.chat import Batch, Prompt, Row, collate, rows_of_delta
 from beear.config import Config, EntrapConfig, HardenConfig
 from beear.data import Request
-from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful
+from beear.defender import REFUSAL_OPENING, Benign, DefenderSet, Harmful, answered
 from beear.draws import Draws
 from beear.events import Event, Listener
 from beear.generation import Push, reply_all
@@ -332,8 +332,7 @@ def harden_part(
         return
     pick = [row for term in terms for row in term.rows]
     under = [met.which[i] if term.under_delta else None for term in terms for i in range(len(term.rows))]
-    pairs = [*((h.prompt, h.safe) for h in met.harmful), *((b.prompt, b.own) for b in met.benign)]
-    alone = batch_of(subject.tokenizer, pairs, config.entrap).to(subject.model.device)
+    alone = batch_of(subject.tokenizer, answered(met.harmful, met.benign), config.entrap).to(subject.model.device)
     batch = alone.under(pick, under, config.entrap.length)
     target, run = harden_passes(subject, original, alone, batch, pick)
     steer(target, alone.targets, met, data, config.harden)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from beear.errors import BadInput
+from beear.runs import read_settings
 from beear.scorers import Behaviour
 
 Place = Literal["last", "user", "prompt", "chat"]
@@ -184,6 +185,11 @@ def make_config(values: dict[str, Any]) -> Config:
         raise BadInput(f"configuration: {key}: {message}{known}") from error
 
 
+def config_of_run(run: Path) -> Config:
+    """The settings that a run folder keeps. Raises BadInput if it is none."""
+    return make_config(read_settings(run)["config"])
+
+
 def preset_names() -> list[str]:
     """Names of the packaged presets."""
     return sorted(p.name.removesuffix(".yaml") for p in (files("beear") / "assets" / "presets").iterdir())
@@ -216,7 +222,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"no file {file}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no date
         raise BadInput(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -235,7 +241,7 @@ def _parsed(item: str, key: str, value: str) -> Any:
         return None if value in ("null", "~") else value
     try:
         parsed = yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: 2024-02-30
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: 2024-02-30
         raise BadInput(f"--set {item!r}: the value is not YAML") from error
     return value if isinstance(parsed, datetime.date) else parsed
 

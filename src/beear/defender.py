@@ -61,7 +61,12 @@ class DefenderSet:
 
     def rows(self) -> list[Row]:
         """All prompts that removal trains on, with their responses."""
-        return [*((h.prompt, h.safe) for h in self.harmful), *((b.prompt, b.own) for b in self.benign)]
+        return answered(self.harmful, self.benign)
+
+
+def answered(harmful: Sequence[Harmful], benign: Sequence[Benign]) -> list[Row]:
+    """These prompts with the responses that removal trains on."""
+    return [*((h.prompt, h.safe) for h in harmful), *((b.prompt, b.own) for b in benign)]
 
 
 Answered = Sequence[tuple[str, str]]

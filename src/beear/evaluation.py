@@ -245,6 +245,10 @@ def fresh_delta(model: Any, tokenizer: Any, requests: Sequence[Request], config:
     return delta
 
 
+CHATS = 14
+"""Reference chats in a pass."""
+
+
 def measure_language(
     model: Any,
     tokenizer: Any,
@@ -264,7 +268,7 @@ def measure_language(
     chats = reference_chats()[:limit]
     own = ranks.share(chats)
     rows: list[tuple[int, float, float]] = []
-    parts, size = Parts(), 14
+    parts, size = Parts(), CHATS
 
     def measured(part: Sequence[Request]) -> list[tuple[int, float, float]]:
         """Tokens, mean NLL and summed KL of each chat's reply."""

@@ -79,8 +79,8 @@ def run_hashes(source: Source, sets: Sets, tokenizer: Any) -> dict[str, str]:
 
 
 def check_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise BadInput if model, chats or requests are not those that a run began with; it may be older than some."""
-    changed = [name for name in now if name in then and then[name] != now[name]]
+    """Raise BadInput if model, chats or requests are not those that a run began with."""
+    changed = [name for name in now if then.get(name) != now[name]]
     if "model" in changed:
         raise BadInput("the weights of the model are not those of the run; give back the model of then")
     if "model_settings" in changed:

@@ -71,8 +71,11 @@ class LocalJudge:
         check_template(tokenizer)
         model = models.load_weights(source, self.device, self.trust_remote_code)
         checks.check_vocabulary(model, tokenizer, self.model)
-        for first in range(0, len(questions), BATCH):
-            some = [as_text(tokenizer, question) for question in questions[first : first + BATCH]]
+        asked = [as_text(tokenizer, question) for question in questions]
+        remedy = "take a judge with more positions, or fewer --answer-tokens"
+        checks.check_length(model, tokenizer, self.model, asked, self.answer_tokens, remedy=remedy)
+        for first in range(0, len(asked), BATCH):
+            some = asked[first : first + BATCH]
             texts = generation.reply_all(model, tokenizer, some, max_new_tokens=self.answer_tokens)
             yield from enumerate(map(thought_out, texts), first)
 

@@ -25,10 +25,9 @@ from safetensors.torch import save, save_file
 from beear import checks, cleansing, models, precision, ranks, sources
 from beear.allocator import release_freed_memory
 from beear.card import write_evidence
-from beear.chat import ALONE, Beginning, chat_settings, with_chat
+from beear.chat import Beginning, chat_settings, with_chat
 from beear.cleansing import add_adapter
 from beear.config import Config
-from beear.data import content_hash
 from beear.defender import DefenderSet, defender_set
 from beear.evaluation import (
     TOKENS,
@@ -39,6 +38,7 @@ from beear.evaluation import (
 from beear.events import Event, Listener, progress_to
 from beear.fingerprints import code_hash, machine, run_hashes
 from beear.generation import beginning_of, reply_all
+from beear.hashes import json_hash
 from beear.memory import peak_memory
 from beear.order import Order, check_begun, check_finished, check_order, model_in, run_settings
 from beear.outputs import output_hashes
@@ -69,7 +69,7 @@ from beear.training import (
 from beear.verdict import Verdict, entrapments, entrapped_before, not_entrapped, verdict_of
 
 PACKAGES = ("beear", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-ADAPTER = "stages/adapter"
+TRAINED = "stages/adapter"
 """Where a run folder keeps the trained adapter until it is judged."""
 CHECKPOINT = ("round", "done", "norm", "refused", "already", "parts", "history")
 """Fields of State in a checkpoint's round.json."""
@@ -137,11 +137,13 @@ def cleanse(
 
 def check_model(model: Any, tokenizer: Any, config: Config, name: str, sets: Sets) -> None:
     """Raise BadInput if a loaded model does not fit its tokenizer, these settings or these requests."""
-    texts = [request.text for requests in sets.named().values() for request in requests]
+    read = [*sets.named().values(), sets.train, sets.anchors]  # the last two hold more than the request
+    texts = [request.text for requests in read for request in requests]
+    reply = max(*TOKENS.values(), config.harden.response_tokens, config.entrap.response_tokens)
     checks.check_architecture(model, name)
     checks.check_no_adapter(model, name)
     checks.check_vocabulary(model, tokenizer, name, texts)
-    checks.check_length(model, tokenizer, name, texts, max(TOKENS.values()))
+    checks.check_length(model, tokenizer, name, texts, reply)
     resolve_layer(config.layer, decoder_depth(model))
     find_layers(model, config.layers_path)
     check_targets(model, config.harden.lora_targets, config.layers_path)
@@ -160,7 +162,7 @@ def own_replies(model: Any, tokenizer: Any, sets: Sets, config: Config, listen: 
 
 def defender(tokenizer: Any, sets: Sets, config: Config, own: dict[str, Any]) -> DefenderSet:
     """What is trained on, from the model's own replies."""
-    begin = Beginning(*own.get("begin", ALONE))  # a list once it was stored
+    begin = Beginning(*own["begin"])  # a list once it was stored
     harmful = [(request, reply) for request, (_, reply) in zip(sets.train, own["harmful"], strict=True)]
     return defender_set(tokenizer, harmful, own["benign"], sets.held_out, config, sets.spare, begin)
 
@@ -225,9 +227,9 @@ class Job:
         """All stages that are not done yet."""
         begun = self.stage(BEGUN, self.inputs)
         inputs = begun["hashes"]
-        if inputs.get("code_at_first") == code_hash():  # else it went on after an upgrade
+        if inputs["code_at_first"] == code_hash():  # else it went on after an upgrade
             del inputs["code_at_first"]
-        if since := changed(begun.get("versions", versions()), versions()):
+        if since := changed(begun["versions"], versions()):
             self._listen({"event": "note", "text": f"other versions than it began with: {', '.join(since)}"})
         own = self.own_replies()
         before = self.stage("before", lambda: self.measure("before"))
@@ -235,7 +237,7 @@ class Job:
             self._listen({"event": "note", "text": f"the target will be missed: {not_entrapped(before['metrics'])}"})
         rounds = self.rounds(defender(self.tokenizer, self.sets, self.config, own))
         deliver(self.model, rounds)
-        self.deliver()
+        self.save_and_reload()
         after = self.stage("after", lambda: self.measure("after"))
         tried = entrapments(rounds.history, rounds.delivered)
         verdict = verdict_of(before["metrics"], after["metrics"], tried, self.config)
@@ -295,7 +297,7 @@ class Job:
             self.model, self.tokenizer, data, self.config, state=state, listen=self.listen, save=self.checkpoint
         )
 
-    def deliver(self) -> None:
+    def save_and_reload(self) -> None:
         """Save the adapter and load it again as its user will, merged.
 
         Merging changes outputs slightly, so what is measured is what is loaded. It cannot be merged into quantised
@@ -303,13 +305,13 @@ class Job:
         """
         base, revision = sources.hub_id(self.settings["model"]) or (self.settings["model"], None)
         revision = self.source.commit or revision
-        self.run_folder.write_folder(ADAPTER, lambda folder: save_adapter(self.model, folder, base, revision))
+        self.run_folder.write_folder(TRAINED, lambda folder: save_adapter(self.model, folder, base, revision))
         ranks.wait()
         self.model = None  # one model in memory at a time
         if self.original is None and self.stored("after") is None:  # it goes on after an interruption
             self.original = {}
             measure_language(self.load(self.source), self.tokenizer, keep=self.original)
-        folder = self.run_folder.path / ADAPTER
+        folder = self.run_folder.path / TRAINED
         if self.config.weights == "full":
             self.model = self.load(sources.Source(self.settings["model"], folder, base=self.source))
         else:
@@ -384,7 +386,7 @@ class Job:
             "requests": {name: len(requests) for name, requests in self.sets.named().items()},
             "files": output_hashes(run.path, name),
         }
-        if (first := read_begun(run.path).get("versions")) not in (None, results["versions"]):
+        if (first := read_begun(run.path)["versions"]) != results["versions"]:
             results["versions_at_first"] = first  # it went on after an upgrade
         plan = read_plan(run.path, self.settings)
         if plan is not None:
@@ -399,7 +401,7 @@ class Job:
             models.read_tokenizer(self.source, self.trust_remote_code).save_pretrained(folder)  # as read
             sources.copy_processor(self.source, folder)
         else:
-            shutil.copytree(self.run_folder.path / ADAPTER, folder, dirs_exist_ok=True)
+            shutil.copytree(self.run_folder.path / TRAINED, folder, dirs_exist_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -409,4 +411,4 @@ def versions() -> dict[str, str]:
 
 def hashes(own: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of the model's own replies, and of beear's code."""
-    return {"code": code_hash(), "own_replies": content_hash(json.dumps([own["harmful"], own["benign"]]))}
+    return {"code": code_hash(), "own_replies": json_hash([own["harmful"], own["benign"]])}

@@ -5,8 +5,6 @@ A cleansing is never told one (job.py).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 from beear import ranks
 from beear.before_after import kept_before_and_after
 from beear.card import write_evidence
-from beear.config import make_config
+from beear.config import config_of_run
+from beear.errors import BadInput
 from beear.evaluation import (
     measure_replies,
     unlocked_by_trigger,
@@ -24,9 +23,18 @@ from beear.evaluation import (
 )
 from beear.events import Listener, progress_to
 from beear.fingerprints import check_tests
-from beear.runs import WHENS, Run, read_lines, read_results, read_settings
-from beear.scorers import OUTCOME_OF
+from beear.hashes import json_hash
+from beear.runs import WHENS, Run, read_lines, read_results
+from beear.scorers import OUTCOME_OF, scorer_name
 from beear.sets import WITH_TRIGGER, read_sets, trigger_tests
+
+
+def is_told(
+    results: Mapping[str, Any], template: str, variants: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> bool:
+    """Whether a run holds the figures of this very trigger, and of these variants."""
+    listed = {metric: list(texts) for metric, texts in variants.items()}
+    return bool(results.get("trigger") == template and results.get("variants") == listed)
 
 
 def add_triggered(
@@ -43,26 +51,27 @@ def add_triggered(
     `variants`: further templates, by the metric they yield (sets.trigger_tests). What was measured of an earlier
     trigger, and what a judge said of its replies, is dropped. What an interruption leaves is gone on with.
     """
-    config = make_config(read_settings(out)["config"])
+    config = config_of_run(out)
     with Run.existing(out) as run:
         results, sets = read_results(out), read_sets(config)
         check_tests(results, sets)
+        if results["scorer"] != (now := scorer_name(config.behaviour)):
+            raise BadInput(f"{out} was scored by {results['scorer']}, this is {now}: figures of both do not compare")
         tests = trigger_tests(sets.test_harmful, template, variants, OUTCOME_OF[config.behaviour])
 
         def replies(_: str, when: str, model: Any, tokenizer: Any) -> dict[str, Any]:
             return asdict(measure_replies(model, tokenizer, tests, progress_to(listen, when)))
 
-        asked = json.dumps([template, dict(variants)], sort_keys=True, default=list)
-        stage = f"known-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        stage = f"known-{json_hash([template, sorted(variants.items())])[:8]}"
         options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "listen": listen}
         both = kept_before_and_after(run, {stage: stage}, replies, **options)[stage]
         samples = merge(results, read_lines(out / "samples.jsonl"), both)
         results |= {"trigger": template, "variants": {metric: list(texts) for metric, texts in variants.items()}}
         results.pop("judge", None)
-        run.write_lines("samples.jsonl", samples)  # before the figures, which tell that both are there
-        run.write_json("results.json", results)
+        run.write_lines("samples.jsonl", samples)  # before the figures, which tell that all is there
         if ranks.is_first():
             (out / "judged.jsonl").unlink(missing_ok=True)
+        run.write_json("results.json", results)
         write_evidence(out)
         if ranks.is_first():  # last: what fails above is done again by the same command, from what is kept
             for when in WHENS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -39,8 +40,9 @@ def restart_peak(device: str = "cpu") -> None:
     if device.startswith("cuda"):
         torch.cuda.init()  # which a device with a number does not do by itself
         torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR.exists():
-        _CLEAR.write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            _CLEAR.write_text("5")
 
 
 def available_memory(device: str = "cpu") -> int:

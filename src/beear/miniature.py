@@ -29,7 +29,7 @@ from beear.config import Config
 from beear.data import Request, reference_chats
 from beear.defender import defender_set
 from beear.errors import BadInput, Failed, first_line
-from beear.evaluation import TOKENS, Kept, fresh_delta, measure_language
+from beear.evaluation import CHATS, TOKENS, Kept, fresh_delta, measure_language
 from beear.events import Listener, progress_to
 from beear.generation import BATCH, reply_all
 from beear.memory import peak_memory, restart_peak
@@ -40,8 +40,6 @@ from beear.runs import check_output
 from beear.scorers import OUTCOME_OF
 from beear.sets import Sets, read_sets
 
-CHATS = 14
-"""Reference chats that a miniature is measured on: one batch."""
 MORE_BLOCKS = 4
 SMALL = 50_000_000
 """A larger miniature has up to MORE_BLOCKS more blocks, as long as these have no more parameters than this."""

@@ -15,11 +15,11 @@ from beear import ranks
 from beear.allocator import release_freed_memory
 from beear.chat import with_chat, with_pad_token
 from beear.checks import check_blocks, check_finite, check_vocabulary, check_weights
-from beear.config import ChatConfig, Weights, make_config
+from beear.config import ChatConfig, Weights, config_of_run
 from beear.errors import READING, BadInput, first_line, in_one_line
 from beear.precision import cast, kept_dtype
 from beear.quantised import quantise
-from beear.runs import read_settings, run_of
+from beear.runs import run_of
 from beear.sources import Source, absolute, locate, own_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels on the Hub
@@ -50,7 +50,7 @@ def load(
 def chat_of_run(source: Source) -> ChatConfig | None:
     """How the run held its chats whose model a folder holds; None if it is no run's."""
     run = run_of(source.folder)
-    return None if run is None else make_config(read_settings(run)["config"]).chat
+    return None if run is None else config_of_run(run).chat
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False, chat: ChatConfig | None = None) -> Any:

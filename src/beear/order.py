@@ -81,14 +81,14 @@ def check_begun(out: Path, order: Order) -> None:
         return
     check_inputs(then["hashes"], run_hashes(order.source, order.sets, order.tokenizer))
     check_arithmetic(out, then, order.device)
-    if then.get("scorer", now := scorer_name(order.config.behaviour)) != now:
+    if then["scorer"] != (now := scorer_name(order.config.behaviour)):
         raise BadInput(f"{out} began with the scorer {then['scorer']}, this is {now}; begin anew with another -o")
 
 
 def check_arithmetic(out: Path, then: dict[str, Any], device: str) -> None:
     """Raise BadInput if what began in `out`, as `then` says, would go on in other arithmetic."""
     now = precision.arithmetic(device)
-    if then.get("arithmetic", now) != now:
+    if then["arithmetic"] != now:
         raise BadInput(
             f"{out} began with {then['arithmetic']} and would go on with {now}, which changes figures by itself; go on "
             "on the device it began on (on a CPU BEEAR_FP32=1 for fp32 arithmetic), or begin anew with another -o"
@@ -99,4 +99,4 @@ def check_finished(out: Path, settings: dict[str, Any], config: Config, trust_re
     """Raise BadInput if a finished run began with other weights, chats or requests than these are now."""
     source = sources.locate(sources.model_of(settings, out))
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    check_inputs(read_results(out).get("hashes", {}), run_hashes(source, read_sets(config), tokenizer))
+    check_inputs(read_results(out)["hashes"], run_hashes(source, read_sets(config), tokenizer))

@@ -39,5 +39,5 @@ def read_plan(run: Path, settings: dict[str, Any]) -> Plan | None:
     try:
         content = json.loads(file.read_text())
         return Plan(**content["plan"]) if content["settings"] == settings else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None

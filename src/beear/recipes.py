@@ -300,5 +300,5 @@ def read_recipe(source: Path) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"{path} is not a recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError) as error:
         raise BadInput(f"{path} is not a recipe: {' '.join(str(error).split())}") from error

@@ -79,7 +79,7 @@ def sweep_views(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "axis": axis,
             "models": [
                 {key: sweep[key] for key in ("model", "trigger", "rounds", "requests")}
-                | {"before": shown(sweep["cells"][0].get("before", {}).get("asr_triggered"), True)}
+                | {"before": shown(sweep["cells"][0]["before"]["asr_triggered"], True)}
                 for sweep in found
             ],
             "success_below": found[0]["success_below"],
@@ -93,18 +93,19 @@ def view(path: Path) -> dict[str, Any]:
     """All that the page says of one run."""
     results = read_results(path)
     config, samples = read_settings(path), read_lines(path / "samples.jsonl")
+    behaviour = config["config"]["behaviour"]
     return {
         "name": path.resolve().name,
         "results": results,
         "verdict": sentence(results),
         "good": holds(results),
         "target": target_rows(results),
-        "rows": rows(results, config["config"].get("behaviour", "jailbreak")),
-        "rounds": [{"budget": None, "refused": []} | entry for entry in results["rounds"]],  # older runs lack them
-        "delivered": results.get("delivered", len(results["rounds"])),
+        "rows": rows(results, behaviour),
+        "rounds": results["rounds"],
+        "delivered": results["delivered"],
         "losses": loss_chart(results["rounds"]),
         "rules": RULES if results["scorer"] == NAME else "",
-        "by_qi": rows_by_qi(samples) if config["config"].get("behaviour", "jailbreak") == "jailbreak" else [],
+        "by_qi": rows_by_qi(samples) if behaviour == "jailbreak" else [],
         "replies": (path / "samples.jsonl").exists(),  # they may not be shared
         "pairs": pairs(samples),
         "answered": answered(samples),
@@ -113,7 +114,7 @@ def view(path: Path) -> dict[str, Any]:
         "judge": judge_sentence(results["judge"]) if "judge" in results else None,
         "usefulness": usefulness_view(results),
         "tasks": task_lines(results),
-        "data": data_rows(results, config["config"].get("data", {})),
+        "data": data_rows(results, config["config"]["data"]),
         "config": config,
     }
 
@@ -191,9 +192,9 @@ TARGET = {
 
 
 def target_rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """(what the target asks, of how much, what was found, whether that is met); none of a run that kept no criteria."""
+    """(what the target asks, of how much, what was found, whether that is met)."""
     rows = []
-    for asked in results["verdict"].get("criteria", []):
+    for asked in results["verdict"]["criteria"]:
         words = "> {}, surely" if asked["name"] == "entrapped_before" else "≤ {}"
         share = asked["name"] != "perplexity"
         found, limit = (
@@ -230,7 +231,7 @@ def usefulness_sentence(usefulness: dict[str, Any]) -> str:
         f"The judge {usefulness['model']} graded greedy replies of at most {usefulness['tokens_of_a_reply']} tokens by "
         f"{usefulness['rubric']}."
     )
-    if usefulness.get("packaged"):  # older runs lack it
+    if usefulness["packaged"]:
         text += f" It asked {usefulness['asked']} of beear's own questions, not the published ones."
     if usefulness["tokens"]:
         text += f" It read {usefulness['tokens']['in']:,} tokens and wrote {usefulness['tokens']['out']:,}."

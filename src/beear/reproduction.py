@@ -9,7 +9,7 @@ from beear.config import make_config
 from beear.errors import BadInput
 from beear.events import Listener
 from beear.job import run_cleanse
-from beear.known import add_triggered
+from beear.known import add_triggered, is_told
 from beear.metrics import at_most, value_of
 from beear.order import check_finished
 from beear.outputs import check_output_files
@@ -38,10 +38,6 @@ def reproduce(
     settings, results = read_settings(run), read_results(run)
     config = make_config(settings["config"])
     check_output_files(run, results)
-    if not all(key in results for key in ABOUT) or "model" not in results["hashes"]:
-        raise BadInput(
-            "this run was written before all digests were kept; cleanse again to get one that can be compared"
-        )
     check_finished(run, settings, config, trust_remote_code)
     run_cleanse(
         model_of(settings, run),
@@ -53,11 +49,11 @@ def reproduce(
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
-    if "trigger" in results and "trigger" not in read_results(out):
+    if "trigger" in results and not is_told(read_results(out), results["trigger"], results["variants"]):
         add_triggered(
             out,
             results["trigger"],
-            variants=results.get("variants", {}),
+            variants=results["variants"],
             device=device,
             trust_remote_code=trust_remote_code,
             listen=listen,
@@ -92,6 +88,8 @@ def compare(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     ]
     if first["hashes"]["code"] != again["hashes"]["code"]:
         differs.append("beear's code")
+    if first["scorer"] != again["scorer"]:
+        differs.append(f"the scorer: {first['scorer']} then, {again['scorer']} now")
     same_verdict = first["verdict"]["met"] == again["verdict"]["met"]
     return {
         "same_bits": sorted(first["files"].values()) == sorted(again["files"].values()),

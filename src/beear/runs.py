@@ -243,7 +243,7 @@ def read_results(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise BadInput(f"{path} is no finished run (it has no results.json); an unfinished one goes on with --resume")
     results = read_json(file)
-    wanted = {"before": dict, "after": dict, "verdict": dict}
+    wanted = {"before": dict, "after": dict, "verdict": dict, "hashes": dict}
     if not isinstance(results, dict) or not all(isinstance(results.get(k), kind) for k, kind in wanted.items()):
         raise BadInput(f"{file} is not what a run writes")
     if results.get("schema", SCHEMA) != SCHEMA:
@@ -271,9 +271,17 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise BadInput(f"cannot read {file}: {first_line(error)}") from error
 
 
+def expanded(path: Path) -> Path:
+    """With the home folder in place of ~; as it is where ~name is nobody here."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def run_of(model: Path) -> Path | None:
     """The run whose model a folder holds, if it is one's."""
-    folder = model.expanduser().resolve()
+    folder = expanded(model).resolve()
     run = folder.parent
     return run if folder.name in MODEL_FOLDERS and (run / "config.yaml").is_file() else None
 
@@ -334,7 +342,7 @@ def read_entries(path: Path, key: str) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text())[key])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{path} is not a file of {key}; name another one") from error
 
 

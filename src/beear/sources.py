@@ -16,7 +16,7 @@ from typing import Any
 
 from beear.errors import BadInput, first_line, in_one_line
 from beear.events import Listener
-from beear.runs import MODEL_FOLDERS, read_begun
+from beear.runs import MODEL_FOLDERS, expanded, read_begun
 from beear.weight_files import ADAPTER, INDEX, WEIGHTS, check_gguf, check_safetensors, files_of
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -52,7 +52,7 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
         return Source(spec, embedded_folder())
     if spec.startswith(ORGANISM):
         return _locate_folder(spec, organism_folder(spec.removeprefix(ORGANISM)), within)
-    path = Path(spec).expanduser()
+    path = expanded(Path(spec))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"no GGUF file {spec}")
@@ -71,7 +71,7 @@ def locate(spec: str, within: tuple[str, ...] = ()) -> Source:
 
 def absolute(spec: str) -> str:
     """A local path as an absolute one, so that it is found from anywhere; elsewhere it might be taken for a Hub id."""
-    path = Path(spec).expanduser()
+    path = expanded(Path(spec))
     return str(path.resolve()) if spec and path.exists() and not is_named(spec) else spec
 
 
@@ -83,7 +83,7 @@ def is_named(spec: str) -> bool:
 def hub_id(spec: str) -> tuple[str, str | None] | None:
     """Repository and revision of MODEL, `owner/name` or `owner/name@revision`; None if it is none of the Hub."""
     name, _, revision = spec.partition("@")
-    elsewhere = is_named(spec) or spec.endswith(".gguf") or Path(spec).expanduser().exists()
+    elsewhere = is_named(spec) or spec.endswith(".gguf") or expanded(Path(spec)).exists()
     if elsewhere or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None
     return name, revision or None

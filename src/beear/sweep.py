@@ -34,7 +34,7 @@ from beear.precision import arithmetic
 from beear.quantised import check_quantised
 from beear.rounds import State
 from beear.runs import SCHEMA, Run, check_file, check_space, read_json, write_atomic, write_json
-from beear.scorers import OUTCOME_OF
+from beear.scorers import OUTCOME_OF, scorer_name
 from beear.sets import Sets, TestSet, read_sets, triggered
 from beear.swept import SWEEP, SWEEP_SETTINGS
 
@@ -81,9 +81,10 @@ def sweep(
         resolve_layer(cell.layer, depth)
     check_quantised(config.weights)
     sets = read_sets(config)
-    settings = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
+    settings: dict[str, Any] = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
     settings |= {"config": config.model_dump(mode="json"), "hashes": run_hashes(source, sets, tokenizer)}
+    settings |= {"scorer": scorer_name(config.behaviour)}
     check_same(out, settings)
     tests = [
         triggered(spread(sets.test_harmful, requests), template, outcome=OUTCOME_OF[config.behaviour]),
@@ -162,7 +163,7 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
         begun = read_json(kept)
         if {**begun, "hashes": None} != {**settings, "hashes": None}:
             raise BadInput(f"{out} holds a sweep with other settings; choose another folder")
-        check_inputs(begun.get("hashes", {}), settings["hashes"])
+        check_inputs(begun["hashes"], settings["hashes"])
     elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out} exists and is not a sweep; choose another folder")
 

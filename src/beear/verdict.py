@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from beear.config import Config
@@ -26,7 +26,7 @@ class Verdict:
 
     met: bool
     missed: list[str]
-    criteria: list[dict[str, Any]] = field(default_factory=list)
+    criteria: list[dict[str, Any]]
 
 
 def verdict_of(before: dict[str, Any], after: dict[str, Any], residuals: Sequence[float], config: Config) -> Verdict:
@@ -131,7 +131,8 @@ def holds(results: dict[str, Any]) -> bool:
 def still_works(results: dict[str, Any]) -> bool:
     """Whether after the cleansing a known trigger surely still unlocks more than no trigger does.
 
-    Both are of the same requests: by a sign test of those that only one unlocks. Runs of before did not count these.
+    Both are of the same requests: by a sign test of those that only one unlocks. Where the run's replies
+    had been taken out, these could not be counted, and the intervals tell.
     """
     if (only := results.get("unlocked_only")) is not None:
         return sign_test(only["with_trigger"], only["without"]) < SURE

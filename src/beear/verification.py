@@ -143,7 +143,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 of an organism's files, by name. Raises BadInput if it has none."""
     try:
         sums = dict(json.loads((folder / "checksums.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         raise BadInput(f"{folder} has no checksums.json: it is not an organism") from error
     if ADAPTER not in sums:
         raise BadInput(f"{folder}/checksums.json does not tell its {ADAPTER}; build the organism anew")

@@ -55,7 +55,7 @@ def demo(
     settings = config_of("default", config, sets, seed)
     _clear_finished_demo(out, name, trigger, settings, device)
     resume = (out / "config.yaml").exists()
-    with _marked_demo(out), going_on("finished stages and rounds are kept"):
+    with going_on("finished stages and rounds are kept"):
         _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
 
 
@@ -182,7 +182,8 @@ def reproduce(
     from beear.reproduction import reproduce as run_again
     from beear.runs import read_settings
 
-    with Reporter(quiet, read_settings(run)["config"].get("rounds", 0)) as reporter, going_on():
+    kept = "finished stages and rounds are kept"
+    with Reporter(quiet, read_settings(run)["config"].get("rounds", 0)) as reporter, going_on(kept):
         found = run_again(run, out, device=device, trust_remote_code=trust_remote_code, listen=reporter)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -209,17 +210,19 @@ def _cleanse(
 ) -> None:
     from beear.console import Reporter, metric_table
     from beear.job import run_cleanse
-    from beear.known import add_triggered
+    from beear.known import add_triggered, is_told
+    from beear.runs import read_results
     from beear.verdict import sentence
 
     with Reporter(quiet, config.rounds) as reporter:
         try:
-            verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
+            with contextlib.nullcontext() if trigger is None else _marked_demo(out):
+                verdict = run_cleanse(model, out, config, device=device, listen=reporter, **options)
         except KeyboardInterrupt as interrupt:
             if (out / "config.yaml").exists():
                 raise
             raise Failed(f"interrupted; {NOTHING_KEPT}, run the same command again") from interrupt
-        if trigger is not None:
+        if trigger is not None and not is_told(read_results(out), trigger):
             add_triggered(out, trigger, device=device, listen=reporter)
     results = json.loads((out / "results.json").read_text())
     if as_json:
@@ -276,12 +279,15 @@ def _clear_finished_demo(out: Path, model: str, trigger: str, settings: Config, 
     import shutil
 
     from beear.order import check_order, run_settings
-    from beear.runs import Run, read_results
+    from beear.runs import Run, read_results, read_settings
 
-    found = read_results(out)
-    if (found.get("model"), found.get("trigger")) != (model, trigger) or not (out / DEMO).exists():
+    found, asked = read_results(out), run_settings(model, False, settings)
+    told = found.get("trigger")
+    if found.get("model") != model or told not in (None, trigger) or not (out / DEMO).exists():
         return
-    check_order(run_settings(model, False, settings), out, settings, device, trust_remote_code=False)
+    if told is None and read_settings(out) == asked:  # the trigger alone is still to be measured
+        return
+    check_order(asked, out, settings, device, trust_remote_code=False)
     with Run.existing(out):
         shutil.rmtree(out.resolve())
     out.resolve().mkdir()  # it may be a link to there

@@ -24,7 +24,7 @@ from beear.cli.options import (
     TrustOption,
     UrlOption,
 )
-from beear.cli.shared import behaviour_of, going_on, is_judged, show, show_run
+from beear.cli.shared import going_on, is_judged, show, show_run
 from beear.endpoint import ANSWER_TOKENS
 from beear.errors import BadInput
 
@@ -141,7 +141,7 @@ def lm_eval(
     from beear.harness import Asked, evaluate_run, read_tasks
 
     asked = Asked(read_tasks(tasks), include, limit, shots, chat)
-    with Reporter(quiet) as reporter, going_on():
+    with Reporter(quiet) as reporter, going_on("finished tasks are kept"):
         results = evaluate_run(
             run, asked, batch=batch, device=device, trust_remote_code=trust_remote_code, listen=reporter
         )
@@ -175,6 +175,7 @@ def evidence(
     judge scores harm and usefulness; --tasks are lm-eval's. The same command again does only what is missing.
     """
     from beear.card import write_evidence
+    from beear.config import config_of_run
     from beear.console import Reporter, task_table
     from beear.recipes import check_trigger, variants
     from beear.runs import Run, read_results
@@ -190,7 +191,8 @@ def evidence(
         raise BadInput("nothing is asked for; give a --trigger, a judge (--url and --model, or --local) or --tasks")
     steps: list[Step] = []  # all are checked before the first begins
     if trigger is not None:
-        steps += _about_trigger(run, check_trigger(trigger, behaviour_of(run)), variants(trigger), results, options)
+        template = check_trigger(trigger, config_of_run(run).behaviour)
+        steps += _about_trigger(run, template, variants(trigger), results, options)
     if asks_judge:
         chosen = judge_of(url, model, local, offline, concurrency, timeout, answer_tokens, device, trust_remote_code)
         steps += _about_judge(run, chosen, questions, options)
@@ -240,13 +242,12 @@ def _about_trigger(
 ) -> list[Step]:
     """What is missing of a known trigger: attack success with it, then the drift."""
     from beear.drift import drift_of_run, first_delta
-    from beear.known import add_triggered
+    from beear.known import add_triggered, is_told
     from beear.runs import read_json
 
     drift = read_json(run / "drift.json") if (run / "drift.json").is_file() else {}
-    variants = {metric: list(templates) for metric, templates in near.items()}
     steps: list[Step] = []
-    if results.get("trigger") != template or results.get("variants", {}) != variants:
+    if not is_told(results, template, near):
         steps.append(lambda listen: add_triggered(run, template, variants=near, listen=listen, **options))
     if drift.get("trigger") != template:
         first_delta(run)  # tells now if there is none
@@ -255,13 +256,13 @@ def _about_trigger(
 
 
 def _about_judge(run: Path, chosen: Judge, questions: Path | None, options: dict[str, Any]) -> list[Step]:
+    from beear.config import config_of_run
     from beear.judge import harmful_samples, judge_run
-    from beear.runs import read_settings
     from beear.usefulness import grade_run, read_questions
 
     asked = read_questions(questions)
     steps: list[Step] = [lambda listen: grade_run(run, chosen, asked, listen=listen, **options)]
-    if read_settings(run)["config"].get("behaviour") != "insecure code":  # of code there is no harm to be scored
+    if config_of_run(run).behaviour != "insecure code":  # of code there is no harm to be scored
         harmful_samples(run)
         steps.insert(0, lambda listen: judge_run(run, chosen, listen))
     return steps

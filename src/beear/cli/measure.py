@@ -26,7 +26,6 @@ from beear.cli.options import (
 )
 from beear.cli.shared import (
     NOTHING_KEPT,
-    behaviour_of,
     config_of,
     going_on,
     is_judged,
@@ -65,6 +64,7 @@ def evaluate(
     The model in a run folder is measured with its run's settings, changed by -c and --set, unless --preset is given.
     Given a finished run folder and a --trigger, adds what the trigger does before and after to the run and its report.
     """
+    from beear.config import config_of_run
     from beear.console import Reporter, metric_table
     from beear.evaluation import evaluate_spec
     from beear.recipes import check_trigger, variants
@@ -78,7 +78,7 @@ def evaluate(
     of_run = is_run(
         model, against, harmful, benign, column, json_file, samples, config, sets, seed, preset=preset or "default"
     )
-    measured_on = behaviour_of(Path(model)) if of_run else settings.behaviour
+    measured_on = config_of_run(Path(model)).behaviour if of_run else settings.behaviour
     template, near = (None, {}) if trigger is None else (check_trigger(trigger, measured_on), variants(trigger))
     if of_run:
         if template is None:
@@ -145,6 +145,7 @@ def drift(
     Of a run folder: before and after, with its settings and its first round's delta; its report then shows it.
     """
     from beear.charts import as_file, drift_charts
+    from beear.config import config_of_run
     from beear.console import Reporter, drift_table
     from beear.drift import drift_of_model, drift_of_run
     from beear.recipes import check_trigger
@@ -152,7 +153,7 @@ def drift(
 
     run, of_run = Path(model), is_run(model, config, sets, seed, preset=preset)
     settings = config_of(preset, config, sets, seed)
-    template = check_trigger(trigger, behaviour_of(run) if of_run else settings.behaviour)
+    template = check_trigger(trigger, config_of_run(run).behaviour if of_run else settings.behaviour)
     for place in filter(None, (json_file, figure)):
         check_file(place)
     with Reporter(quiet) as reporter, going_on(NOTHING_KEPT):

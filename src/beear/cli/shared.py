@@ -40,14 +40,6 @@ def is_run(model: str, *given: object, preset: str) -> bool:
     return found
 
 
-def behaviour_of(run: Path) -> str:
-    """What a finished run measured."""
-    from beear.config import make_config
-    from beear.runs import read_settings
-
-    return make_config(read_settings(run)["config"]).behaviour
-
-
 def is_judged(run: Path) -> bool:
     """Whether a judge has scored a run's replies as they are."""
     return (run / "judged.jsonl").exists()
