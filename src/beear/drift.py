@@ -22,7 +22,7 @@ from beear.cached import watched
 from beear.card import write_evidence
 from beear.chat import Prompt, collate, encode_prompt
 from beear.cleansing import Subject
-from beear.config import Config, config_of_run
+from beear.config import Config, make_config
 from beear.errors import BadInput
 from beear.evaluation import fresh_delta
 from beear.events import Listener, Progress, progress_to
@@ -66,7 +66,8 @@ def drift_of_run(
 
     Kept in drift.json and shown by the report.
     """
-    config = config_of_run(path)
+    settings = read_settings(path)
+    config = make_config(settings["config"])
     with Run.existing(path) as run:
         sets = read_sets(config)
         check_tests(read_results(path), sets)
@@ -78,7 +79,7 @@ def drift_of_run(
             return measure(model, tokenizer, texts, template, delta, config, axes, progress_to(listen, when))
 
         found = before_and_after(path, drifts, listen=listen, device=device, trust_remote_code=trust_remote_code)
-        content = _content(read_settings(path)["model"], template, found)
+        content = _content(settings["model"], template, found)
         run.write_json("drift.json", content)
         write_evidence(path)
     return content

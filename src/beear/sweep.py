@@ -81,10 +81,16 @@ def sweep(
         resolve_layer(cell.layer, depth)
     check_quantised(config.weights)
     sets = read_sets(config)
-    settings: dict[str, Any] = {"model": spec, "trigger": template, "axis": axis, "requests": requests}
     tokenizer = models.load_tokenizer(source, trust_remote_code, config.chat)
-    settings |= {"config": config.model_dump(mode="json"), "hashes": run_hashes(source, sets, tokenizer)}
-    settings |= {"scorer": scorer_name(config.behaviour)}
+    settings: dict[str, Any] = {
+        "model": spec,
+        "trigger": template,
+        "axis": axis,
+        "requests": requests,
+        "config": config.model_dump(mode="json"),
+        "hashes": run_hashes(source, sets, tokenizer),
+        "scorer": scorer_name(config.behaviour),
+    }
     check_same(out, settings)
     tests = [
         triggered(spread(sets.test_harmful, requests), template, outcome=OUTCOME_OF[config.behaviour]),

@@ -27,7 +27,7 @@ from beear.cli.options import (
     TrustOption,
     out_option,
 )
-from beear.cli.shared import NOTHING_KEPT, config_of, going_on, show, stop
+from beear.cli.shared import NOTHING_KEPT, ROUNDS_KEPT, config_of, going_on, show, stop
 from beear.errors import Failed, printable
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def demo(
     settings = config_of("default", config, sets, seed)
     _clear_finished_demo(out, name, trigger, settings, device)
     resume = (out / "config.yaml").exists()
-    with going_on("finished stages and rounds are kept"):
+    with going_on(ROUNDS_KEPT):
         _cleanse(name, out, settings, device=device, resume=resume, quiet=quiet, trigger=trigger, as_json=as_json)
 
 
@@ -182,8 +182,7 @@ def reproduce(
     from beear.reproduction import reproduce as run_again
     from beear.runs import read_settings
 
-    kept = "finished stages and rounds are kept"
-    with Reporter(quiet, read_settings(run)["config"].get("rounds", 0)) as reporter, going_on(kept):
+    with Reporter(quiet, read_settings(run)["config"].get("rounds", 0)) as reporter, going_on(ROUNDS_KEPT):
         found = run_again(run, out, device=device, trust_remote_code=trust_remote_code, listen=reporter)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -224,7 +223,7 @@ def _cleanse(
             raise Failed(f"interrupted; {NOTHING_KEPT}, run the same command again") from interrupt
         if trigger is not None and not is_told(read_results(out), trigger):
             add_triggered(out, trigger, device=device, listen=reporter)
-    results = json.loads((out / "results.json").read_text())
+    results = read_results(out)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:

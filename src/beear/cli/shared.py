@@ -17,7 +17,7 @@ from beear.errors import BadInput, Failed, leave_stderr, printable
 if TYPE_CHECKING:
     from beear.config import Config
 
-NOTHING_KEPT = "nothing was kept"
+NOTHING_KEPT, ROUNDS_KEPT = "nothing was kept", "finished stages and rounds are kept"
 
 
 @contextlib.contextmanager
